@@ -1,0 +1,469 @@
+"""Configuration: one frozen dataclass per stage, validated when it is made.
+
+A value comes from the field's default, then from the recipe (a YAML file with one section per stage), then
+from the command line, whose options are generated from these same types. An unknown key, loss name or engine
+is an error that lists the valid ones. Where data lies (`--data`) is not a setting: it never changes a result,
+so it never changes a version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
+
+import tyro
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from ceca.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+T = TypeVar("T")
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Execution = "execution"  # metadata key: the field says how a job runs, not what it computes
+
+Split = Literal["train", "val", "test"]
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be used; the message says which key, what was found and what is valid."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def config(cls: type[T]) -> type[T]:
+    """A frozen keyword-only dataclass whose values are checked against their types when it is made."""
+    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
+
+
+def execution(default: Any) -> Any:
+    """A field that says how a job runs (workers, replicas), so that it is left out of a result's version."""
+    return dataclasses.field(default=default, metadata={Execution: True})
+
+
+# --- ingest -----------------------------------------------------------------------------------------------
+
+
+@config
+class DrawConfig:
+    """Drawn pedestrians: a deterministic synthetic benchmark in one of the published layouts."""
+
+    seed: NonNegative = 0
+    identities: Positive = 360
+    images_per_identity: Positive = 4
+    layout: Literal["cuhk_pedes", "icfg_pedes", "rstpreid"] = "cuhk_pedes"
+    split_identities: tuple[int, int, int] | None = None
+    """Identities in train, val and test; by default about 70, 10 and 20 %."""
+    lookalike_share: Share = 0.3
+    """Share of people who differ from another one in two or three attributes only."""
+    workers: Positive | None = execution(None)
+
+
+@config
+class IngestConfig:
+    """Read a published layout (annotation file and imgs/) into the tables `images` and `captions`."""
+
+    source: str = ""
+    """Folder (or URI) that holds the annotation file and imgs/."""
+    layout: Literal["auto", "cuhk_pedes", "icfg_pedes", "rstpreid"] = "auto"
+    """`auto` looks for the annotation file of each benchmark."""
+    images_per_part: Positive = 1024
+    """Images in one Parquet file; at pedestrian crops of 5-30 kB that stays far below 128 MB."""
+    limit: Positive | None = None
+    """Only the first so many records."""
+    cpus_per_task: PositiveFloat = execution(1.0)
+
+
+# --- dialogue ---------------------------------------------------------------------------------------------
+
+
+@config
+class VLLMConfig:
+    """A model served by vLLM inside the dialogue workers."""
+
+    model: str = "Qwen/Qwen2-VL-7B-Instruct"
+    """Name on the hub or a local folder."""
+    max_model_len: Positive = 4096
+    """Longest conversation in tokens, image included."""
+    max_pixels: Positive = 200_704
+    """Pixel budget of the vision encoder; pedestrian crops are small (200,704 = 256 patches of 28 x 28)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel: Positive = execution(1)
+    gpus: NonNegative = execution(1)
+    """GPUs of one replica; 0 runs vLLM's CPU build."""
+    memory_fraction: Share = execution(0.9)
+    """Share of the GPU's memory that vLLM may take."""
+    kv_cache_gib: Positive = execution(1)
+    """Size of the key-value cache where vLLM runs on CPU."""
+    enforce_eager: bool = execution(False)
+
+
+@config
+class OpenAIConfig:
+    """Any endpoint that speaks OpenAI's chat completions with images."""
+
+    base_url: str = "http://localhost:8000/v1"
+    model: str = ""
+    api_key_variable: str = execution("OPENAI_API_KEY")
+    """Environment variable that holds the key; the key itself is never stored."""
+    timeout_s: PositiveFloat = execution(120.0)
+    retries: NonNegative = execution(5)
+    """Attempts after the first one, with back-off; a Retry-After answer is honoured."""
+
+
+@config
+class OracleConfig:
+    """A simulated annotator: it reads the answers from the drawn pedestrians' attribute table."""
+
+    error_rate: Share = 0.05
+    """Chance that an attribute is reported wrongly, drawn once per image and attribute."""
+    seed: NonNegative = 0
+
+
+@config
+class DialogueConfig:
+    """Conversation Attribute Mining: ask a multimodal model about every image, then for a summary."""
+
+    engine: Literal["vllm", "openai", "oracle"] = "vllm"
+    published: str | None = None
+    """Import the authors' published dialogues from this file (path or URI) instead of asking."""
+    questions: Annotated[int, Field(ge=1, le=5)] = 5
+    """How many of the five questions are asked before the summary."""
+    answer_tokens: Positive = 48
+    """Longest answer to one question, in tokens."""
+    summary_tokens: Positive = 128
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy."""
+    seed: NonNegative = 0
+    split: Split | None = None
+    """Only images of this split."""
+    limit: Positive | None = None
+    """Only the first so many images."""
+    images_per_part: Positive = 128
+    """Images in one published file, which is also what a killed job may lose."""
+    replicas: Positive = execution(1)
+    """Dialogue workers; each holds one engine."""
+    conversations: Positive = execution(64)
+    """Conversations in flight on one worker."""
+    vllm: VLLMConfig = VLLMConfig()
+    openai: OpenAIConfig = OpenAIConfig()
+    oracle: OracleConfig = OracleConfig()
+
+
+# --- train ------------------------------------------------------------------------------------------------
+
+
+@config
+class ModelConfig:
+    """CLIP and the local branch (method: Encoders, Global branch, Local branch)."""
+
+    backbone: str = "ViT-B-16-quickgelu"
+    """Any open_clip ViT by name, or `ceca-tiny`, a small one that trains from nothing on a CPU."""
+    pretrained: str | None = None
+    """open_clip tag, local file or URI of CLIP weights. Nothing is downloaded unless this asks for it."""
+    image_height: Positive = 384
+    image_width: Positive = 128
+    summary_weight: Share = 0.3
+    """λ: share of the summary in the visual embeddings; 0 leaves the summaries out."""
+    token_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a side's own tokens that enter the local branch, by importance."""
+    condition_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of the other side's tokens that condition the mixer in training; all at inference."""
+    mixer_heads: Positive = 8
+    local_dim: Positive = 1024
+    """Width of a local embedding."""
+    gate_start: float = -3.0
+    """Start of γ: the mixer begins as `query + sigmoid(γ)·Δ`."""
+
+
+@config
+class LossConfig:
+    """Total = the sum of the named terms (method: Losses)."""
+
+    terms: Annotated[tuple[Literal["tal_global", "tal_local", "cawl"], ...], Field(min_length=1)] = (
+        "tal_global",
+        "tal_local",
+        "cawl",
+    )
+    temperature: PositiveFloat = 0.015
+    """τ of the triplet alignment loss."""
+    margin: Annotated[float, Field(ge=0)] = 0.1
+    scale: PositiveFloat = 50.0
+    """κ of the confidence-aware weighting loss."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    weight_range: tuple[float, float] = (0.2, 5.0)
+
+    def __post_init__(self) -> None:
+        low, high = self.weight_range
+        if not 0 <= low <= high:
+            raise ValueError(f"weight_range must be (low, high) with 0 <= low <= high, found {self.weight_range}")
+
+
+@config
+class OptimiserConfig:
+    """Adam with warm-up and cosine decay (method: Optimisation)."""
+
+    learning_rate: PositiveFloat = 1e-5
+    """For CLIP; its biases run at twice this rate."""
+    new_learning_rate: PositiveFloat = 1e-3
+    """For the modules that start from random weights."""
+    weight_decay: Annotated[float, Field(ge=0)] = 4e-5
+    """None on biases."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
+    warmup_start: Share = 0.1
+    """Where the warm-up begins, as a share of the rate."""
+    gradient_clip: Annotated[float, Field(ge=0)] = 0.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+
+
+@config
+class AugmentationConfig:
+    """Changes made to a training sample (method: Optimisation)."""
+
+    flip: Share = 0.5
+    pad: NonNegative = 10
+    """Pixels of padding before the random crop."""
+    erase: Share = 0.5
+    """Chance of random erasing."""
+    erase_area: tuple[Share, Share] = (0.02, 0.4)
+    word_mask: Share = 0.2
+    """Chance that a caption's token is touched: then masked 60 %, replaced 20 %, dropped 20 %."""
+
+
+@config
+class TrainConfig:
+    """Train CECA with Ray Train and DeepSpeed."""
+
+    name: str = "ceca"
+    """The model's name below the dataset URI; the same name resumes."""
+    model: ModelConfig = ModelConfig()
+    losses: LossConfig = LossConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    epochs: Positive = 60
+    global_batch: Positive = 64
+    """Samples of one step over all workers together; it does not change with their number."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    seed: NonNegative = 0
+    split: Split = "train"
+    validate_every: NonNegative = 1
+    """Epochs between validations; 0 never validates and keeps the last epoch."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = execution(1)
+    workers: Positive = execution(1)
+    gpus_per_worker: NonNegative = execution(1)
+    cpus_per_worker: PositiveFloat = execution(1.0)
+    cpus_per_loader: PositiveFloat = execution(0.5)
+    """CPUs that Ray reserves for one process that decodes images."""
+    loaders_per_worker: Positive = execution(4)
+    """At most so many of them feed one worker."""
+    checkpoints_kept: Positive = execution(2)
+    failures_allowed: NonNegative = execution(3)
+    """How often a lost worker or node restarts training from the last checkpoint by itself."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch % self.workers:
+            raise ValueError(
+                f"global_batch {self.global_batch} must be a multiple of workers {self.workers}: "
+                "every worker takes an equal share of each step"
+            )
+
+
+# --- evaluate, index, search ------------------------------------------------------------------------------
+
+
+@config
+class EvaluateConfig:
+    """Retrieval metrics of a model on one split."""
+
+    model: str = "ceca"
+    """Name below the dataset URI, or a URI of its own."""
+    split: Split = "test"
+    omega: Share = 0.3
+    """ω: share of the local similarity in the fused one."""
+    rows_per_part: Positive = execution(2048)
+    batch: Positive = execution(64)
+    replicas: Positive = execution(1)
+    gpus: NonNegative = execution(0)
+
+
+@config
+class IndexConfig:
+    """Embed a split's images into the table `gallery`."""
+
+    model: str = "ceca"
+    split: Split | None = "test"
+    """Which images; none means all."""
+    images_per_part: Positive = 2048
+    batch: Positive = execution(64)
+    replicas: Positive = execution(1)
+    gpus: NonNegative = execution(0)
+
+
+@config
+class ServeConfig:
+    """The search service."""
+
+    model: str = ""
+    """Name below the dataset URI or a URI of its own; empty takes the one that made the gallery."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    omega: Share = 0.3
+    """ω where a query names none."""
+    top_k_limit: Positive = 200
+    text_limit: Positive = 2000
+    """Longest query in characters."""
+    batch: Positive = 32
+    batch_wait_s: PositiveFloat = 0.005
+    encoder_replicas: Positive = 1
+    gpus: NonNegative = 0
+
+
+# --- from a mapping, a recipe, a command line -------------------------------------------------------------
+
+
+def from_mapping(config_type: type[T], mapping: dict[str, Any], where: str = "configuration") -> T:
+    """Make a config from plain values, e.g. a recipe's section.
+
+    Raises:
+        ConfigError: a key is unknown (the valid ones are listed) or a value does not fit its type.
+    """
+    _refuse_unknown_keys(config_type, mapping, where)
+    try:
+        return TypeAdapter(config_type).validate_python(mapping)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']} (found {problem['input']!r})"
+            for problem in error.errors()
+        )
+        raise ConfigError(f"{where}: {problems}") from None
+
+
+def _refuse_unknown_keys(config_type: type, mapping: Any, where: str) -> None:
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where}: expected keys and values, found {mapping!r}")
+    types = get_type_hints(config_type)
+    valid = [field.name for field in dataclasses.fields(config_type)]
+    for key, value in mapping.items():
+        if key not in valid:
+            raise ConfigError(f"{where}: unknown key {key!r}; valid keys: {', '.join(valid)}")
+        if dataclasses.is_dataclass(types[key]):
+            _refuse_unknown_keys(types[key], value, f"{where}.{key}")  # type: ignore[arg-type]
+
+
+def to_mapping(settings: Any, *, results_only: bool = False) -> dict[str, Any]:
+    """The resolved configuration as plain values, for a manifest.
+
+    With `results_only`, fields that only say how a job runs (workers, replicas) are left out, so that the same
+    work on another cluster has the same version.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        if results_only and field.metadata.get(Execution):
+            continue
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_mapping(value, results_only=results_only)
+        values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+STAGES: dict[str, type] = {
+    "draw": DrawConfig,
+    "ingest": IngestConfig,
+    "dialogue": DialogueConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "index": IndexConfig,
+    "serve": ServeConfig,
+}
+
+
+def load_recipe(recipe: str) -> dict[str, Any]:
+    """A recipe's sections as config objects' values: {stage: {key: value}}.
+
+    `recipe` is a name below ceca/recipes or a path of a YAML file.
+
+    Raises:
+        ConfigError: no such recipe, not a mapping, or an unknown stage.
+    """
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"no recipe {recipe!r} (looked for {path}); recipes: {known}, or give a path ending in .yaml")
+    try:
+        sections = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(sections, dict):
+        raise ConfigError(f"recipe {path}: expected a mapping of stages, found {type(sections).__name__}")
+    for stage, section in sections.items():
+        if stage not in STAGES:
+            raise ConfigError(f"recipe {path}: unknown stage {stage!r}; valid stages: {', '.join(STAGES)}")
+        from_mapping(STAGES[stage], section or {}, f"recipe {recipe}: {stage}")
+    return sections
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What a job's command line says: where the data is, whether to start anew, and the stage's settings."""
+
+    data: str
+    redo: bool
+    config: Any
+
+
+def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
+    """Read a job's command line: `--data URI [--recipe NAME] [--redo]` and one option per setting of the stage.
+
+    A recipe is read first; the options' defaults, also those that --help shows, are then its values.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config_type = STAGES[stage]
+    try:
+        recipe = _peek(argv, "--recipe")
+        sections = load_recipe(recipe) if recipe else {}
+        default = from_mapping(config_type, sections.get(stage) or {}, f"recipe {recipe}: {stage}")
+        arguments = dataclasses.make_dataclass(
+            "Arguments",
+            [
+                ("data", Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")]),
+                (
+                    "recipe",
+                    Annotated[str, tyro.conf.arg(help="name or path of a recipe")],
+                    dataclasses.field(default=recipe or ""),
+                ),
+                (
+                    "redo",
+                    Annotated[bool, tyro.conf.arg(help="make a new version though this one is published")],
+                    dataclasses.field(default=False),
+                ),
+                ("config", Annotated[config_type, tyro.conf.arg(name="")], dataclasses.field(default=default)),
+            ],
+        )
+        parsed = tyro.cli(
+            arguments,
+            args=argv,
+            prog=prog,
+            description=config_type.__doc__,
+        )
+    except (ConfigError, ValidationError) as error:
+        raise SystemExit(f"error: {error}") from None
+    return Arguments(data=parsed.data, redo=parsed.redo, config=parsed.config)
+
+
+def _peek(argv: Sequence[str], option: str) -> str | None:
+    for position, argument in enumerate(argv):
+        if argument == option and position + 1 < len(argv):
+            return argv[position + 1]
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1]
+    return None

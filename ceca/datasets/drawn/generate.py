@@ -1,0 +1,276 @@
+"""Write a whole drawn benchmark in the layout in which a real one is published."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .attributes import VOCABULARY, Attributes, distinct_people, sample_person, similar_person
+from .body import VIEWS, sample_body
+from .camera import draw_shot, sample_shot
+from .captions import describe
+
+VERSION = 1  # of the drawing: raised when the same seed would give other images or captions
+SPLITS = ("train", "val", "test")
+ATTRIBUTES_FILE = "attributes.json"
+_MARK = ".drawing.json"  # what an unfinished folder is to become
+
+# The first word of a spawn key: which of the independent random streams of a seed it starts.
+_PEOPLE, _BODY, _IMAGE, _CAPTIONS = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a benchmark is published: its annotation file and what stands in it."""
+
+    annotations: str
+    image_key: str
+    first_id: int
+    captions: int
+    shares: tuple[float, float, float]  # of the identities: train, val, test
+
+
+LAYOUTS = {
+    "cuhk_pedes": Layout("reid_raw.json", "file_path", 1, 2, (0.7, 0.1, 0.2)),
+    "icfg_pedes": Layout("ICFG-PEDES.json", "file_path", 0, 1, (0.7, 0.0, 0.3)),
+    "rstpreid": Layout("data_captions.json", "img_path", 0, 2, (0.7, 0.1, 0.2)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnStatistics:
+    """What a drawn dataset holds; `drawn` counts the images that this call drew itself."""
+
+    identities: dict[str, int]  # by split
+    images: dict[str, int]  # by split
+    captions: int
+    words_per_caption: float
+    lookalikes: int
+    occluded: int
+    drawn: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Person:
+    """One identity and everything that its images are drawn from."""
+
+    number: int
+    split: str
+    attributes: Attributes
+    lookalike: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One image: its annotation, the ground truth beside it, and whether it had to be drawn."""
+
+    record: dict[str, Any]
+    truth: dict[str, Any]
+    new: bool
+
+
+def draw_dataset(
+    folder: Path,
+    *,
+    seed: int = 0,
+    identities: int = 360,
+    images_per_identity: int = 4,
+    layout: str = "cuhk_pedes",
+    split_identities: tuple[int, int, int] | None = None,
+    lookalike_share: float = 0.3,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DrawnStatistics:
+    """Draw a synthetic person-retrieval benchmark; the same arguments give the same bytes.
+
+    Images that an interrupted call left in the folder are kept; the annotation files come last.
+
+    Args:
+        folder: made if missing; gets the annotation file, `attributes.json` (the ground truth) and `imgs/`.
+        seed: decides on everything that is random.
+        identities: number of different people.
+        images_per_identity: images of each person, the views taking turns.
+        layout: "cuhk_pedes", "icfg_pedes" or "rstpreid".
+        split_identities: people in train, val and test; by default about 70, 10 and 20 % of them
+            (ICFG-PEDES has no val: 70 and 30 %).
+        lookalike_share: share of people who differ from an earlier one of their split in 2 or 3 attributes.
+        workers: processes that draw; by default one per usable core. They never change the result.
+        progress: called with (images done, images in all) as the work goes on.
+
+    Returns:
+        Counts of what the folder now holds.
+
+    Raises:
+        ValueError: an argument is impossible, or the folder holds a dataset of other arguments.
+    """
+    published, splits = _check(seed, identities, images_per_identity, layout, split_identities, lookalike_share)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    drawing = {
+        "drawn": True, "seed": seed, "version": VERSION, "layout": layout, "identities": list(splits),
+        "images_per_identity": images_per_identity, "lookalike_share": lookalike_share,
+    }  # fmt: skip
+    folder = Path(folder)
+    _mark(folder, drawing)
+    people = _draw_people(seed, splits, lookalike_share)
+    draw = partial(_draw_identity, folder=folder, seed=seed, layout=layout, images=images_per_identity)
+    drawn: list[_Drawn] = []
+    for images in _in_order(draw, people, workers):
+        drawn.extend(images)
+        if progress:
+            progress(len(drawn), identities * images_per_identity)
+    truth = drawing | {"vocabulary": VOCABULARY, "images": [image.truth for image in drawn]}
+    _write(folder / ATTRIBUTES_FILE, truth)
+    _write(folder / published.annotations, [image.record for image in drawn])
+    (folder / _MARK).unlink(missing_ok=True)
+    return _statistics(people, drawn)
+
+
+def _check(
+    seed: int,
+    identities: int,
+    images_per_identity: int,
+    layout: str,
+    split_identities: tuple[int, int, int] | None,
+    lookalike_share: float,
+) -> tuple[Layout, tuple[int, int, int]]:
+    """The layout and the number of people in each split, once the arguments have been found possible."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}")
+    if not 1 <= identities <= distinct_people():
+        raise ValueError(
+            f"identities must be between 1 and {distinct_people()} (the distinct combinations of attributes), "
+            f"not {identities}"
+        )
+    if images_per_identity < 1:
+        raise ValueError(f"images_per_identity must be at least 1, not {images_per_identity}")
+    if not 0 <= lookalike_share <= 1:
+        raise ValueError(f"lookalike_share must be between 0 and 1, not {lookalike_share}")
+    published = LAYOUTS[layout]
+    if split_identities is None:
+        train, val = (round(identities * share) for share in published.shares[:2])
+        split_identities = (train, val, identities - train - val)
+    if len(split_identities) != 3 or min(split_identities) < 0 or sum(split_identities) != identities:
+        raise ValueError(f"split_identities {split_identities} must be three counts that add up to {identities}")
+    if split_identities[1] and not published.shares[1]:
+        raise ValueError(f"layout {layout} has no val split; split_identities must be (train, 0, test)")
+    return published, split_identities
+
+
+def _mark(folder: Path, drawing: dict[str, Any]) -> None:
+    """Say what the folder is to become, so that images of two drawings never mix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (_MARK, ATTRIBUTES_FILE):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text())
+            other = [f"{key} {found.get(key)!r}" for key in drawing if found.get(key) != drawing[key]]
+            if other:
+                raise ValueError(
+                    f"{folder} holds a drawn dataset with {', '.join(other)}; delete it or choose another folder"
+                )
+    _write(folder / _MARK, drawing)
+
+
+def _rng(seed: int, *stream: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
+
+
+def _draw_people(seed: int, splits: tuple[int, int, int], lookalike_share: float) -> list[_Person]:
+    """All identities, split after split; no two have the same attributes."""
+    rng = _rng(seed, _PEOPLE)
+    taken: set[Attributes] = set()
+    people: list[_Person] = []
+    for split, count in zip(SPLITS, splits, strict=True):
+        group: list[_Person] = []
+        while len(group) < count:
+            lookalike = bool(group) and bool(rng.random() < lookalike_share)
+            if lookalike:
+                model = group[int(rng.integers(len(group)))].attributes
+                attributes = similar_person(rng, model, int(rng.integers(2, 4)))
+            else:
+                attributes = sample_person(rng)
+            if attributes not in taken:
+                taken.add(attributes)
+                group.append(_Person(len(people) + len(group), split, attributes, lookalike))
+        people += group
+    return people
+
+
+def _in_order(
+    draw: Callable[[_Person], list[_Drawn]], people: list[_Person], workers: int | None
+) -> Iterator[list[_Drawn]]:
+    """Results of `draw` in the order of the people, whoever draws them."""
+    if workers is None:  # a few people are drawn before a pool has started
+        workers = len(os.sched_getaffinity(0)) if len(people) >= 16 else 1
+    if workers == 1:
+        yield from map(draw, people)
+        return
+    # Spawned, because a process that has started threads (Ray, torch) must not be forked.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(draw, people, chunksize=max(1, min(8, len(people) // (workers * 4))))
+
+
+def _draw_identity(person: _Person, *, folder: Path, seed: int, layout: str, images: int) -> list[_Drawn]:
+    """All images of one person: files that are there already are kept."""
+    rng = _rng(seed, _BODY, person.number)
+    body, views = sample_body(rng), rng.permutation(VIEWS)
+    published = LAYOUTS[layout]
+    number = person.number + published.first_id
+    drawn = []
+    for index in range(images):
+        path = f"drawn/{person.split}/{number:05d}_{index:02d}.jpg"
+        rng = _rng(seed, _IMAGE, person.number, index)
+        shot = sample_shot(str(views[index % len(views)]), rng)
+        target = folder / "imgs" / path
+        new = not target.exists()
+        if new:
+            _save(draw_shot(person.attributes, body, shot, rng), target, shot.quality)
+        words = _rng(seed, _CAPTIONS, person.number, index)
+        captions = [describe(person.attributes, shot.view, words) for _ in range(published.captions)]
+        record = {"id": number, "split": person.split, "captions": captions, published.image_key: path}
+        truth = {
+            "path": path, "id": number, "view": shot.view, "lighting": shot.lighting,
+            "occluded": shot.occluder is not None, "attributes": asdict(person.attributes),
+        }  # fmt: skip
+        drawn.append(_Drawn(record, truth, new))
+    return drawn
+
+
+def _save(image: Image.Image, target: Path, quality: int) -> None:
+    """Write a JPEG; a file of the name is always a whole one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(".tmp")
+    image.save(unfinished, format="JPEG", quality=quality)
+    os.replace(unfinished, target)
+
+
+def _write(target: Path, value: Any) -> None:
+    """Write JSON; a file of the name is always a whole one."""
+    unfinished = target.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(unfinished, target)
+
+
+def _statistics(people: list[_Person], drawn: list[_Drawn]) -> DrawnStatistics:
+    captions = [caption for image in drawn for caption in image.record["captions"]]
+    return DrawnStatistics(
+        identities={split: sum(person.split == split for person in people) for split in SPLITS},
+        images={split: sum(image.record["split"] == split for image in drawn) for split in SPLITS},
+        captions=len(captions),
+        words_per_caption=sum(len(caption.split()) for caption in captions) / len(captions),
+        lookalikes=sum(person.lookalike for person in people),
+        occluded=sum(image.truth["occluded"] for image in drawn),
+        drawn=sum(image.new for image in drawn),
+    )

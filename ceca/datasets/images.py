@@ -1,0 +1,51 @@
+"""Encoded images: checking and decoding them."""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 50_000_000  # a pedestrian crop has about 30,000; far larger is a mistake or an attack
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+
+
+class ImageError(ValueError):
+    """Bytes that are not a usable image: `reason` in snake_case, `detail` for a person."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Decode to RGB.
+
+    Raises:
+        ImageError: not an image, of another format, too large, or truncated.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ImageError("not_an_image", f"{len(content)} bytes starting {content[:8]!r}") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError("not_an_image", str(error)) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError("image_too_large", f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,}")
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError("truncated_image", str(error)) from None
+    return image.convert("RGB")
+
+
+def check_image(content: bytes) -> tuple[int, int]:
+    """Width and height of an image that decodes to its last row; raises ImageError."""
+    return open_image(content).size
+
+
+def decode_image(content: bytes, height: int, width: int) -> np.ndarray:
+    """Decode and resize: uint8 [height, width, 3]. Raises ImageError."""
+    image = open_image(content)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)

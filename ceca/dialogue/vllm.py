@@ -1,0 +1,158 @@
+"""A model inside vLLM's asynchronous engine.
+
+The turns of a conversation follow each other on one engine, so that its prefix cache holds the image and the
+history: a turn computes only the last answer and the new question. An image is named by its id, so that it is
+neither hashed nor encoded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from ceca.config import VLLMConfig
+from ceca.datasets.images import ImageError, open_image
+from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subject, Turn
+
+# A context of one conversation, then the next: decoded images are kept for the turns of those in flight.
+DECODED_KEPT = 512
+
+
+class VLLMEngine:
+    """vLLM in this process's event loop; its engine core is a child process that close() ends."""
+
+    def __init__(self, config: VLLMConfig, temperature: float, seed: int):
+        self.config, self.temperature, self.seed = config, temperature, seed
+        self.model = config.model
+        self.requests = itertools.count()
+        self.images: OrderedDict[str, Image.Image] = OrderedDict()
+
+    async def start(self) -> None:
+        if self.config.gpus == 0:  # read when vLLM is imported
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self.config.kv_cache_gib)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            from transformers import AutoProcessor
+            from vllm import SamplingParams
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.sampling_params import RequestOutputKind
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise EngineError(
+                f"vLLM cannot be imported ({error}); install requirements/gpu.txt on a machine with a GPU, "
+                "requirements/cpu.txt on one without"
+            ) from error
+        self.sampling = SamplingParams
+        self.final_only = RequestOutputKind.FINAL_ONLY
+        arguments: dict[str, Any] = {
+            "model": self.config.model,
+            "dtype": self.config.dtype,
+            "max_model_len": self.config.max_model_len,
+            "tensor_parallel_size": self.config.tensor_parallel,
+            "enforce_eager": self.config.enforce_eager,
+            "enable_prefix_caching": True,
+            "limit_mm_per_prompt": {"image": 1, "video": 0},
+            "seed": self.seed,
+            "disable_log_stats": True,
+        }
+        if self.config.gpus:
+            arguments["gpu_memory_utilization"] = self.config.memory_fraction
+        try:
+            self.processor = AutoProcessor.from_pretrained(self.config.model)
+            self.engine = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
+        except Exception as error:
+            raise EngineError(self._explain(error)) from error
+
+    def _explain(self, error: Exception) -> str:
+        text = f"vLLM cannot start {self.config.model!r}: {type(error).__name__}: {error}"
+        if "out of memory" in text.lower() or "no available memory" in text.lower():
+            return f"{text}; lower --vllm.max-model-len or --vllm.max-pixels, or raise --vllm.tensor-parallel"
+        if isinstance(error, OSError):
+            return f"{text}; name a model of the hub that this machine can reach, or a local folder of weights"
+        return text
+
+    async def close(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.shutdown()  # not in a thread: its output task would meet the closed engine first
+
+    async def answer(self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int) -> Answer:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        prompt = {
+            "prompt": self._render(history, question),
+            "multi_modal_data": {"image": self._image(subject)},
+            "multi_modal_uuids": {"image": subject.image_id},
+        }
+        sampling = self.sampling(
+            max_tokens=max_tokens, temperature=self.temperature, seed=self.seed, output_kind=self.final_only
+        )
+        result = None
+        try:
+            name = f"{subject.image_id}-{next(self.requests)}"
+            async for streamed in self.engine.generate(prompt, sampling, name):
+                result = streamed
+        except (VLLMClientError, ValueError) as error:  # what is wrong with this prompt, not with the engine
+            reason = "conversation_too_long" if "length" in str(error) or "long" in str(error) else "refused_prompt"
+            raise DialogueError(reason, " ".join(str(error).split())) from error
+        except EngineDeadError as error:
+            raise EngineError(
+                f"vLLM's engine has died ({error}); its log above says why. Out of memory: lower --conversations, "
+                "--vllm.max-model-len or --vllm.memory-fraction. Start the same command again: finished images are kept"
+            ) from error
+        assert result is not None, "vLLM ended a request without an output"
+        output = result.outputs[0]
+        return Answer(
+            text=output.text,
+            prompt_tokens=len(result.prompt_token_ids or ()),
+            cached_tokens=result.num_cached_tokens or 0,
+            completion_tokens=len(output.token_ids),
+            cut_off=output.finish_reason == "length",
+        )
+
+    def _render(self, history: Sequence[Turn], question: str) -> str:
+        """The conversation by the model's own chat template, the image in its first turn."""
+        asked = [*(turn.question for turn in history), question]
+        messages: list[dict[str, Any]] = []
+        for position, text in enumerate(asked):
+            image = [{"type": "image"}] if position == 0 else []
+            messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
+            if position < len(history):
+                said = [{"type": "text", "text": history[position].answer}]
+                messages.append({"role": "assistant", "content": said})
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _image(self, subject: Subject) -> Image.Image:
+        """The decoded image within the pixel budget; decoded once per conversation."""
+        if subject.image_id in self.images:
+            self.images.move_to_end(subject.image_id)
+            return self.images[subject.image_id]
+        try:
+            image = open_image(subject.image)
+        except ImageError as error:
+            raise DialogueError(error.reason, error.detail) from None
+        image = fit_pixels(image, self.config.max_pixels)
+        self.images[subject.image_id] = image
+        if len(self.images) > DECODED_KEPT:
+            self.images.popitem(last=False)
+        return image
+
+
+def fit_pixels(image: Image.Image, max_pixels: int) -> Image.Image:
+    """The image scaled down to at most `max_pixels`, its aspect kept; smaller ones as they are.
+
+    Here and not in a model's own processor, whose options differ from model to model.
+    """
+    pixels = image.width * image.height
+    if pixels <= max_pixels:
+        return image
+    scale = (max_pixels / pixels) ** 0.5
+    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,99 @@
+"""The two losses of CECA, per sample, over the whole batch they are given (method: Losses).
+
+Notable: everything is computed in fp32 and in log space, so similarities of ±1 at a temperature of 0.015 and
+batches of one identity stay finite; nothing loops over the batch; several samples of one identity are all
+positives of each other.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def same_identity(rows: Tensor, columns: Tensor) -> Tensor:
+    """[B] and [C] identities → [B, C] booleans."""
+    return rows[:, None] == columns[None, :]
+
+
+def triplet_alignment_loss(similarity: Tensor, identities: Tensor, *, temperature: float, margin: float) -> Tensor:
+    """Triplet Alignment Loss (TAL, from RDE), both directions.
+
+    Per row: max(0, m − Σ_{j∈P} α_j S_j + τ·log Σ_{j∈N} exp(S_j/τ)) with α the softmax of S/τ over the positives,
+    without gradient. A row without negatives contributes 0.
+
+    Args:
+        similarity: [B, B] cosines, rows are texts, columns images.
+        identities: [B] of the samples; row i and column i belong to sample i.
+        temperature: τ. margin: m.
+
+    Returns:
+        [B] fp32: the sum of a sample's row and its column. The batch's loss is the sum over samples.
+    """
+    if similarity.ndim != 2 or similarity.shape != (len(identities), len(identities)):
+        raise ValueError(f"similarity must be [B, B] for {len(identities)} identities, found {list(similarity.shape)}")
+    similarity = similarity.float()
+    positive = same_identity(identities, identities)
+    rows = _hardest_margin(similarity, positive, temperature, margin)
+    columns = _hardest_margin(similarity.T, positive, temperature, margin)
+    return rows + columns
+
+
+def _hardest_margin(similarity: Tensor, positive: Tensor, temperature: float, margin: float) -> Tensor:
+    logits = similarity / temperature
+    weights = logits.detach().masked_fill(~positive, -torch.inf).softmax(dim=1)
+    attraction = (weights * similarity).sum(dim=1)
+    has_negative = (~positive).any(dim=1)
+    # A row without negatives keeps its logits here, for the log of an empty sum has no usable gradient.
+    excluded = positive & has_negative[:, None]
+    repulsion = temperature * logits.masked_fill(excluded, -torch.inf).logsumexp(dim=1)
+    loss = (margin - attraction + repulsion).clamp(min=0)
+    return torch.where(has_negative, loss, torch.zeros_like(loss))
+
+
+def confidence_aware_weighting_loss(
+    summary: Tensor,
+    text: Tensor,
+    image: Tensor,
+    identities: Tensor,
+    *,
+    scale: float,
+    gamma: float,
+    weight_range: tuple[float, float],
+) -> Tensor:
+    """Confidence-Aware Weighting Loss (CAWL).
+
+    With CE(L)_i = −log Σ_{j∈P(i)} softmax(L_i)_j and p = exp(−CE): w_i = (p(st)_i · p(si)_i)^γ, divided by its
+    batch mean, clipped, without gradient; loss_i = w_i·(CE(st)_i + CE(si)_i) + (1 − w_i)·½(CE(it)_i + CE(ti)_i).
+
+    Args:
+        summary, text, image: [B, D] global features of the samples, normalised here.
+        identities: [B].
+        scale: κ, the factor of the cosines. gamma: γ. weight_range: clip of w.
+
+    Returns:
+        [B] fp32. The batch's loss is the mean over samples.
+    """
+    summary, text, image = (F.normalize(features.float(), dim=1) for features in (summary, text, image))
+    positive = same_identity(identities, identities)
+    image_text = scale * image @ text.T
+    summary_text = _identity_cross_entropy(scale * summary @ text.T, positive)
+    summary_image = _identity_cross_entropy(scale * summary @ image.T, positive)
+    cross = 0.5 * (_identity_cross_entropy(image_text, positive) + _identity_cross_entropy(image_text.T, positive))
+    weight = confidence_weights(summary_text, summary_image, gamma=gamma, weight_range=weight_range)
+    return weight * (summary_text + summary_image) + (1 - weight) * cross
+
+
+def confidence_weights(
+    summary_text: Tensor, summary_image: Tensor, *, gamma: float, weight_range: tuple[float, float]
+) -> Tensor:
+    """w of CAWL from the two cross-entropies, [B] each: [B], no gradient.
+
+    The mean is taken in log space, for the product of two small probabilities vanishes in fp32.
+    """
+    log_weight = -gamma * (summary_text + summary_image).detach()
+    log_mean = log_weight.logsumexp(dim=0) - torch.log(torch.tensor(float(len(log_weight)), device=log_weight.device))
+    return (log_weight - log_mean).exp().clamp(*weight_range)
+
+
+def _identity_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
+    return logits.logsumexp(dim=1) - logits.masked_fill(~positive, -torch.inf).logsumexp(dim=1)

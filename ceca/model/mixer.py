@@ -1,0 +1,167 @@
+"""The local branch: token selection, the Bidirectional Cross-attention Mixer, token embedding (method: Local branch).
+
+Padding never enters attention, normalisation statistics or pooling.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ceca.model.backbone import Tokens
+
+
+def select_tokens(side: Tokens, ratio: float) -> tuple[Tensor, Tensor]:
+    """The most important share of each sample's tokens, L2-normalised.
+
+    A sample with n tokens keeps ceil(ratio·n); the result is as long as the longest can be.
+
+    Returns:
+        tokens [B, K, D] and present [B, K].
+    """
+    if ratio >= 1:
+        return F.normalize(side.tokens, dim=-1), side.present
+    kept = math.ceil(ratio * side.tokens.shape[1])
+    # Absent tokens go last: importance is an attention weight and never negative.
+    order = side.importance.masked_fill(~side.present, -1.0).argsort(dim=1, descending=True, stable=True)[:, :kept]
+    tokens = side.tokens.gather(1, order[..., None].expand(-1, -1, side.tokens.shape[-1]))
+    counts = torch.ceil(ratio * side.present.sum(dim=1, keepdim=True))
+    present = torch.arange(kept, device=order.device)[None, :] < counts
+    return F.normalize(tokens, dim=-1), present
+
+
+class MixerBlock(nn.Module):
+    """One side of the mixer: q → q + sigmoid(γ)·Δ.
+
+    Δ is what self-attention over own tokens, cross-attention to the other side's, and an MLP add, each on the
+    layer-normalised state. Without a condition there is no cross-attention.
+    """
+
+    def __init__(self, width: int, heads: int, gate_start: float):
+        super().__init__()
+        self.self_norm = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
+        self.cross_norm = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.gate = nn.Parameter(torch.tensor([gate_start]))  # [1]: DeepSpeed refuses scalars
+
+    def forward(
+        self, own: Tensor, present: Tensor, condition: Tensor | None = None, condition_present: Tensor | None = None
+    ) -> Tensor:
+        """own [B, N, D] with present [B, N]; condition [B, M, D] with condition_present [B, M] → [B, N, D]."""
+        normed = self.self_norm(own)
+        x = own + self.self_attention(normed, normed, present)
+        if condition is not None and condition_present is not None:
+            x = x + self.cross_attention(self.cross_norm(x), condition, condition_present)
+        x = x + self.mlp(self.mlp_norm(x))
+        return own + torch.sigmoid(self.gate) * (x - own)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of [B, N, D] to [B, M, D], whose absent tokens get no weight."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"mixer width {width} must be a multiple of its heads {heads}")
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, query: Tensor, source: Tensor, present: Tensor) -> Tensor:
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        key, value = self.key_value(source).chunk(2, dim=-1)
+        mask = present[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(split(self.query(query)), split(key), split(value), attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch normalisation over the present tokens of all workers' samples.
+
+    In training, mean and variance are of the global batch, with gradients through the sum over workers, so that N
+    workers compute what one would. fp32 inside.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+        """x [B, N, D], present [B, N] → [B, N, D]; absent tokens come out as something finite."""
+        values = x.float()
+        if self.training:
+            mean, variance = self._batch_statistics(values, present)
+        else:
+            mean, variance = self.running_mean.float(), self.running_var.float()
+        normal = (values - mean) * torch.rsqrt(variance + self.eps)
+        return (normal * self.weight.float() + self.bias.float()).to(x.dtype)
+
+    def _batch_statistics(self, values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        kept = present[..., None].to(values.dtype)
+        count = kept.sum()
+        total = (values * kept).sum(dim=(0, 1))
+        count, total = _sum_over_workers(torch.cat([count[None], total])).split([1, len(total)])
+        mean = total / count
+        # Two passes: the difference of large sums would lose the variance of small activations.
+        squares = _sum_over_workers((((values - mean) * kept) ** 2).sum(dim=(0, 1)))
+        variance = squares / count
+        with torch.no_grad():
+            unbiased = squares / (count - 1).clamp(min=1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return mean, variance
+
+
+def _sum_over_workers(value: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return _AllReduceSum.apply(value)
+    return value
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over workers. Every worker's loss depends on the sum, so the gradient is summed over workers as well."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class TokenEmbedding(nn.Module):
+    """e = Linear(q) + MLP(q) per token, then the maximum over the tokens that are there: [B, N, D] → [B, E]."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.hidden = nn.Linear(width, width)
+        self.norm = GlobalBatchNorm(width)
+        self.out = nn.Linear(width, out)
+
+    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
+        embedded = self.linear(tokens) + self.out(F.relu(self.norm(self.hidden(tokens), present)))
+        return embedded.masked_fill(~present[..., None], -torch.inf).amax(dim=1)

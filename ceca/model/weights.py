@@ -1,0 +1,236 @@
+"""Weights in and out: CLIP weights from a tag, file or URI; published models as safetensors beside their config.
+
+A published model is three objects and a manifest written last:
+    models/<name>/<digest>/{model.safetensors, config.json, training.json}    models/<name>/manifest.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import open_clip
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ceca.config import ModelConfig, from_mapping, to_mapping
+from ceca.model.backbone import Backbone, WeightsError
+from ceca.model.ceca import CECA
+from ceca.schema import SCHEMA_VERSION
+from ceca.store import Store, StoreError, filesystem
+
+# What OpenAI's files carry besides weights, and the scale that nothing here uses.
+NOT_WEIGHTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
+
+
+def load_clip_weights(backbone: Backbone, name: str, source: str) -> None:
+    """Load CLIP weights, position embeddings interpolated to the backbone's image size.
+
+    Args:
+        name: the backbone's name. source: open_clip tag (downloaded), local file, or URI.
+
+    Raises:
+        WeightsError: not found, not weights, or weights of another model.
+    """
+    weights = _read_weights(name, source)
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    weights = {key: value.float() for key, value in weights.items() if key not in NOT_WEIGHTS}
+    own = {key: value for key, value in backbone.clip.state_dict().items() if key not in NOT_WEIGHTS}
+    key = "visual.positional_embedding"
+    if key in weights and key in own and weights[key].shape[1] == own[key].shape[1]:
+        weights[key] = interpolate_positions(weights[key], backbone.clip.visual.grid_size)
+    wrong = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    problems = {"missing": own.keys() - weights.keys(), "unknown": weights.keys() - own.keys(), "of other shape": wrong}
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {what}, e.g. {sorted(keys)[0]}" for what, keys in problems.items() if keys)
+        raise WeightsError(
+            f"{source!r} does not hold the weights of {name}: {found}; choose the matching --model.backbone"
+        )
+    backbone.clip.load_state_dict(weights, strict=False)
+
+
+def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[1 + n², D] position embeddings, class first → [1 + h·w, D], bilinearly from the square grid."""
+    start, patches = positions[:1], positions[1:]
+    side = round(len(patches) ** 0.5)
+    if side * side != len(patches):
+        raise WeightsError(f"position embeddings of {len(patches)} patches are not from a square grid")
+    square = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+    return torch.cat([start, resized.flatten(2).transpose(1, 2)[0]])
+
+
+def _read_weights(name: str, source: str) -> dict[str, Tensor]:
+    path = _find_weights(name, source)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except RuntimeError:  # OpenAI's own files are TorchScript archives
+            found = torch.jit.load(str(path), map_location="cpu").state_dict()
+    except Exception as error:
+        raise WeightsError(f"{source!r} cannot be read as weights ({type(error).__name__}: {error})") from error
+    found = found.get("state_dict", found)
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise WeightsError(f"{source!r} holds something else than named weights")
+    return found
+
+
+def _find_weights(name: str, source: str) -> Path:
+    if "://" in source:
+        try:
+            return Path(fsspec.open_local(f"simplecache::{source}"))
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"cannot fetch weights from {source!r}: {error}") from error
+    if Path(source).is_file():
+        return Path(source)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if source not in tags:
+        raise WeightsError(f"no weights {source!r}: not a file, and the tags of {name} are {', '.join(tags) or 'none'}")
+    try:
+        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, source)))
+    except Exception as error:
+        raise WeightsError(
+            f"cannot download {name} {source!r} ({type(error).__name__}: {error}); "
+            "fetch the file where there is a network and pass its path as --model.pretrained"
+        ) from error
+
+
+def build_model(config: ModelConfig) -> CECA:
+    """A model to train: CLIP's weights where the configuration names them, random ones elsewhere."""
+    model = CECA(config)
+    if config.pretrained is not None:
+        load_clip_weights(model.backbone, config.backbone, config.pretrained)
+    return model
+
+
+# --- published models -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedModel:
+    """A model as published: where it is, its digest, its embeddings' widths, settings and training record."""
+
+    uri: str
+    digest: str
+    global_dim: int
+    local_dim: int
+    config: dict[str, Any]
+    training: dict[str, Any]
+    made_from: dict[str, str]
+    version: str
+
+
+def serialize(state: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+
+
+def publish_model(
+    store: Store,
+    name: str,
+    weights: bytes,
+    *,
+    model: ModelConfig,
+    config: dict[str, Any],
+    training: dict[str, Any],
+    made_from: dict[str, str],
+    version: str,
+) -> PublishedModel:
+    """Publish a model under models/<name>; the manifest comes last."""
+    global_dim = safetensors.torch.load(weights)["backbone.clip.text_projection"].shape[1]
+    described = {"schema_version": SCHEMA_VERSION, "model": to_mapping(model), "train": config}
+    digest = hashlib.sha256(weights + json.dumps(described["model"], sort_keys=True).encode()).hexdigest()[:16]
+    store.write_bytes(weights, "models", name, digest, "model.safetensors")
+    store.write_json(described, "models", name, digest, "config.json")
+    store.write_json(training, "models", name, digest, "training.json")
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "digest": digest,
+        "global_dim": global_dim,
+        "local_dim": model.local_dim,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "version": version,
+        "made_from": made_from,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    store.write_json(manifest, "models", name, "manifest.json")
+    place = store.place("models", name)
+    return PublishedModel(place, digest, global_dim, model.local_dim, described, training, made_from, version)
+
+
+def find_model(store: Store, name: str) -> PublishedModel | None:
+    """A published model's description by name below the dataset, or by URI; None where there is none."""
+    home, names = _locate(store, name)
+    manifest = home.read_json(*names, "manifest.json")
+    if manifest is None:
+        return None
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise StoreError(
+            f"{home.place(*names)} has schema version {manifest.get('schema_version')}, "
+            f"this program reads {SCHEMA_VERSION}; use the program that wrote it, or train again"
+        )
+    digest = manifest["digest"]
+    config = home.read_json(*names, digest, "config.json")
+    training = home.read_json(*names, digest, "training.json") or {}
+    if config is None:
+        raise StoreError(f"{home.place(*names, digest)} has no config.json; train the model again with --redo")
+    return PublishedModel(
+        uri=home.place(*names),
+        digest=digest,
+        global_dim=manifest["global_dim"],
+        local_dim=manifest["local_dim"],
+        config=config,
+        training=training,
+        made_from=manifest["made_from"],
+        version=manifest["version"],
+    )
+
+
+def require_model(store: Store, name: str) -> PublishedModel:
+    """`find_model`, and a StoreError that names those there are where it is not published."""
+    model = find_model(store, name)
+    if model is None:
+        there = ", ".join(list_models(store)) or "none"
+        raise StoreError(f"no published model {name!r} in {store.uri} (there: {there}); run the stage `train` first")
+    return model
+
+
+def load_model(store: Store, name: str, device: str | torch.device = "cpu") -> tuple[CECA, PublishedModel]:
+    """A published model, ready to embed.
+
+    Raises:
+        StoreError: there is none of this name (the message lists those there are), or it is damaged.
+    """
+    published = require_model(store, name)
+    home, names = _locate(store, name)
+    weights = home.read_bytes(*names, published.digest, "model.safetensors")
+    config = from_mapping(ModelConfig, published.config["model"], f"{published.uri} config.json")
+    model = CECA(config)
+    try:
+        model.load_state_dict(safetensors.torch.load(weights))
+    except Exception as error:
+        raise StoreError(f"{published.uri} is damaged: {error}; train it again with --redo") from error
+    return model.to(device).eval(), published
+
+
+def list_models(store: Store) -> list[str]:
+    """Names of the models below a dataset, published or not yet."""
+    folder = store.path("models")
+    if not store.fs.exists(folder):
+        return []
+    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in store.fs.ls(folder, detail=False))
+
+
+def _locate(store: Store, name: str) -> tuple[Store, tuple[str, ...]]:
+    if "://" in name or "/" in name:
+        filesystem(name)  # a clear error for an unknown scheme
+        return Store(name), ()
+    return store, ("models", name)

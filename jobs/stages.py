@@ -1,0 +1,254 @@
+"""How a stage runs on Ray: numbered units of work, each done exactly once, then one atomic publication.
+
+A stage says what its units are and gives a worker class. Ray Data runs the workers; each reads its unit's input
+from the store and writes its output there, so no row passes through the driver. A finished unit leaves a
+receipt, and a stage started again skips those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ceca.errors import UserError
+from ceca.store import Manifest, Receipt, Reject, Store
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+@dataclasses.dataclass
+class Output:
+    """What one unit of work came to: rows per table, rejected rows, and sums for the summary."""
+
+    tables: dict[str, pa.Table]
+    rejects: list[Reject] = dataclasses.field(default_factory=list)
+    counts: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Worker(Protocol):
+    """Does a unit of work. A UserError it raises ends the stage; a bad row is a Reject."""
+
+    def __call__(self, work: Any) -> Output: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that decides a stage's result, and how it is cut up."""
+
+    stage: str
+    version: str
+    tables: tuple[str, ...]  # published in this order: the one that readers look at last
+    units: Sequence[Any]  # JSON values
+    sizes: Sequence[int]  # rows per unit, for the progress display
+    worker: Callable[..., Worker]
+    arguments: Mapping[str, Any]  # of the worker's constructor
+    made_from: Mapping[str, str]
+    config: Mapping[str, Any]
+    rejects: Sequence[Reject] = ()
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (as in `ray job submit`), else start Ray on this machine.
+
+    On one machine the logical CPUs are at least eight, for the trainer's workers hold one each while others
+    decode their images.
+    """
+    if not ray.is_initialized():
+        local: dict[str, Any] = {}
+        if not os.environ.get("RAY_ADDRESS"):
+            local = {"num_cpus": max(8, os.cpu_count() or 1)}
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's actors log a harmless error each
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line of a worker twice
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **local)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpus: float = 0) -> dict[str, Manifest]:
+    """Do what is left of a plan and publish its tables; nothing where they are published already."""
+    started = time.monotonic()
+    version = plan.version
+    if redo:
+        # A new name beside the published one: readers keep the old until the new is whole, and a --redo that
+        # is killed goes on where it was.
+        repeats = 1
+        while store.manifest(plan.tables[-1], version) is not None:
+            version = f"{plan.version}-{repeats}"
+            repeats += 1
+    published = store.manifest(plan.tables[-1])
+    if published is not None and published.version == version:
+        console.print(f"{plan.stage}: {store.place(plan.tables[-1])} is published already (--redo makes it again)")
+        return {table: store.current(table) for table in plan.tables}
+    earlier = store.manifest(plan.tables[-1], version)
+    if earlier is not None:
+        return _restore(store, plan, version)
+
+    done = store.receipts(plan.stage, version)
+    if done:
+        console.print(f"{plan.stage}: continuing, {len(done)} of {len(plan.units)} parts are there")
+    todo = [unit for unit in range(len(plan.units)) if unit not in done]
+    if todo:
+        connect()
+        _run_units(store, plan, version, todo, replicas=min(replicas, len(todo)), cpus=cpus, gpus=gpus)
+    receipts = store.receipts(plan.stage, version)
+    manifests = store.publish(
+        plan.stage,
+        version,
+        plan.tables,
+        [receipts[unit] for unit in range(len(plan.units))],
+        made_from=plan.made_from,
+        config=plan.config,
+        rejects=plan.rejects,
+        notes={**plan.notes, "counts": _sum_counts(receipts.values())},
+    )
+    _print_summary(store, plan, manifests, time.monotonic() - started)
+    return manifests
+
+
+def _restore(store: Store, plan: Plan, version: str) -> dict[str, Manifest]:
+    """Make an earlier version the current one again: same input and settings as then, so nothing to compute."""
+    console.print(f"{plan.stage}: version {version} was published before and is made current again")
+    manifests = {}
+    for table in (f"rejects/{plan.stage}", *plan.tables):
+        found = store.manifest(table, version)
+        if found is not None:
+            store.write_json(dataclasses.asdict(found), table, "manifest.json")
+            manifests[table] = found
+    return manifests
+
+
+def _run_units(
+    store: Store, plan: Plan, version: str, todo: Sequence[int], *, replicas: int, cpus: float, gpus: float
+) -> None:
+    rows = [{"unit": unit, "work": json.dumps(plan.units[unit])} for unit in todo]
+    results = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map(
+            _UnitWorker,
+            fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments)),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=replicas),
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+        )
+        .iter_rows()
+    )
+    total = sum(plan.sizes)
+    finished = total - sum(plan.sizes[unit] for unit in todo)
+    with Track(plan.stage, total, finished) as track:
+        for result in results:
+            if result["fatal"]:
+                raise UserError(result["fatal"])
+            track.advance(plan.sizes[result["unit"]], f"{result['rejects']} rejected" if result["rejects"] else "")
+
+
+class _UnitWorker:
+    """A Ray Data actor: does units with the stage's worker and commits each before the next."""
+
+    def __init__(self, uri: str, stage: str, version: str, make: Callable[..., Worker], arguments: dict[str, Any]):
+        self.store, self.stage, self.version = Store(uri), stage, version
+        self.make, self.arguments = make, arguments
+        self.worker: Worker | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        unit = row["unit"]
+        try:
+            if self.worker is None:  # here and not in __init__, where Ray would retry an error that stays
+                self.worker = self.make(**self.arguments)
+            output = self.worker(json.loads(row["work"]))
+            parts = {
+                table: self.store.write_part(table, self.version, unit, rows)
+                for table, rows in output.tables.items()
+                if rows.num_rows
+            }
+            receipt = Receipt(parts, tuple(output.rejects), output.counts)
+            self.store.write_receipt(self.stage, self.version, unit, receipt)
+        except UserError as error:
+            return {"unit": unit, "rejects": 0, "fatal": f"{plain(error)}"}
+        return {"unit": unit, "rejects": len(output.rejects), "fatal": ""}
+
+
+def plain(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())
+
+
+def _sum_counts(receipts: Any) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for receipt in receipts:
+        for name, count in receipt.counts.items():
+            sums[name] = sums.get(name, 0) + count
+    return sums
+
+
+def _print_summary(store: Store, plan: Plan, manifests: Mapping[str, Manifest], seconds: float) -> None:
+    rejects = manifests[f"rejects/{plan.stage}"]
+    made = ", ".join(f"{manifests[table].rows:,} {table}" for table in plan.tables)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.notes["rejects"].items()))
+    rejected = (
+        f"{rejects.rows} rejected ({reasons}; see {store.place(f'rejects/{plan.stage}')})"
+        if rejects.rows
+        else "none rejected"
+    )
+    console.print(f"{plan.stage}: {made}; {rejected}; {seconds:.1f} s → {store.place(plan.tables[-1])}")
+
+
+class Track:
+    """Progress for a person: a live bar in a terminal, a line every ten seconds in a log file."""
+
+    def __init__(self, title: str, total: int, finished: int = 0, unit: str = "rows"):
+        self.title, self.total, self.finished, self.unit = title, total, finished, unit
+        self.begun, self.first, self.last_line = time.monotonic(), finished, time.monotonic()
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+            self.task = self.bar.add_task(title, total=total, completed=finished, note="")
+
+    def __enter__(self) -> Track:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.finished += amount
+        if self.bar is not None:
+            self.bar.update(self.task, advance=amount, note=note)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= 10 or self.finished >= self.total:
+            self.last_line = now
+            rate = (self.finished - self.first) / max(now - self.begun, 1e-9)
+            left = (self.total - self.finished) / rate if rate else float("inf")
+            end = f", {left:.0f} s left" if self.finished < self.total else ""
+            console.print(f"{self.title}: {self.finished}/{self.total} {self.unit}, {rate:.1f}/s{end} {note}".rstrip())
+
+
+def entry(main: Callable[[], None]) -> None:
+    """Run a command: a UserError is printed alone and exits with 2, an interrupt with 130."""
+    try:
+        main()
+    except UserError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues")
+        sys.exit(130)

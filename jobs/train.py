@@ -1,0 +1,228 @@
+"""Train: images, captions and dialogues become a model.
+
+    python jobs/train.py --recipe cuhk_pedes --data s3://bucket/cuhk --name ceca-vitb16
+
+Ray Train starts the workers, DeepSpeed steps. The same command continues a run that was killed; the model is
+published when the last epoch is done, as the weights of the epoch that was best on the validation split.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+import safetensors.torch
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from ceca.config import TrainConfig, parse_arguments, to_mapping
+from ceca.errors import UserError
+from ceca.model.backbone import count_tokens
+from ceca.model.weights import PublishedModel, find_model, publish_model
+from ceca.samples import ImageRow, add_summaries, list_images, make_pairs
+from ceca.schema import SCHEMA_VERSION
+from ceca.store import Manifest, Reject, Store, StoreError, version_of
+from jobs import stages
+from jobs.train_data import load_images
+from jobs.train_worker import Run, train_worker
+
+
+def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedModel:
+    """Train a model and publish it under models/<name>."""
+    store = Store(data)
+    images = store.current("images", "ingest")
+    captions = store.current("captions", "ingest")
+    check_made_from_same_ingest(images, captions)
+    made_from = {"images": images.version, "captions": captions.version}
+    dialogues = None
+    if config.model.summary_weight > 0:
+        dialogues = store.current("dialogues", "dialogue")
+        made_from["dialogues"] = dialogues.version
+    elif "cawl" in config.losses.terms:
+        raise UserError(
+            "summary_weight 0 leaves summaries out, so the loss cawl cannot be computed; drop it from --losses.terms"
+        )
+    settings = to_mapping(config, results_only=True)
+    version = version_of("train", SCHEMA_VERSION, made_from, settings)
+    published = find_model(store, config.name)
+    if published is not None and not redo:
+        if published.version == version:
+            stages.console.print(f"train: {published.uri} is published already (--redo trains it again)")
+            return published
+        raise UserError(
+            f"{published.uri} is published with other settings or data "
+            f"({_difference(published.config['train'], settings)}); use another --name, or pass --redo to replace it"
+        )
+    run = f"models/{config.name}/run-{version}"
+    if redo and published is not None and published.version == version:
+        store.remove(run)
+    stages.connect()
+    started = time.monotonic()
+    prepared, used_validation = _prepare(store, config, images, captions, dialogues, run)
+    _fit(store, config, prepared, version)
+    record, weights = _best(store, run)
+    record |= {
+        "validation_split": used_validation,
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__},
+        "parameters": sum(value.numel() for value in safetensors.torch.load(weights).values()),
+    }
+    made = publish_model(
+        store,
+        config.name,
+        weights,
+        model=config.model,
+        config=to_mapping(config),
+        training=record,
+        made_from=made_from,
+        version=version,
+    )
+    store.remove(run)
+    best = record["best"]
+    chosen = f", best on {used_validation} with Rank-1 {best['rank1']:.1f}" if "rank1" in best else ""
+    stages.console.print(
+        f"train: {config.name} of epoch {best['epoch']}{chosen}; {record['seconds']:.0f} s → {made.uri}"
+    )
+    return made
+
+
+def check_made_from_same_ingest(images: Manifest, captions: Manifest) -> None:
+    if images.version != captions.version:
+        raise StoreError(
+            f"images {images.version} and captions {captions.version} are from different runs of ingest; run it again"
+        )
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    found = []
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            if inner := _difference(before, value, f"{prefix}{key}."):
+                found.append(inner)
+        elif before != value:
+            found.append(f"{prefix}{key}: {before} there, {value} here")
+    return "; ".join(found) or ("" if prefix else "same settings, other input tables")
+
+
+def _prepare(
+    store: Store, config: TrainConfig, images: Manifest, captions: Manifest, dialogues: Manifest | None, run: str
+) -> tuple[Run, str | None]:
+    """Lay the samples out in Ray's object store; also the split that validates, or None."""
+
+    def told(split: str) -> tuple[list[ImageRow], list[Reject]]:
+        rows = list_images(store, images, split)
+        return add_summaries(store, rows, images, dialogues) if dialogues is not None else (rows, [])
+
+    rows, missing = told(config.split)
+    if missing:
+        stages.console.print(f"[yellow]warning:[/] {len(missing)} images have no summary and are left out of training")
+    pairs = make_pairs(store, rows, captions)
+    if pairs.num_rows < config.global_batch:
+        raise UserError(
+            f"split {config.split!r} has {pairs.num_rows} image-caption pairs, fewer than one global batch of "
+            f"{config.global_batch}; lower --global-batch or check the dataset"
+        )
+    cut = sum(count_tokens(row.summary) > 77 for row in rows)
+    stages.console.print(
+        f"train: {len(rows):,} images, {pairs.num_rows:,} pairs, {len({row.identity for row in rows}):,} identities; "
+        f"{cut / max(1, len(rows)):.1%} of summaries are longer than CLIP's 77 tokens"
+    )
+    validation, used = None, None
+    parts = {row.part for row in rows}
+    if config.validate_every:
+        used = "val"
+        held_out, _ = told(used)
+        if not held_out:
+            used = "test"
+            held_out, _ = told(used)
+            stages.console.print(
+                "[yellow]warning:[/] there is no split val; the model is chosen on test, as its benchmark does"
+            )
+        queries = make_pairs(store, held_out, captions)
+        parts |= {row.part for row in held_out}
+        validation = (
+            ray.put(
+                {
+                    "images": [(row.part, row.row, row.identity, row.summary) for row in held_out],
+                    "queries": list(zip(queries["caption"].to_pylist(), queries["identity"].to_pylist(), strict=True)),
+                }
+            )
+            if held_out and queries.num_rows
+            else None
+        )
+        used = used if validation is not None else None
+    references = load_images(store, images, parts)
+    return Run(config, store.uri, run, ray.put(pairs), references, validation), used
+
+
+def _fit(store: Store, config: TrainConfig, run: Run, version: str) -> None:
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    storage = None
+    if not isinstance(store.fs, LocalFileSystem):
+        storage = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.fs))
+    trainer = ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={"run": run},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": config.cpus_per_worker,
+                **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"run-{version}",
+            storage_path=store.path("models", config.name),
+            storage_filesystem=storage,
+            failure_config=ray.train.FailureConfig(max_failures=config.failures_allowed),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoints_kept),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        raise UserError(cause) from error
+
+
+def _user_error(error: BaseException) -> str | None:
+    """The message of a UserError that a worker raised, however deep Ray has wrapped it."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in failures:
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, UserError):
+            return str(cause)
+    return None
+
+
+def _best(store: Store, run: str) -> tuple[dict[str, Any], bytes]:
+    """The training record of the last checkpoint, and the weights it names as best."""
+    folders = [
+        path
+        for path in store.fs.ls(store.path(run), detail=False)
+        if "/checkpoint_" in path and not path.endswith(".json")
+    ]
+    newest = sorted(folders)[-1].rstrip("/").rsplit("/", 1)[-1]
+    progress = store.read_json(run, newest, "progress.json")
+    record = {"history": progress["history"], "best": progress["best"]}
+    return record, store.read_bytes(run, f"best-{progress['best']['epoch']:04d}.safetensors")
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments("train", argv, prog="train")
+    train(arguments.data, arguments.config, redo=arguments.redo)
+
+
+if __name__ == "__main__":
+    stages.entry(main)
