@@ -318,13 +318,22 @@ class ServeConfig:
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     omega: Share = 0.3
     """ω where a query names none."""
-    top_k_limit: Positive = 200
+    top_k_limit: Annotated[int, Field(ge=10)] = 200
+    """Most images that one query may ask for; one that does not say gets 10."""
     text_limit: Positive = 2000
     """Longest query in characters."""
     batch: Positive = 32
-    batch_wait_s: PositiveFloat = 0.005
+    """Queries that are embedded together at most."""
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.002
+    """How long a query waits for others to fill its batch."""
+    ingress_replicas: Positive = 1
     encoder_replicas: Positive = 1
-    gpus: NonNegative = 0
+    search_replicas: Positive = 1
+    """Each holds the whole gallery."""
+    cpus: Positive = 1
+    """CPUs, and torch threads, of one encoder or search replica."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one encoder or search replica; a share such as 0.5 lets both use one GPU, 0 runs on CPUs."""
 
 
 # --- from a mapping, a recipe, a command line -------------------------------------------------------------

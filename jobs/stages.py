@@ -68,15 +68,20 @@ def connect() -> None:
     if not ray.is_initialized():
         local: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
-            local = {"num_cpus": max(8, os.cpu_count() or 1)}
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's actors log a harmless error each
+            local["num_cpus"] = max(8, os.cpu_count() or 1)
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line of a worker twice
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **local)
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def quiet() -> None:
+    """Keep Ray's libraries to warnings: a stage reports its own progress."""
+    for name in ("ray.train.v2", "ray.data._internal.execution", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpus: float = 0) -> dict[str, Manifest]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import tempfile
 import time
@@ -43,6 +42,7 @@ from ceca.training import (
     world,
 )
 from ceca.transforms import augment_images, draw, generator, mask_words, normalize
+from jobs import stages
 from jobs.train_data import EncodedImages, stream_batches
 
 TAG = "state"  # DeepSpeed's name of the one state in a checkpoint
@@ -81,8 +81,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import deepspeed  # after the accelerator is chosen
 
-    for name in ("DeepSpeed", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    stages.quiet()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     if not on_gpu:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))

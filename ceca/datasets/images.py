@@ -38,6 +38,15 @@ def open_image(content: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
+def mime_type(content: bytes) -> str:
+    """Of an encoded image, by its first bytes."""
+    if content.startswith(b"\x89PNG"):
+        return "image/png"
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "image/webp"
+    return "image/bmp" if content.startswith(b"BM") else "image/jpeg"
+
+
 def check_image(content: bytes) -> tuple[int, int]:
     """Width and height of an image that decodes to its last row; raises ImageError."""
     return open_image(content).size

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from ceca.config import OpenAIConfig
-from ceca.datasets.images import ImageError, check_image
+from ceca.datasets.images import ImageError, check_image, mime_type
 from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subject, Turn
 
 LONGEST_WAIT_S = 120.0
@@ -99,8 +99,7 @@ def _messages(subject: Subject, history: Sequence[Turn], question: str) -> list[
         check_image(subject.image)
     except ImageError as error:
         raise DialogueError(error.reason, error.detail) from None
-    kind = "png" if subject.image.startswith(b"\x89PNG") else "jpeg"
-    url = f"data:image/{kind};base64,{base64.b64encode(subject.image).decode()}"
+    url = f"data:{mime_type(subject.image)};base64,{base64.b64encode(subject.image).decode()}"
     asked = [*(turn.question for turn in history), question]
     messages: list[dict[str, Any]] = []
     for position, text in enumerate(asked):

@@ -7,6 +7,7 @@ attention is fused; texts are cut to the longest of the batch; captions and summ
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ class Backbone(nn.Module):
             vits = [name for name in open_clip.list_models() if name.startswith("ViT-")]
             raise UserError(f"unknown backbone {config.backbone!r}; valid: ceca-tiny, {', '.join(vits)}")
         size = (config.image_height, config.image_width)
+        # It warns of random weights, which are meant here: weights.py loads others where they are asked for.
+        logging.disable(logging.WARNING)
         clip = open_clip.create_model(config.backbone, pretrained=None, force_image_size=size, load_weights=False)
+        logging.disable(logging.NOTSET)
         if not isinstance(clip, open_clip.CLIP) or not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
             raise UserError(f"backbone {config.backbone!r} is not a plain ViT CLIP; choose a ViT-… of open_clip")
         if clip.visual.attn_pool is not None or clip.visual.pool_type != "tok" or clip.text_pool_type != "argmax":

@@ -1,0 +1,42 @@
+"""The `ceca` command: one subcommand per stage, each the same as `python jobs/<stage>.py`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from jobs import stages
+
+COMMANDS = {
+    "demo": "draw pedestrians and take them through every stage",
+    "draw": "draw a synthetic benchmark in a published layout",
+    "pipeline": "every stage from ingest to index",
+    "ingest": "a published layout → tables images and captions",
+    "dialogue": "ask a multimodal model about every image → table dialogues",
+    "train": "train a model",
+    "evaluate": "retrieval metrics of a model on a split",
+    "index": "embed images → table gallery",
+    "search": "find a person from a description, in this shell",
+    "serve": "the search service with its page",
+}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: ceca COMMAND [OPTIONS]    (ceca COMMAND --help lists a command's options)\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:<10} {purpose}")
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    if name == "serve":  # another program: jobs know nothing of the service
+        os.execv(sys.executable, [sys.executable, "-m", "serve", *rest])
+    stages.entry(lambda: importlib.import_module(f"jobs.{name}").main(rest))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Pipeline: every stage after the other, from a published layout on disk to a gallery that can be searched.
+
+    python jobs/pipeline.py --source CUHK-PEDES --data s3://bucket/cuhk --recipe cuhk_pedes
+
+What is published already is not done again, so the same command continues a pipeline that was stopped anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import tyro
+
+from ceca.config import STAGES, from_mapping, load_recipe
+from jobs import stages
+from jobs.dialogue import dialogue
+from jobs.evaluate import evaluate
+from jobs.index import index
+from jobs.ingest import ingest
+from jobs.train import train
+
+
+def recipe_config(recipe: str, stage: str, **overrides: Any) -> Any:
+    """A stage's configuration from a recipe, some of its values replaced."""
+    settings = from_mapping(STAGES[stage], load_recipe(recipe).get(stage) or {}, f"recipe {recipe}: {stage}")
+    return dataclasses.replace(settings, **overrides)
+
+
+def pipeline(data: str, source: str, recipe: str, name: str = "ceca") -> dict[str, Any]:
+    """Run ingest, dialogue, train, evaluate and index; returns the evaluation."""
+    ingest(data, recipe_config(recipe, "ingest", source=source))
+    dialogue(data, recipe_config(recipe, "dialogue"))
+    train(data, recipe_config(recipe, "train", name=name))
+    found = evaluate(data, recipe_config(recipe, "evaluate", model=name))
+    index(data, recipe_config(recipe, "index", model=name))
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    def run(
+        data: Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")],
+        source: Annotated[str, tyro.conf.arg(help="folder or URI with the annotation file and imgs/")],
+        recipe: Annotated[str, tyro.conf.arg(help="name or path of a recipe")],
+        name: Annotated[str, tyro.conf.arg(help="the model's name below the dataset URI")] = "ceca",
+    ) -> None:
+        pipeline(data, source, recipe, name)
+
+    tyro.cli(run, args=argv, prog="pipeline", description="Every stage: ingest, dialogue, train, evaluate, index.")
+
+
+if __name__ == "__main__":
+    stages.entry(main)

@@ -1,0 +1,72 @@
+"""Search a published gallery from the shell, in this process: no cluster, no server.
+
+ceca search "a woman in a red coat" --data s3://bucket/cuhk --picture answer.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table as TextTable
+
+from ceca.datasets.images import open_image
+from ceca.errors import UserError
+from ceca.gallery import Hit, Searcher
+from ceca.report import RankedList, draw_ranked_lists
+from ceca.samples import ImageRow, list_images
+from ceca.store import Store
+from jobs import stages
+
+
+def search(
+    query: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help="the person in words")],
+    data: Annotated[str, tyro.conf.arg(help="dataset URI with a gallery")],
+    model: Annotated[str, tyro.conf.arg(help="name or URI; default: the one that made the gallery")] = "",
+    top_k: int = 10,
+    omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
+    picture: Annotated[Path | None, tyro.conf.arg(help="also write the hits as a picture")] = None,
+) -> None:
+    """Find the images of a person from a description."""
+    if not query.strip():
+        raise UserError("the query is empty: describe the person in words")
+    if top_k < 1 or not 0 <= omega <= 1:
+        raise UserError(f"--top-k must be at least 1 and --omega between 0 and 1, found {top_k} and {omega}")
+    store = Store(data)
+    searcher = Searcher(store, model)
+    hits = searcher.search(query, omega=omega, top_k=top_k)
+    rows = find_rows(store, hits)
+    table = TextTable(title=query, title_justify="left")
+    for heading in ("", "similarity", "global", "local", "identity", "image"):
+        table.add_column(heading, justify="left" if heading == "image" else "right")
+    for rank, (hit, row) in enumerate(zip(hits, rows, strict=True), 1):
+        figures = (f"{value:.3f}" for value in (hit.similarity, hit.global_similarity, hit.local_similarity))
+        table.add_row(str(rank), *figures, str(hit.identity), row.source_path)
+    stages.console.print(table)
+    if picture is not None:
+        draw_ranked_lists([ranked_list(store, query, None, hits)], picture)
+        stages.console.print(f"search: → {picture}")
+
+
+def find_rows(store: Store, hits: Sequence[Hit]) -> list[ImageRow]:
+    """The images' rows, in the order of the hits."""
+    by_id = {row.image_id: row for row in list_images(store, store.current("images", "ingest"))}
+    return [by_id[hit.image_id] for hit in hits]
+
+
+def ranked_list(store: Store, query: str, identity: int | None, hits: Sequence[Hit]) -> RankedList:
+    """Hits with their pictures."""
+    rows = find_rows(store, hits)
+    images = store.current("images", "ingest")
+    encoded = store.take(images, [(row.part, row.row) for row in rows], ["image"])["image"].to_pylist()
+    return RankedList(query, identity, [open_image(content) for content in encoded], [hit.identity for hit in hits])
+
+
+def main(argv: list[str] | None = None) -> None:
+    tyro.cli(search, args=argv, prog="ceca search")
+
+
+if __name__ == "__main__":
+    stages.entry(main)

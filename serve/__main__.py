@@ -1,0 +1,95 @@
+"""`python -m serve --data URI`: the search service in the foreground, until Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+
+import ray
+from ray import serve
+
+from ceca.config import ServeConfig, parse_arguments
+from ceca.errors import UserError
+from serve.app import QUIET, application
+from serve.catalogue import find_served
+
+NAME = "ceca-search"  # of the application, so that others on the same cluster are left alone
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check the dataset, start Ray if there is none, deploy, and stay."""
+    arguments = parse_arguments("serve", argv, prog="python -m serve")
+    config: ServeConfig = arguments.config
+    served = find_served(arguments.data, config.model)
+    if not os.environ.get("RAY_ADDRESS"):
+        _check_port(config.host, config.port)
+    print(f"starting: {served.size:,} images of {served.data}, model {served.model_name}", flush=True)
+    try:
+        _connect(config)
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
+        serve.run(application(served, config), name=NAME, route_prefix="/", logging_config=QUIET)
+        print(f"http://{_reachable(config.host)}:{config.port}", flush=True)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+    finally:
+        _stop()
+
+
+def _connect(config: ServeConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, else one that `ray start` left on this machine, else start Ray."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    needed = config.cpus * (config.encoder_replicas + config.search_replicas)
+    try:
+        ray.init(num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    except ValueError:  # there is a cluster, and it knows its CPUs
+        ray.init(**quiet)
+
+
+def _stop() -> None:
+    """Take the application down, and Serve with it unless it serves something else too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not ray.is_initialized():
+        return
+    with contextlib.suppress(Exception):  # a cluster that is gone needs no goodbye
+        serve.delete(NAME)
+        if not serve.status().applications:
+            serve.shutdown()
+    ray.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+
+
+def _reachable(host: str) -> str:
+    """An address to open in a browser on this machine."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+
+
+def entry() -> None:
+    """A UserError is one line and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    entry()
