@@ -1,0 +1,52 @@
+# Everything a newcomer types: `make demo`, `make test`, `make serve`. Each sets the environment up first.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+LOCK   ?= requirements/cpu.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint lock clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The lock is complete, so nothing is resolved: --no-deps. On a GPU node: make install LOCK=requirements/gpu.txt
+$(VENV)/installed: $(LOCK) pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or pass PYTHON=…"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11; pass PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "installing the environment (about 7 GB, a few minutes) …"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(VENV)/installed  ## the environment alone
+
+demo: install  ## drawn pedestrians through every stage to a search result (demo/)
+	$(BIN)/ceca demo --folder demo
+
+serve: install  ## the search page on the demo's result
+	@test -e demo/data/gallery/manifest.json || { echo "error: no gallery in demo/data; run make demo first"; exit 1; }
+	$(BIN)/ceca serve --data demo/data
+
+test: install lint  ## lint, types and tests
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch===…: three signs refuse a local build such as +cpu, beside which the published torchvision does not load.
+lock: install  ## write requirements/{cpu,gpu}.txt from pyproject.toml
+	for kind in cpu gpu; do \
+		$(BIN)/uv pip compile pyproject.toml --quiet --extra vllm-$$kind --extra dev \
+			--override requirements/overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
+			--no-emit-index-url --custom-compile-command "make lock" -o requirements/$$kind.txt && \
+		sed -i 's/^torch==/torch===/' requirements/$$kind.txt; \
+	done
+
+clean:  ## remove the demo's result and caches, keep the environment
+	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis
