@@ -440,7 +440,7 @@ def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | N
     try:
         recipe = _peek(argv, "--recipe")
         sections = load_recipe(recipe) if recipe else {}
-        default = from_mapping(config_type, sections.get(stage) or {}, f"recipe {recipe}: {stage}")
+        default: Any = from_mapping(config_type, sections.get(stage) or {}, f"recipe {recipe}: {stage}")
         arguments = dataclasses.make_dataclass(
             "Arguments",
             [
@@ -458,7 +458,7 @@ def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | N
                 ("config", Annotated[config_type, tyro.conf.arg(name="")], dataclasses.field(default=default)),
             ],
         )
-        parsed = tyro.cli(
+        parsed: Any = tyro.cli(
             arguments,
             args=argv,
             prog=prog,

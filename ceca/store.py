@@ -24,7 +24,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -284,7 +284,7 @@ class Store:
             names = sorted(Path(path).name for path in self.fs.ls(folder, detail=False) if path.endswith(".json"))
         found = {}
         for name in names:
-            receipt = self.read_json(".work", stage, version, name)
+            receipt = json.loads(self.read_bytes(".work", stage, version, name))
             found[int(Path(name).stem)] = Receipt(
                 parts={table: Part(**part) for table, part in receipt["parts"].items()},
                 rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
@@ -351,7 +351,7 @@ class _Explained:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Literal[False]:
         if error is None or isinstance(error, StoreError):
             return False
         if isinstance(error, FileNotFoundError):

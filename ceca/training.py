@@ -71,9 +71,14 @@ def loss_terms(features: Features, identities: Tensor, config: LossConfig) -> di
         if term == "cawl":
             if features.summary is None:
                 raise ValueError("the loss cawl needs summaries: set summary_weight above 0 or leave cawl out")
-            cawl = {"scale": config.scale, "gamma": config.gamma, "weight_range": config.weight_range}
             per_sample = confidence_aware_weighting_loss(
-                features.summary, features.text, features.image, identities, **cawl
+                features.summary,
+                features.text,
+                features.image,
+                identities,
+                scale=config.scale,
+                gamma=config.gamma,
+                weight_range=config.weight_range,
             )
             terms[term] = per_sample.mean()
         elif term == "tal_global":

@@ -36,7 +36,7 @@ def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, 
         for start in range(0, len(records), config.images_per_part)
     ]
     settings = to_mapping(config, results_only=True)
-    tables = ("captions", "images")
+    tables: tuple[str, ...] = ("captions", "images")
     notes: dict[str, Any] = {"layout": annotations.layout.name}
     if annotations.attributes is not None:
         tables = ("captions", "attributes", "images")

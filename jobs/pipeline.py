@@ -23,7 +23,7 @@ from jobs.train import train
 
 def recipe_config(recipe: str, stage: str, **overrides: Any) -> Any:
     """A stage's configuration from a recipe, some of its values replaced."""
-    settings = from_mapping(STAGES[stage], load_recipe(recipe).get(stage) or {}, f"recipe {recipe}: {stage}")
+    settings: Any = from_mapping(STAGES[stage], load_recipe(recipe).get(stage) or {}, f"recipe {recipe}: {stage}")
     return dataclasses.replace(settings, **overrides)
 
 

@@ -33,7 +33,7 @@ class Output:
 
     tables: dict[str, pa.Table]
     rejects: list[Reject] = dataclasses.field(default_factory=list)
-    counts: dict[str, float] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Worker(Protocol):
@@ -82,6 +82,9 @@ def quiet() -> None:
     for name in ("ray.train.v2", "ray.data._internal.execution", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    reports = sys.modules.get("ray.train.v2._internal.execution.context")
+    if reports is not None and reports.__file__:  # Ray names this logger by its file
+        logging.getLogger(reports.__file__).setLevel(logging.WARNING)
 
 
 def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpus: float = 0) -> dict[str, Manifest]:

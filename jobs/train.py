@@ -215,6 +215,7 @@ def _best(store: Store, run: str) -> tuple[dict[str, Any], bytes]:
     ]
     newest = sorted(folders)[-1].rstrip("/").rsplit("/", 1)[-1]
     progress = store.read_json(run, newest, "progress.json")
+    assert progress is not None, "a checkpoint without progress.json"
     record = {"history": progress["history"], "best": progress["best"]}
     return record, store.read_bytes(run, f"best-{progress['best']['epoch']:04d}.safetensors")
 

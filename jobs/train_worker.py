@@ -179,17 +179,19 @@ def _train_step(
 ) -> dict[str, Tensor]:
     rank, size = world()
     local = config.global_batch // size
-    captions, summaries = (torch.tensor(batch[name], dtype=torch.long) for name in ("caption", "summary"))
+    captions = torch.tensor(batch["caption"], dtype=torch.long)
+    summaries: Tensor | None
     draws = draw(config.global_batch, captions.shape[1], generator(config.seed, epoch, step))
     draws = draws.rows(slice(rank * local, (rank + 1) * local))
     captions = mask_words(captions, draws, config.augmentation.word_mask)
     if config.model.summary_weight > 0:
-        captions, summaries = trim(torch.cat([captions, summaries])).split(local)
+        captions, summaries = trim(torch.cat([captions, torch.tensor(batch["summary"], dtype=torch.long)])).split(local)
+        summaries = summaries.to(device)
     else:
         captions, summaries = trim(captions), None
     images = augment_images(torch.tensor(batch["image"]).to(device), draws, config.augmentation)
     images = images.to(next(engine.module.parameters()).dtype)
-    features = engine(images, captions.to(device), summaries.to(device) if summaries is not None else None)
+    features = engine(images, captions.to(device), summaries)
     identities = gather_identities(torch.tensor(batch["identity"]).to(device))
     terms = loss_terms(gather_features(features), identities, config.losses)
     engine.backward(scaled_loss(terms))

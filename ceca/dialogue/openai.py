@@ -28,14 +28,29 @@ class OpenAIEngine:
             raise EngineError("no model named for the openai engine: pass --openai.model")
         self.config, self.temperature, self.seed = config, temperature, seed
         self.model = config.model
+        self.url = config.base_url.rstrip("/")
         self.client: httpx.AsyncClient | None = None
+        self.key = ""
+        self.successes = 0
 
     async def start(self) -> None:
-        key = os.environ.get(self.config.api_key_variable)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.key = os.environ.get(self.config.api_key_variable, "").strip()
+        if not self.key.isascii():
+            raise EngineError(f"${self.config.api_key_variable} holds characters that no key has; set it again")
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         # The worker bounds the conversations in flight, so the pool need not.
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.AsyncClient(headers=headers, timeout=self.config.timeout_s, limits=limits)
+        try:  # does anything listen there; what it says is no matter, for some endpoints do not list models
+            await self.client.get(f"{self.url}/models")
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            await self.close()
+            raise EngineError(
+                f"nothing answers at {self.url} ({type(error).__name__}: {error}); start the endpoint or mend "
+                "--openai.base-url, e.g. http://localhost:8000/v1"
+            ) from None
+        except httpx.HTTPError:
+            pass
 
     async def close(self) -> None:
         if self.client is not None:
@@ -54,43 +69,62 @@ class OpenAIEngine:
         try:
             choice, usage = found["choices"][0], found.get("usage") or {}
             return Answer(
-                text=choice["message"]["content"] or "",
-                prompt_tokens=usage.get("prompt_tokens", 0),
-                cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-                completion_tokens=usage.get("completion_tokens", 0),
+                text=str(choice["message"]["content"] or ""),
+                prompt_tokens=int(usage.get("prompt_tokens") or 0),
+                cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
+                completion_tokens=int(usage.get("completion_tokens") or 0),
                 cut_off=choice.get("finish_reason") == "length",
             )
-        except (KeyError, IndexError, TypeError) as error:
-            raise DialogueError("endpoint_error", f"not a chat completion ({error!r}): {found!r:.200}") from None
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            problem = self._hide(f"not a chat completion ({error!r}): {found!r:.200}")
+            raise DialogueError("endpoint_error", problem) from None
 
     async def _post(self, body: dict[str, Any]) -> Any:
         assert self.client is not None, "start() comes first"
-        url = f"{self.config.base_url.rstrip('/')}/chat/completions"
-        problem = ""
+        url = f"{self.url}/chat/completions"
+        before, problem, busy = self.successes, "", True
         for attempt in range(self.config.retries + 1):
             wait = min(LONGEST_WAIT_S, 0.5 * 2**attempt) * (0.5 + random.random())
             try:
                 response = await self.client.post(url, json=body)
             except httpx.TransportError as error:
-                problem = f"{type(error).__name__} {error}".strip()
+                problem = self._hide(f"{type(error).__name__} {error}".strip())
+                busy = not isinstance(error, httpx.ReadTimeout)
             else:
+                status = response.status_code
+                problem = self._hide(f"HTTP {status}: {' '.join(response.text.split()):.200}")
+                busy = status != 500
                 if response.is_success:
-                    return response.json()
-                problem = f"HTTP {response.status_code}: {response.text:.200}"
-                if response.status_code in (401, 403, 404):
+                    self.successes += 1
+                    return _json(response)
+                if status in (401, 402, 403, 404, 405) or response.is_redirect:
                     raise EngineError(
                         f"{url} refuses ({problem}); check --openai.base-url, --openai.model and the key in "
                         f"${self.config.api_key_variable}"
                     )
-                if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
-                    raise DialogueError("endpoint_error", problem)
+                if status not in (408, 409, 425, 429) and status < 500:
+                    too_long = "context_length" in response.text or "context length" in response.text
+                    raise DialogueError("conversation_too_long" if too_long else "endpoint_error", problem)
                 wait = _retry_after(response.headers.get("retry-after")) or wait
             if attempt < self.config.retries:
                 await asyncio.sleep(wait)
+        if not busy and self.successes > before:  # it answered others meanwhile: only this image makes it fail
+            raise DialogueError("endpoint_error", f"failed {self.config.retries + 1} times, last with {problem}")
         raise EngineError(
             f"{url} failed {self.config.retries + 1} times, last with {problem}; check that the endpoint runs, then "
             "start the same command again: finished images are kept"
         )
+
+    def _hide(self, text: str) -> str:
+        """`text` without the key, which an endpoint may repeat in its answer."""
+        return text.replace(self.key, "***") if self.key else text
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return response.text  # then not a chat completion, which the caller says
 
 
 def _messages(subject: Subject, history: Sequence[Turn], question: str) -> list[dict[str, Any]]:

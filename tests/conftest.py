@@ -1,0 +1,101 @@
+"""What tests share: a drawn dataset, a real Ray cluster of two nodes, a real S3 server, and running commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.object_store import S3Server, free_port, serve_s3
+
+REPOSITORY = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless a user asks for it
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """72 images of 24 people in CUHK-PEDES's layout: 14 train, 4 val, 6 test."""
+    from ceca.datasets.drawn import draw_dataset
+
+    folder = tmp_path_factory.mktemp("drawn")
+    draw_dataset(folder, seed=7, identities=24, images_per_identity=3, split_identities=(14, 4, 6), workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    folder = tmp_path_factory.mktemp("s3") / "served"
+    (folder / "bucket").mkdir(parents=True)
+    with serve_s3(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_environment(s3: S3Server) -> Iterator[None]:
+    """This process finds the S3 server as commands do: by the AWS_* variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.environment().items():
+            patch.setenv(name, value)
+        yield
+
+
+class RayCluster:
+    """Two Ray nodes as processes of this machine; commands join it by RAY_ADDRESS."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.dashboard_port = free_port()
+        head = {"num_cpus": 6, "include_dashboard": True, "dashboard_port": self.dashboard_port}
+        self.nodes = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes.add_node(num_cpus=4)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"RAY_ADDRESS": self.nodes.address}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    cluster = RayCluster()
+    yield cluster
+    cluster.nodes.shutdown()
+
+
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def start(ray_cluster: RayCluster) -> Callable[..., subprocess.Popen]:
+    """Start `python jobs/<stage>.py …` on the cluster, its output in one stream."""
+
+    def start_command(stage: str, *arguments: object, environment: dict[str, str] | None = None) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, f"jobs/{stage}.py", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, **ray_cluster.environment, "COLUMNS": "200", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start_command
+
+
+@pytest.fixture(scope="session")
+def run(start: Callable[..., subprocess.Popen]) -> Command:
+    """Run a stage to its end; fails with its output unless it exits as expected."""
+
+    def run_command(
+        stage: str, *arguments: object, expect: int = 0, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
+        process = start(stage, *arguments, environment=environment)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == expect, f"{stage} exited with {process.returncode}:\n{output[-6000:]}"
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    return run_command
