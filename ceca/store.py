@@ -314,7 +314,7 @@ class Store:
         parts = {f"rejects/{stage}": [self.write_part(f"rejects/{stage}", version, 0, rows)]}
         for table in tables:
             parts[table] = [receipt.parts[table] for receipt in receipts if table in receipt.parts]
-        notes = {**(notes or {}), "rejects": Counter(reject.reason for reject in rejected)}
+        notes = {**(notes or {}), "rejects": dict(Counter(reject.reason for reject in rejected))}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         manifests = {}
         for table, written in parts.items():

@@ -131,7 +131,7 @@ class VLLMEngine:
         assert result is not None, "vLLM ended a request without an output"
         output = result.outputs[0]
         if output.finish_reason in ("abort", "error"):
-            raise DialogueError("engine_error", f"vLLM ended the request with {output.finish_reason!r}; its log says why")
+            raise DialogueError("engine_error", f"vLLM ended the request by {output.finish_reason!r}; see its log")
         return Answer(
             text=output.text,
             prompt_tokens=len(result.prompt_token_ids or ()),

@@ -1,0 +1,339 @@
+"""The openai engine against a real HTTP server that misbehaves on demand."""
+
+import asyncio
+import base64
+import email.utils
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from PIL import Image
+
+from ceca.config import OpenAIConfig
+from ceca.dialogue.conversation import QUESTIONS, SUMMARY_REQUEST, Answer, DialogueError, EngineError, Subject, converse
+from ceca.dialogue.openai import LONGEST_WAIT_S, OpenAIEngine, _retry_after
+
+KEY = "sk-test-1234567890"
+
+
+def encode(form: str) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 16), "red").save(content, form)
+    return content.getvalue()
+
+
+SUBJECT = Subject("one", encode("JPEG"))
+
+
+def completion(text: Any = "a man", finish_reason: str = "stop", **usage: Any) -> JSONResponse:
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return JSONResponse({"choices": [choice], "usage": usage})
+
+
+def refusal(status: int, message: str = "no", **headers: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message}}, status, headers)
+
+
+class Endpoint:
+    """A chat-completions server on a free port. `replies` are given in turn, the last one for ever."""
+
+    def __init__(self) -> None:
+        self.replies: list[Response | Callable[[dict[str, Any]], Any]] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        app = FastAPI()
+        app.post("/v1/chat/completions")(self.complete)
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/v1"
+
+    async def complete(self, request: Request) -> Response:
+        body = await request.json()
+        self.bodies.append(body)
+        self.keys.append(request.headers.get("authorization"))
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        return await reply(body) if callable(reply) and not isinstance(reply, Response) else reply
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(5)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Endpoint]:
+    served = Endpoint()
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def endpoint(server: Endpoint) -> Endpoint:
+    server.replies, server.bodies, server.keys = [completion()], [], []
+    return server
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long the engine would have waited between its attempts; it does not wait here."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("ceca.dialogue.openai.asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    return slept
+
+
+def make(endpoint: Endpoint, **settings: Any) -> OpenAIEngine:
+    return OpenAIEngine(OpenAIConfig(base_url=endpoint.url, model="tiny", **settings), temperature=0.0, seed=7)
+
+
+def use(engine: OpenAIEngine, act: Callable[[OpenAIEngine], Any]) -> Any:
+    async def run() -> Any:
+        await engine.start()
+        try:
+            return await act(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def ask(engine: OpenAIEngine, subject: Subject = SUBJECT) -> Answer:
+    return use(engine, lambda engine: engine.answer(subject, (), "Who?", 48))
+
+
+# --- what is asked ----------------------------------------------------------------------------------------
+
+
+def test_a_conversation_sends_the_image_once_and_every_earlier_turn(endpoint):
+    endpoint.replies = [completion(f"a{n}") for n in range(6)]
+    limits = {"questions": 5, "answer_tokens": 48, "summary_tokens": 128}
+    made = use(make(endpoint), lambda engine: converse(engine, SUBJECT, **limits))
+    assert [turn.answer for turn in made.turns] == ["a0", "a1", "a2", "a3", "a4"]
+    assert made.summary == "a5"
+    for position, body in enumerate(endpoint.bodies):
+        roles = [message["role"] for message in body["messages"]]
+        assert roles == ["user", "assistant"] * position + ["user"]
+        texts = [message["content"][-1]["text"] for message in body["messages"][::2]]
+        assert texts == [*QUESTIONS, SUMMARY_REQUEST][: position + 1]
+        assert [message["content"] for message in body["messages"][1::2]] == [f"a{n}" for n in range(position)]
+        images = [part for message in body["messages"][::2] for part in message["content"] if part["type"] != "text"]
+        assert images == [body["messages"][0]["content"][0]]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_the_image_travels_as_it_came(endpoint, form):
+    content = encode(form)
+    ask(make(endpoint), Subject("one", content))
+    url = endpoint.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]
+    assert url == f"data:image/{form.lower()};base64,{base64.b64encode(content).decode()}"
+
+
+def test_model_length_temperature_and_seed_are_named(endpoint):
+    ask(make(endpoint))
+    sent = {name: endpoint.bodies[0][name] for name in ("model", "max_tokens", "temperature", "seed")}
+    assert sent == {"model": "tiny", "max_tokens": 48, "temperature": 0.0, "seed": 7}
+
+
+def test_an_undecodable_image_is_rejected_and_not_sent(endpoint):
+    with pytest.raises(DialogueError) as caught:
+        ask(make(endpoint), Subject("one", b"nope"))
+    assert caught.value.reason == "not_an_image"
+    assert endpoint.bodies == []
+
+
+# --- what is answered -------------------------------------------------------------------------------------
+
+
+def test_tokens_come_from_the_usage_and_a_length_limit_is_seen(endpoint):
+    details = {"cached_tokens": 64}
+    endpoint.replies = [
+        completion("a man", "length", prompt_tokens=100, completion_tokens=48, prompt_tokens_details=details)
+    ]
+    assert ask(make(endpoint)) == Answer("a man", 100, 64, 48, cut_off=True)
+
+
+@pytest.mark.parametrize("usage", [{}, {"prompt_tokens": None, "prompt_tokens_details": None}])
+def test_an_endpoint_need_not_count_tokens(endpoint, usage):
+    endpoint.replies = [completion("a man", **usage)]
+    assert ask(make(endpoint)) == Answer("a man")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [HTMLResponse("<p>Welcome"), JSONResponse([1]), JSONResponse({"choices": []}), JSONResponse({"choices": [{}]})],
+    ids=["html", "list", "no choice", "no message"],
+)
+def test_something_other_than_a_completion_rejects_the_image(endpoint, reply):
+    endpoint.replies = [reply]
+    with pytest.raises(DialogueError, match="not a chat completion") as caught:
+        ask(make(endpoint))
+    assert caught.value.reason == "endpoint_error"
+
+
+# --- faults that pass -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_passing_fault_is_tried_again(endpoint, waits, status):
+    endpoint.replies = [refusal(status), refusal(status), completion()]
+    assert ask(make(endpoint)).text == "a man"
+    assert len(waits) == 2
+
+
+def test_waits_double_with_jitter_and_end(endpoint, waits):
+    endpoint.replies = [*(refusal(503) for _ in range(9)), completion()]
+    ask(make(endpoint, retries=9))
+    for attempt, seconds in enumerate(waits):
+        middle = min(LONGEST_WAIT_S, 0.5 * 2**attempt)
+        assert 0.5 * middle <= seconds <= 1.5 * middle
+
+
+def test_retry_after_in_seconds_is_honoured(endpoint, waits):
+    endpoint.replies = [refusal(429, **{"retry-after": "7"}), completion()]
+    ask(make(endpoint))
+    assert waits == [7.0]
+
+
+def test_retry_after_as_a_date_is_honoured(endpoint, waits):
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    endpoint.replies = [refusal(503, **{"retry-after": date}), completion()]
+    ask(make(endpoint))
+    assert waits[0] == pytest.approx(30, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(None, None), ("soon", None), ("-3", 0.0), ("86400", LONGEST_WAIT_S), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)],
+)
+def test_a_retry_after_is_never_negative_nor_endless(value, seconds):
+    assert _retry_after(value) == seconds
+
+
+def test_a_slow_answer_is_tried_again(endpoint):
+    async def slow(_: dict[str, Any]) -> Response:
+        await asyncio.sleep(0.5)
+        return completion("too late")
+
+    endpoint.replies = [slow, completion("in time")]
+    assert ask(make(endpoint, timeout_s=0.2)).text == "in time"
+
+
+# --- faults that stay -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_an_endpoint_that_keeps_failing_ends_the_run(endpoint, status):
+    endpoint.replies = [refusal(status, "overloaded")]
+    with pytest.raises(EngineError, match=rf"failed 3 times, last with HTTP {status}.*overloaded.*finished images"):
+        ask(make(endpoint, retries=2))
+    assert len(endpoint.bodies) == 3
+
+
+def test_an_image_that_alone_makes_it_fail_is_rejected_alone(endpoint):
+    other_is_answered = asyncio.Event()
+
+    async def reply(body: dict[str, Any]) -> Response:
+        if "poison" in body["messages"][0]["content"][-1]["text"]:
+            await other_is_answered.wait()
+            return refusal(500, "internal error")
+        return completion()
+
+    async def both(engine: OpenAIEngine) -> Any:
+        poison = asyncio.ensure_future(engine.answer(SUBJECT, (), "poison", 48))
+        while not endpoint.bodies:
+            await asyncio.sleep(0.01)
+        good = await engine.answer(SUBJECT, (), "Who?", 48)
+        endpoint.server.servers[0].get_loop().call_soon_threadsafe(other_is_answered.set)
+        return good, (await asyncio.gather(poison, return_exceptions=True))[0]
+
+    endpoint.replies = [reply]
+    good, bad = use(make(endpoint, retries=1), both)
+    assert good.text == "a man"
+    assert isinstance(bad, DialogueError)
+    assert bad.reason == "endpoint_error"
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405])
+def test_a_refused_key_or_unknown_model_ends_the_run_at_once(endpoint, status):
+    endpoint.replies = [refusal(status, "not for you")]
+    with pytest.raises(EngineError, match=rf"HTTP {status}.*not for you.*--openai.base-url.*\$OPENAI_API_KEY"):
+        ask(make(endpoint))
+    assert len(endpoint.bodies) == 1
+
+
+def test_a_redirect_is_not_followed_with_the_key(endpoint):
+    endpoint.replies = [RedirectResponse("http://127.0.0.1:9/elsewhere")]
+    with pytest.raises(EngineError, match="HTTP 307"):
+        ask(make(endpoint))
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_request_rejects_its_image_at_once(endpoint, status):
+    endpoint.replies = [refusal(status, "image too odd")]
+    with pytest.raises(DialogueError, match=f"HTTP {status}.*image too odd") as caught:
+        ask(make(endpoint))
+    assert caught.value.reason == "endpoint_error"
+    assert len(endpoint.bodies) == 1
+
+
+def test_a_conversation_over_the_context_length_is_named_so(endpoint):
+    endpoint.replies = [refusal(400, "This model's maximum context length is 1024 tokens.")]
+    with pytest.raises(DialogueError) as caught:
+        ask(make(endpoint))
+    assert caught.value.reason == "conversation_too_long"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "127.0.0.1:9/v1", "http://[::1/v1"])
+def test_an_endpoint_that_is_not_there_is_an_error_at_the_start(url):
+    engine = OpenAIEngine(OpenAIConfig(base_url=url, model="tiny"), temperature=0.0, seed=0)
+    with pytest.raises(EngineError, match=r"nothing answers at .*--openai\.base-url"):
+        asyncio.run(engine.start())
+
+
+# --- the key ----------------------------------------------------------------------------------------------
+
+
+def test_the_key_comes_from_the_named_variable(endpoint, monkeypatch):
+    monkeypatch.setenv("MY_KEY", f"{KEY}-mine\n")
+    ask(make(endpoint, api_key_variable="MY_KEY"))
+    assert endpoint.keys == [f"Bearer {KEY}-mine"]
+
+
+def test_an_endpoint_may_do_without_a_key(endpoint, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    ask(make(endpoint))
+    assert endpoint.keys == [None]
+
+
+@pytest.mark.parametrize("status", [400, 401, 500])
+def test_the_key_is_in_no_message_even_where_the_endpoint_repeats_it(endpoint, caplog, status):
+    endpoint.replies = [refusal(status, f"bad key {KEY}")]
+    with caplog.at_level(logging.DEBUG), pytest.raises((DialogueError, EngineError)) as caught:
+        ask(make(endpoint, retries=0))
+    assert "bad key ***" in str(caught.value)
+    assert KEY not in str(caught.value) + caplog.text
+    assert caught.value.__cause__ is None
+
+
+def test_a_mangled_key_is_refused_without_repeating_it(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}…")
+    with pytest.raises(EngineError, match=r"\$OPENAI_API_KEY") as caught:
+        ask(make(endpoint))
+    assert KEY not in str(caught.value)

@@ -1,0 +1,163 @@
+"""The oracle: a simulated annotator that answers like one, errs at its rate, and says what it is."""
+
+import asyncio
+import logging
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ceca.config import OracleConfig
+from ceca.datasets.drawn import VOCABULARY
+from ceca.datasets.drawn.attributes import sample_person
+from ceca.dialogue.conversation import QUESTIONS, SUMMARY_REQUEST, Dialogue, DialogueError, EngineError, Subject, converse
+from ceca.dialogue.oracle import OracleEngine
+
+WOMAN = {
+    "gender": "woman", "hair_length": "long", "hair_colour": "brown", "hat": "cap", "hat_colour": "orange",
+    "upper_kind": "shirt", "upper_colour": "red", "upper_pattern": "striped",
+    "lower_kind": "trousers", "lower_colour": "navy", "lower_pattern": "plain",
+    "shoes_kind": "boots", "shoes_colour": "black", "carried": "umbrella", "carried_colour": "yellow",
+}  # fmt: skip
+DRESS = {
+    **WOMAN, "upper_kind": "dress", "lower_kind": "none", "lower_colour": "none", "lower_pattern": "none",
+    "hat": "none", "hat_colour": "none", "carried": "none", "carried_colour": "none",
+}  # fmt: skip
+BALD = {**WOMAN, "gender": "man", "hair_length": "bald", "hair_colour": "none"}
+
+people = st.integers(0, 2**32).map(lambda seed: asdict(sample_person(np.random.default_rng(seed))))
+
+
+def talk(attributes: dict[str, str], image_id: str = "one", *, error_rate: float = 0.0, seed: int = 0) -> Dialogue:
+    engine = OracleEngine(OracleConfig(error_rate=error_rate, seed=seed), VOCABULARY)
+    subject = Subject(image_id, b"", attributes)
+    return asyncio.run(converse(engine, subject, questions=5, answer_tokens=48, summary_tokens=128))
+
+
+def said(made: Dialogue) -> str:
+    return " ".join([*(turn.answer for turn in made.turns), made.summary])
+
+
+def reported(made: Dialogue) -> dict[str, str]:
+    """What the answers say of some attributes whose words cannot be mistaken for others."""
+    gender, upper, _, shoes, _ = (turn.answer for turn in made.turns)
+    return {
+        "gender": "woman" if "a woman" in gender else "man",
+        "upper_kind": next(kind for kind in ("tank top", "t-shirt", *VOCABULARY["upper_kind"]) if f"{kind} and" in upper),
+        "shoes_kind": next(kind for kind in VOCABULARY["shoes_kind"] if shoes.endswith(f"{kind}.")),
+        "shoes_colour": shoes.split()[4],
+    }
+
+
+def test_each_question_gets_its_answer():
+    assert [turn.answer for turn in talk(WOMAN).turns] == [
+        "The person is a woman with long brown hair.",
+        "The person is wearing a red striped shirt and an orange cap.",
+        "The person is wearing navy trousers.",
+        "The person is wearing black boots.",
+        "The person is carrying a yellow umbrella.",
+    ]
+
+
+def test_what_a_person_does_not_have_is_said_too():
+    assert [turn.answer for turn in talk(DRESS).turns][1:] == [
+        "The person is wearing a red striped dress and no hat.",
+        "The person is wearing no separate lower-body garment.",
+        "The person is wearing black boots.",
+        "The person is carrying nothing.",
+    ]
+    assert talk(BALD).turns[0].answer == "The person is a man with no hair."
+
+
+@given(person=people, image_id=st.text(min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_a_summary_mentions_everything_in_at_most_three_short_sentences(person, image_id):
+    summary = talk(person, image_id).summary
+    for name, value in person.items():
+        assert value in ("none", "bald", "plain") or value in summary, f"{name} is missing"
+    assert len(summary.split()) < 60
+    assert 1 <= summary.count(".") <= 3
+    assert "none" not in summary
+    assert "  " not in summary
+
+
+def test_a_summary_fits_into_clips_77_tokens():
+    from ceca.model.backbone import CONTEXT, count_tokens
+
+    longest = {name: max(values, key=len) for name, values in VOCABULARY.items()}
+    assert max(count_tokens(talk(longest, f"image {number}").summary) for number in range(12)) <= CONTEXT
+
+
+def test_summaries_come_in_several_forms():
+    assert len({talk(WOMAN, f"image {number}").summary for number in range(30)}) == 3
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+def test_without_errors_every_answer_is_true():
+    for number in range(20):
+        person = asdict(sample_person(np.random.default_rng(number)))
+        seen = reported(talk(person, f"image {number}"))
+        assert seen == {name: person[name] for name in seen}
+
+
+def test_a_rerun_says_the_same():
+    assert talk(WOMAN, error_rate=0.5) == talk(WOMAN, error_rate=0.5)
+
+
+def test_another_seed_or_image_errs_elsewhere():
+    first = said(talk(WOMAN, error_rate=0.5))
+    assert first != said(talk(WOMAN, error_rate=0.5, seed=1))
+    assert first != said(talk(WOMAN, "two", error_rate=0.5))
+
+
+def test_attributes_err_at_the_configured_rate():
+    wrong = {"gender": 0, "upper_kind": 0, "shoes_kind": 0, "shoes_colour": 0}
+    for number in range(400):
+        for name, value in reported(talk(WOMAN, f"image {number}", error_rate=0.2)).items():
+            wrong[name] += value != WOMAN[name]
+    # 400 draws at 0.2: 80 expected, standard deviation 8
+    assert all(48 <= count <= 112 for count in wrong.values()), wrong
+
+
+@given(person=people, image_id=st.text(min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_answers_and_summary_agree_even_where_they_are_wrong(person, image_id):
+    made = talk(person, image_id, error_rate=0.5)
+    stock = set("The person is wearing carrying a an and with no separate lower-body garment".split())
+    told = {word.strip(".") for turn in made.turns for word in turn.answer.split()} - stock
+    assert told <= {word.strip(".,") for word in made.summary.split()}
+
+
+@given(person=people)
+@settings(max_examples=50, deadline=None)
+def test_a_thing_that_is_only_imagined_has_a_colour(person):
+    assert "none" not in said(talk(person, error_rate=1.0))
+
+
+# --- what it is and what it needs -------------------------------------------------------------------------
+
+
+def test_it_says_that_it_is_a_simulation(caplog):
+    engine = OracleEngine(OracleConfig(error_rate=0.05), VOCABULARY)
+    with caplog.at_level(logging.INFO):
+        asyncio.run(engine.start())
+    assert "simulated annotator" in engine.model
+    assert "simulated annotator" in caplog.text
+    assert "5 %" in caplog.text
+
+
+def test_a_dataset_without_attributes_is_refused_at_the_start():
+    with pytest.raises(EngineError, match="has none; choose --engine vllm or --engine openai"):
+        asyncio.run(OracleEngine(OracleConfig(), {}).start())
+
+
+def test_an_image_without_attributes_is_rejected_alone():
+    engine = OracleEngine(OracleConfig(), VOCABULARY)
+    for question in (QUESTIONS[0], SUMMARY_REQUEST):
+        with pytest.raises(DialogueError) as caught:
+            asyncio.run(engine.answer(Subject("one", b""), (), question, 48))
+        assert caught.value.reason == "no_attributes"

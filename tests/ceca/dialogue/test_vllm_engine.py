@@ -1,0 +1,262 @@
+"""The real vLLM on CPU, with a tiny model of random weights: its answers are noise, the plumbing is real.
+
+The engine starts once (20-40 s), holds every conversation below and closes; the tests then read the record.
+"""
+
+import asyncio
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from ceca.config import VLLMConfig
+from ceca.dialogue.conversation import (
+    QUESTIONS,
+    SUMMARY_REQUEST,
+    Answer,
+    Dialogue,
+    DialogueError,
+    EngineError,
+    Subject,
+    Turn,
+    converse,
+)
+from ceca.dialogue.tiny import make_tiny_vlm
+from ceca.dialogue.vllm import VLLMEngine, end_with_this_process, fit_pixels
+
+ANSWER_TOKENS, SUMMARY_TOKENS, MAX_MODEL_LEN = 16, 24, 1024
+MAX_PIXELS = 64 * 28 * 28
+SIZES = ((64, 160), (64, 160), (48, 128), (96, 200), (30, 75), (500, 1200))  # the last is over the pixel budget
+
+
+def draw(number: int, size: tuple[int, int] = (64, 160)) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).save(content, "PNG")
+    return content.getvalue()
+
+
+SUBJECTS = tuple(Subject(f"image-{number}", draw(number, size)) for number, size in enumerate(SIZES))
+
+
+@dataclass
+class Record:
+    """What the engine said and left behind."""
+
+    dialogues: list[Dialogue] = field(default_factory=list)
+    again: list[Dialogue] = field(default_factory=list)  # the same images under other names: nothing is cached
+    turn_by_turn: list[Answer] = field(default_factory=list)
+    failures: dict[str, DialogueError] = field(default_factory=dict)
+    after_failures: Answer | None = None
+    processes: list[psutil.Process] = field(default_factory=list)
+    guard_exit: int | None = None
+
+
+async def hold_all(engine: VLLMEngine, record: Record) -> None:
+    async def talk(subject: Subject) -> Dialogue:
+        lengths = {"answer_tokens": ANSWER_TOKENS, "summary_tokens": SUMMARY_TOKENS}
+        return await converse(engine, subject, questions=5, **lengths)
+
+    record.dialogues = await asyncio.gather(*map(talk, SUBJECTS))
+    for subject in SUBJECTS:
+        record.again.append(await talk(Subject(f"again-{subject.image_id}", subject.image)))
+
+    alone, history = Subject("alone", draw(99)), []
+    for question in (*QUESTIONS, SUMMARY_REQUEST):
+        record.turn_by_turn.append(await engine.answer(alone, history, question, ANSWER_TOKENS))
+        history.append(Turn(question, record.turn_by_turn[-1].text))
+
+    unusable = {
+        "too long": (alone, [Turn("Why?", "because " * 2000)]),
+        "not an image": (Subject("nope", b"nope"), []),
+        "refused shape": (Subject("line", draw(1, (4, 1000))), []),
+    }
+    for name, (subject, history) in unusable.items():
+        with pytest.raises(DialogueError) as caught:
+            await engine.answer(subject, history, QUESTIONS[0], ANSWER_TOKENS)
+        record.failures[name] = caught.value
+    record.after_failures = await engine.answer(alone, [], QUESTIONS[0], ANSWER_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_vlm(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def record(tiny: Path) -> Iterator[Record]:
+    config = VLLMConfig(
+        model=str(tiny), gpus=0, dtype="float32", max_model_len=MAX_MODEL_LEN, max_pixels=MAX_PIXELS, enforce_eager=True
+    )
+    engine, made, here = VLLMEngine(config, temperature=0.0, seed=0), Record(), psutil.Process()
+    before = set(here.children(recursive=True))
+
+    async def run() -> None:
+        await engine.start()
+        try:
+            made.processes = [child for child in here.children(recursive=True) if child not in before]
+            await hold_all(engine, made)
+        finally:
+            await engine.close()
+        assert engine.guard is not None
+        made.guard_exit = engine.guard.returncode
+        await engine.close()  # a second time does nothing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # start() sets it; this puts back what was there
+        asyncio.run(run())
+    yield made
+
+
+def test_every_conversation_is_whole(record):
+    assert len(record.dialogues) == len(SUBJECTS)
+    for made in record.dialogues:
+        assert [turn.question for turn in made.turns] == list(QUESTIONS)
+        assert all(turn.answer for turn in made.turns)
+        assert made.summary
+
+
+def test_tokens_are_counted(record):
+    for made in record.dialogues:
+        assert made.completion_tokens == 5 * ANSWER_TOKENS + SUMMARY_TOKENS
+        assert made.prompt_tokens > made.cached_tokens > 0
+    prompts = [answer.prompt_tokens for answer in record.turn_by_turn]
+    assert prompts == sorted(set(prompts))  # each turn reads all earlier ones
+
+
+def test_answers_at_the_length_limit_are_cut_off(record):
+    """The tiny model never ends an answer by itself."""
+    assert all(answer.cut_off for answer in record.turn_by_turn)
+    assert {made.cut_off for made in record.dialogues} == {6}
+
+
+def test_later_turns_come_from_the_prefix_cache(record):
+    assert record.turn_by_turn[0].cached_tokens == 0
+    assert record.turn_by_turn[-1].cached_tokens > 0.5 * record.turn_by_turn[-1].prompt_tokens
+    cached = [answer.cached_tokens for answer in record.turn_by_turn]
+    assert cached == sorted(cached)
+
+
+def test_greedy_answers_are_repeatable(record):
+    """Together or one after the other, from the cache or computed anew."""
+    assert record.again == record.dialogues
+
+
+def test_images_of_any_size_fit_the_pixel_budget(record):
+    small, large = record.dialogues[4], record.dialogues[5]
+    assert small.prompt_tokens < large.prompt_tokens
+    assert large.prompt_tokens - small.prompt_tokens <= 6 * MAX_PIXELS // (28 * 28)
+
+
+def test_an_overlong_conversation_rejects_its_image(record):
+    assert record.failures["too long"].reason == "conversation_too_long"
+    assert str(MAX_MODEL_LEN) in record.failures["too long"].detail
+
+
+def test_undecodable_bytes_reject_their_image(record):
+    assert record.failures["not an image"].reason == "not_an_image"
+
+
+def test_an_image_that_the_model_refuses_is_rejected_with_the_cause(record):
+    assert record.failures["refused shape"].reason == "refused_prompt"
+    assert "ValueError" in record.failures["refused shape"].detail
+
+
+def test_the_engine_goes_on_after_a_rejected_image(record):
+    assert record.after_failures.text == record.turn_by_turn[0].text
+
+
+def test_closing_leaves_no_process(record):
+    names = [" ".join(process.cmdline()) for process in record.processes if process.is_running()]
+    assert record.processes
+    assert [name for name in names if "resource_tracker" not in name] == []  # Python's own, ends with this process
+    assert record.guard_exit == 0
+
+
+# --- without starting the engine --------------------------------------------------------------------------
+
+
+def test_a_killed_worker_takes_its_engine_along():
+    """SIGKILL leaves no time to close: the guard ends what the worker started."""
+    script = """
+import os, signal, subprocess
+from ceca.dialogue.vllm import end_with_this_process
+child = subprocess.Popen(["sleep", "60"])
+end_with_this_process([child.pid])
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == -9, finished.stderr
+    assert wait_for_end(int(finished.stdout))
+
+
+def test_a_dismissed_guard_ends_nothing():
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        guard = end_with_this_process([child.pid])
+        guard.communicate(b"closed\n")
+        assert guard.returncode == 0
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+
+
+def wait_for_end(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_model_that_is_not_there_is_an_error_that_says_what_to_name(tmp_path):
+    engine = VLLMEngine(VLLMConfig(model=str(tmp_path / "missing"), gpus=0), temperature=0.0, seed=0)
+    with pytest.raises(EngineError, match="missing.*a model of the hub.*or a local folder"):
+        asyncio.run(engine.start())
+    asyncio.run(engine.close())
+
+
+def test_a_model_without_a_chat_template_is_an_error_at_the_start(tmp_path):
+    folder = make_tiny_vlm(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    engine = VLLMEngine(VLLMConfig(model=str(folder), gpus=0), temperature=0.0, seed=0)
+    with pytest.raises(EngineError, match="chat template"):
+        asyncio.run(engine.start())
+
+
+def test_without_vllm_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    engine = VLLMEngine(VLLMConfig(gpus=0), temperature=0.0, seed=0)
+    with pytest.raises(EngineError, match=r"requirements/gpu\.txt.*requirements/cpu\.txt"):
+        asyncio.run(engine.start())
+
+
+@pytest.mark.parametrize("size", [(64, 160), (28, 28), (1, 1)])
+def test_an_image_within_the_budget_is_left_alone(size):
+    image = Image.new("RGB", size)
+    assert fit_pixels(image, MAX_PIXELS) is image
+
+
+@pytest.mark.parametrize("size", [(500, 1200), (4000, 3000), (100_000, 1)])
+def test_an_image_over_the_budget_is_scaled_with_its_aspect_kept(size):
+    image = fit_pixels(Image.new("RGB", size), MAX_PIXELS)
+    assert image.width * image.height <= MAX_PIXELS
+    assert min(image.size) == 1 or image.width / image.height == pytest.approx(size[0] / size[1], rel=0.02)
+
+
+def test_the_tiny_model_is_the_same_for_the_same_seed(tiny, tmp_path):
+    weights = "model.safetensors"
+    assert (make_tiny_vlm(tmp_path / "same") / weights).read_bytes() == (tiny / weights).read_bytes()
+    assert (make_tiny_vlm(tmp_path / "other", seed=1) / weights).read_bytes() != (tiny / weights).read_bytes()
+    assert sum(path.stat().st_size for path in tiny.iterdir()) < 4e6
