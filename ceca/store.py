@@ -97,8 +97,12 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     if not uri:
         raise StoreError("no dataset URI given: pass --data with a folder, file://… or s3://bucket/prefix")
-    # Listings are never cached: another process may have published a second ago.
-    options = {"use_listings_cache": False} if uri.startswith("s3://") else {}
+    options: dict[str, Any] = {}
+    if uri.startswith("s3://"):
+        # Listings are never cached: another process may have published a second ago. Checksums of the protocol only
+        # where it needs them: some servers send the whole object's with a range of it, and parts have digests of ours.
+        checksums = ("request_checksum_calculation", "response_checksum_validation")
+        options = {"use_listings_cache": False, "config_kwargs": dict.fromkeys(checksums, "when_required")}
     try:
         fs, path = fsspec.core.url_to_fs(uri, **options)
     except (ValueError, ImportError) as error:

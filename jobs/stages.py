@@ -24,6 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ceca.errors import UserError
 from ceca.store import Manifest, Receipt, Reject, Store
 
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
+
 console = Console(stderr=True, soft_wrap=True)
 
 
@@ -66,11 +68,16 @@ def connect() -> None:
     decode their images.
     """
     if not ray.is_initialized():
-        local: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
-            local["num_cpus"] = max(8, os.cpu_count() or 1)
+            options["num_cpus"] = max(8, os.cpu_count() or 1)
+        elif JOB_CONFIG not in os.environ:
+            # Workers on other machines reach the object store as this process does. A submitted job brings its own
+            # runtime environment.
+            names = [name for name in os.environ if name.startswith("AWS_")]
+            options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in names}}
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line of a worker twice
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, **local)
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
     quiet()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

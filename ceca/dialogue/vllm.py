@@ -69,6 +69,10 @@ class VLLMEngine:
         }
         if self.config.gpus:
             arguments["gpu_memory_utilization"] = self.config.memory_fraction
+        else:
+            # The prefix cache reuses whole blocks, and a turn is short against the CPU backend's own 128 tokens:
+            # with 32, its least, 69 % of prompt tokens came from the cache instead of 38 %.
+            arguments["block_size"] = 32
         try:
             self.processor = AutoProcessor.from_pretrained(self.config.model)
             self._render((Turn("Who?", "A person."),), "Who?")  # a model without a usable chat template fails here
@@ -81,7 +85,10 @@ class VLLMEngine:
 
     def _explain(self, error: Exception) -> str:
         text = f"vLLM cannot start {self.config.model!r}: {type(error).__name__}: {error}"
-        memory = "lower --vllm.max-model-len or --vllm.max-pixels, or raise --vllm.tensor-parallel"
+        memory = (
+            "lower --vllm.max-model-len, --vllm.max-pixels or --vllm.memory-fraction (on a CPU --vllm.kv-cache-gib), "
+            "or raise --vllm.tensor-parallel"
+        )
         if "out of memory" in text.lower() or "no available memory" in text.lower():
             return f"{text}; {memory}"
         if "initialization failed" in text:  # the cause stays in the child process, which has logged it
@@ -177,8 +184,8 @@ def fit_pixels(image: Image.Image, max_pixels: int) -> Image.Image:
     if pixels <= max_pixels:
         return image
     scale = (max_pixels / pixels) ** 0.5
-    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (min(max_pixels, max(1, int(side * scale))) for side in image.size)  # also of a line of pixels
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def end_with_this_process(pids: Sequence[int]) -> subprocess.Popen[bytes]:

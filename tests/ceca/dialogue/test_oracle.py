@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from ceca.config import OracleConfig
 from ceca.datasets.drawn import VOCABULARY
 from ceca.datasets.drawn.attributes import sample_person
-from ceca.dialogue.conversation import QUESTIONS, SUMMARY_REQUEST, Dialogue, DialogueError, EngineError, Subject, converse
+from ceca.dialogue.conversation import (
+    QUESTIONS,
+    SUMMARY_REQUEST,
+    Dialogue,
+    DialogueError,
+    EngineError,
+    Subject,
+    converse,
+)
 from ceca.dialogue.oracle import OracleEngine
 
 WOMAN = {
@@ -43,9 +51,10 @@ def said(made: Dialogue) -> str:
 def reported(made: Dialogue) -> dict[str, str]:
     """What the answers say of some attributes whose words cannot be mistaken for others."""
     gender, upper, _, shoes, _ = (turn.answer for turn in made.turns)
+    kinds = sorted(VOCABULARY["upper_kind"], key=len, reverse=True)  # a t-shirt is no shirt
     return {
         "gender": "woman" if "a woman" in gender else "man",
-        "upper_kind": next(kind for kind in ("tank top", "t-shirt", *VOCABULARY["upper_kind"]) if f"{kind} and" in upper),
+        "upper_kind": next(kind for kind in kinds if f"{kind} and" in upper),
         "shoes_kind": next(kind for kind in VOCABULARY["shoes_kind"] if shoes.endswith(f"{kind}.")),
         "shoes_colour": shoes.split()[4],
     }
@@ -116,18 +125,19 @@ def test_another_seed_or_image_errs_elsewhere():
 
 def test_attributes_err_at_the_configured_rate():
     wrong = {"gender": 0, "upper_kind": 0, "shoes_kind": 0, "shoes_colour": 0}
-    for number in range(400):
+    for number in range(200):
         for name, value in reported(talk(WOMAN, f"image {number}", error_rate=0.2)).items():
             wrong[name] += value != WOMAN[name]
-    # 400 draws at 0.2: 80 expected, standard deviation 8
-    assert all(48 <= count <= 112 for count in wrong.values()), wrong
+    # 200 draws at 0.2: 40 expected, standard deviation 5.7
+    assert all(18 <= count <= 62 for count in wrong.values()), wrong
 
 
 @given(person=people, image_id=st.text(min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
 def test_answers_and_summary_agree_even_where_they_are_wrong(person, image_id):
     made = talk(person, image_id, error_rate=0.5)
-    stock = set("The person is wearing carrying a an and with no separate lower-body garment".split())
+    stock = {"The", "person", "is", "wearing", "carrying", "a", "an", "and", "with", "no"}
+    stock |= {"separate", "lower-body", "garment"}  # under a dress
     told = {word.strip(".") for turn in made.turns for word in turn.answer.split()} - stock
     assert told <= {word.strip(".,") for word in made.summary.split()}
 

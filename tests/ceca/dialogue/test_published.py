@@ -29,8 +29,9 @@ def test_a_list_of_dialogues_names_its_images_by_any_of_four_keys(key):
 
 @pytest.mark.parametrize("inside", [lambda turns: turns, lambda turns: {"dialogue": turns}], ids=["turns", "dialogue"])
 def test_an_object_names_its_images_by_its_keys(inside):
-    found = read({"a/1.jpg": inside([*ASKED, {"summary": "A man."}]), "a/2.jpg": inside([*ASKED, {"text": "Another."}])})
-    assert [(made.path, made.summary) for made in found[0]] == [("a/1.jpg", "A man."), ("a/2.jpg", "Another.")]
+    one, two = [*ASKED, {"summary": "A man."}], [*ASKED, {"text": "Another."}]
+    found, _ = read({"a/1.jpg": inside(one), "a/2.jpg": inside(two)})
+    assert [(made.path, made.summary) for made in found] == [("a/1.jpg", "A man."), ("a/2.jpg", "Another.")]
 
 
 @pytest.mark.parametrize("key", ["summary", "text", "answer"])

@@ -8,7 +8,6 @@ import io
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def record(tiny: Path) -> Iterator[Record]:
+def record(tiny: Path) -> Record:
     config = VLLMConfig(
         model=str(tiny), gpus=0, dtype="float32", max_model_len=MAX_MODEL_LEN, max_pixels=MAX_PIXELS, enforce_eager=True
     )
@@ -113,7 +112,7 @@ def record(tiny: Path) -> Iterator[Record]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # start() sets it; this puts back what was there
         asyncio.run(run())
-    yield made
+    return made
 
 
 def test_every_conversation_is_whole(record):
@@ -222,7 +221,7 @@ def wait_for_end(pid: int) -> bool:
 
 def test_a_model_that_is_not_there_is_an_error_that_says_what_to_name(tmp_path):
     engine = VLLMEngine(VLLMConfig(model=str(tmp_path / "missing"), gpus=0), temperature=0.0, seed=0)
-    with pytest.raises(EngineError, match="missing.*a model of the hub.*or a local folder"):
+    with pytest.raises(EngineError, match=r"missing.*a model of the hub.*or a local folder"):
         asyncio.run(engine.start())
     asyncio.run(engine.close())
 
@@ -233,6 +232,21 @@ def test_a_model_without_a_chat_template_is_an_error_at_the_start(tmp_path):
     engine = VLLMEngine(VLLMConfig(model=str(folder), gpus=0), temperature=0.0, seed=0)
     with pytest.raises(EngineError, match="chat template"):
         asyncio.run(engine.start())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ValueError("No available memory for the cache blocks."),
+        RuntimeError("Engine core initialization failed. See root cause above."),  # its cause stays in the child
+    ],
+)
+def test_an_engine_that_cannot_start_says_how_to_need_less_memory(error):
+    text = VLLMEngine(VLLMConfig(model="some/model"), temperature=0.0, seed=0)._explain(error)
+    assert str(error) in text
+    assert "some/model" in text
+    assert "--vllm.max-model-len" in text
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
