@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pyarrow as pa
 
 from ceca.store import Manifest, Reject, Store, StoreError
@@ -82,3 +83,8 @@ def make_pairs(store: Store, rows: list[ImageRow], captions: Manifest) -> pa.Tab
         [image.summary for image, _ in pairs],
     ]
     return pa.table(columns, schema=PAIRS)
+
+
+def epoch_order(pairs: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of all pairs, [pairs] int64: the same for any number of workers."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(pairs)

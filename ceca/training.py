@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,11 +20,6 @@ from torch import Tensor, nn
 from ceca.config import LossConfig, OptimiserConfig
 from ceca.losses import confidence_aware_weighting_loss, triplet_alignment_loss
 from ceca.model.ceca import Features
-
-
-def epoch_order(pairs: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of all pairs, [pairs] int64: the same for any number of workers."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(pairs)
 
 
 def world() -> tuple[int, int]:

@@ -13,6 +13,7 @@ import platform
 import time
 from typing import Any
 
+import numpy as np
 import pyarrow.fs
 import ray
 import ray.train
@@ -23,13 +24,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ceca.config import TrainConfig, parse_arguments, to_mapping
 from ceca.errors import UserError
-from ceca.model.backbone import count_tokens
+from ceca.model.backbone import count_tokens, tokenize
 from ceca.model.weights import PublishedModel, find_model, publish_model
 from ceca.samples import ImageRow, add_summaries, list_images, make_pairs
 from ceca.schema import SCHEMA_VERSION
 from ceca.store import Manifest, Reject, Store, StoreError, version_of
 from jobs import stages
-from jobs.train_data import load_images
+from jobs.train_data import TrainingSet, load_images
 from jobs.train_worker import Run, train_worker
 
 
@@ -159,7 +160,14 @@ def _prepare(
         )
         used = used if validation is not None else None
     references = load_images(store, images, parts)
-    return Run(config, store.uri, run, ray.put(pairs), references, validation), used
+    samples = TrainingSet(
+        part=pairs["part"].to_numpy(),
+        row=pairs["row"].to_numpy(),
+        identity=pairs["identity"].to_numpy(),
+        caption=tokenize(pairs["caption"].to_pylist()).numpy().astype(np.uint16),
+        summary=tokenize(pairs["summary"].to_pylist()).numpy().astype(np.uint16),
+    )
+    return Run(config, store.uri, run, ray.put(samples), references, validation), used
 
 
 def _fit(store: Store, config: TrainConfig, run: Run, version: str) -> None:

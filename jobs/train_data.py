@@ -1,11 +1,13 @@
 """The training input: which samples there are, and streaming them to a worker in the order of the epochs.
 
 Encoded images lie in Ray's object store, a part a reference, so that any sample can be read without copying and
-nodes fetch a part once. Ray Data decodes and resizes on CPU workers ahead of the trainer and sends uint8.
+nodes fetch a part once. Texts are tokenised once, for all epochs. Ray Data decodes and resizes on CPU workers ahead
+of the trainer and sends uint8; they import no torch, which would cost each of them seconds and a gigabyte.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +17,22 @@ import ray
 
 from ceca.config import TrainConfig
 from ceca.datasets.images import decode_image
-from ceca.model.backbone import tokenize
+from ceca.samples import epoch_order
 from ceca.store import Manifest, Store
-from ceca.training import epoch_order
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+    """Every pair in a fixed order: where its image is, its identity, and its texts as token ids."""
+
+    part: np.ndarray  # [P] of the images table
+    row: np.ndarray  # [P] in the part
+    identity: np.ndarray  # [P]
+    caption: np.ndarray  # [P, 77] uint16: CLIP has 49,408 tokens
+    summary: np.ndarray  # [P, 77] uint16
+
+    def __len__(self) -> int:
+        return len(self.identity)
 
 
 @ray.remote(num_cpus=0.5)
@@ -51,52 +66,51 @@ class LoadSamples:
     """
 
     def __init__(
-        self, config: TrainConfig, rank: int, size: int, pairs: ray.ObjectRef, images: dict[int, Any], start: int
+        self, config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: dict[int, Any], start: int
     ):
         self.config, self.rank, self.start = config, rank, start
-        self.pairs: pa.Table = ray.get(pairs)
+        self.samples: TrainingSet = ray.get(samples)
         self.images = EncodedImages(images)
         self.local = config.global_batch // size
-        self.steps = self.pairs.num_rows // config.global_batch
+        self.steps = len(self.samples) // config.global_batch
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        chosen = self.pairs.take([self._pair(self.start + int(sample)) for sample in batch["id"]]).to_pydict()
+        samples, chosen = self.samples, np.asarray([self._pair(self.start + int(sample)) for sample in batch["id"]])
         height, width = self.config.model.image_height, self.config.model.image_width
         pixels = [
             decode_image(self.images(part, row), height, width)
-            for part, row in zip(chosen["part"], chosen["row"], strict=True)
+            for part, row in zip(samples.part[chosen].tolist(), samples.row[chosen].tolist(), strict=True)
         ]
         return {
             "image": np.stack(pixels),
-            "caption": tokenize(chosen["caption"]).numpy().astype(np.int32),
-            "summary": tokenize(chosen["summary"]).numpy().astype(np.int32),
-            "identity": np.asarray(chosen["identity"], dtype=np.int64),
+            "caption": samples.caption[chosen].astype(np.int32),
+            "summary": samples.summary[chosen].astype(np.int32),
+            "identity": samples.identity[chosen],
         }
 
     def _pair(self, sample: int) -> int:
         step, offset = divmod(sample, self.local)
         epoch, step = divmod(step, self.steps)
         if self.order[0] != epoch:
-            self.order = (epoch, epoch_order(self.pairs.num_rows, self.config.seed, epoch))
+            self.order = (epoch, epoch_order(len(self.samples), self.config.seed, epoch))
         return int(self.order[1][step * self.config.global_batch + self.rank * self.local + offset])
 
 
 def stream_batches(
-    config: TrainConfig, rank: int, size: int, pairs: ray.ObjectRef, images: dict[int, Any], start_step: int
+    config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: dict[int, Any], start_step: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """This worker's batches from `start_step` (counted through all epochs) to the end of training, in order."""
-    loader_pairs = ray.get(pairs).num_rows
-    steps = loader_pairs // config.global_batch * config.epochs - start_step
+    steps = len(ray.get(samples)) // config.global_batch * config.epochs - start_step
     local = config.global_batch // size
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    samples = ray.data.range(steps * local, override_num_blocks=max(1, min(steps // 4, 1000)))
-    loaded = samples.map_batches(
+    numbers = ray.data.range(steps * local, override_num_blocks=max(1, min(steps // 4, 1000)))
+    loaded = numbers.map_batches(
         LoadSamples,
-        fn_constructor_args=(config, rank, size, pairs, images, start_step * local),
+        fn_constructor_args=(config, rank, size, samples, images, start_step * local),
         batch_size=local,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.loaders_per_worker),
         num_cpus=config.cpus_per_loader,

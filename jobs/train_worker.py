@@ -57,7 +57,7 @@ class Run:
     config: TrainConfig
     store_uri: str
     run: str  # folder of the run below the dataset
-    pairs: Any  # reference to the table PAIRS
+    samples: Any  # reference to a TrainingSet
     images: dict[int, Any]
     validation: Any | None  # reference to {"images": [(part, row, identity, summary)], "queries": [(text, identity)]}
 
@@ -88,15 +88,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     rank, size = world()
-    pairs = ray.get(run.pairs).num_rows
-    steps = pairs // config.global_batch
+    steps = len(ray.get(run.samples)) // config.global_batch
     optimiser = torch.optim.Adam(parameter_groups(model, config.optimiser), betas=config.optimiser.betas)
-    schedule = {"warmup": config.optimiser.warmup_epochs * steps, "total": config.epochs * steps}
+    warmup, total = config.optimiser.warmup_epochs * steps, config.epochs * steps
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimiser,
         lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(
-            o, lambda step: rate_factor(step, **schedule, start=config.optimiser.warmup_start)
+            o, lambda step: rate_factor(step, warmup=warmup, total=total, start=config.optimiser.warmup_start)
         ),
         config=deepspeed_config(config, size),
         dist_init_required=False,
@@ -104,7 +103,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     _keep_statistics_in_fp32(engine.module)
     progress = _resume(engine, config, size)
     if progress.epochs < config.epochs:
-        batches = stream_batches(config, rank, size, run.pairs, run.images, progress.epochs * steps)
+        batches = stream_batches(config, rank, size, run.samples, run.images, progress.epochs * steps)
         reporter = _Reporter(config, steps, progress.epochs) if rank == 0 else None
         for epoch in range(progress.epochs, config.epochs):
             record = _train_epoch(engine, batches, config, epoch, steps, device, reporter)
