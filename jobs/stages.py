@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -121,6 +122,7 @@ def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpu
         connect()
         _run_units(store, plan, version, todo, replicas=min(replicas, len(todo)), cpus=cpus, gpus=gpus)
     receipts = store.receipts(plan.stage, version)
+    _refuse_empty(store, plan, version, receipts)
     manifests = store.publish(
         plan.stage,
         version,
@@ -133,6 +135,16 @@ def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpu
     )
     _print_summary(store, plan, manifests, time.monotonic() - started)
     return manifests
+
+
+def _refuse_empty(store: Store, plan: Plan, version: str, receipts: Mapping[int, Receipt]) -> None:
+    """A stage that rejected every row has met a mistake, not bad rows: nothing is published, and it starts anew."""
+    if not plan.units or any(plan.tables[-1] in receipt.parts for receipt in receipts.values()):
+        return
+    rejects = Counter(f"{reject.reason}: {reject.detail}" for r in receipts.values() for reject in r.rejects)
+    store.remove(".work", plan.stage, version)
+    common = "; ".join(f"{count} x {reason}" for reason, count in rejects.most_common(3))
+    raise UserError(f"{plan.stage}: all {sum(plan.sizes)} rows were rejected and nothing is published; {common}")
 
 
 def _restore(store: Store, plan: Plan, version: str) -> dict[str, Manifest]:
