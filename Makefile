@@ -1,6 +1,6 @@
 # Everything a newcomer types: `make demo`, `make test`, `make serve`. Each sets the environment up first.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 LOCK   ?= requirements/cpu.txt
@@ -13,9 +13,8 @@ help:  ## this list
 
 # The lock is complete, so nothing is resolved: --no-deps. On a GPU node: make install LOCK=requirements/gpu.txt
 $(VENV)/installed: $(LOCK) pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or pass PYTHON=…"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-		{ echo "error: $(PYTHON) is not Python 3.11; pass PYTHON=/path/to/python3.11"; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "error: Python 3.11 is needed, found '$(PYTHON)'; pass PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing the environment (about 7 GB, a few minutes) …"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)

@@ -44,7 +44,7 @@ class Gallery:
     def search(self, query_global: Tensor, query_local: Tensor, *, omega: float, top_k: int) -> list[list[Hit]]:
         """The best images for each query: normalised embeddings [Q, D], [Q, E] → Q lists of min(top_k, N) hits.
 
-        Equal similarities come in the order of image ids, so that an answer does not change with the shards.
+        Equal similarities come in the order of image ids.
         """
         scaled = torch.cat([(1 - omega) * query_global, omega * query_local], dim=1).to(self.embeddings)
         similarity = scaled @ self.embeddings.T

@@ -258,7 +258,7 @@ class Store:
     def rejects(self) -> pa.Table:
         """The rejected rows of every stage's current version."""
         tables = [REJECTS.empty_table()]
-        for stage in ("ingest", "dialogue", "train", "index"):
+        for stage in ("ingest", "dialogue", "evaluate", "index"):
             manifest = self.manifest(f"rejects/{stage}")
             if manifest is not None and manifest.rows:
                 tables.append(self.read(manifest))

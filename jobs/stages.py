@@ -71,7 +71,7 @@ def connect() -> None:
     if not ray.is_initialized():
         options: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
-            options["num_cpus"] = max(8, os.cpu_count() or 1)
+            options = {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
         elif JOB_CONFIG not in os.environ:
             # Workers on other machines reach the object store as this process does. A submitted job brings its own
             # runtime environment.
@@ -107,7 +107,7 @@ def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpu
             version = f"{plan.version}-{repeats}"
             repeats += 1
     published = store.manifest(plan.tables[-1])
-    if published is not None and published.version == version:
+    if published is not None and not redo and published.version.partition("-")[0] == plan.version:
         console.print(f"{plan.stage}: {store.place(plan.tables[-1])} is published already (--redo makes it again)")
         return {table: store.current(table) for table in plan.tables}
     earlier = store.manifest(plan.tables[-1], version)

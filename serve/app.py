@@ -150,9 +150,13 @@ def application(served: Served, config: ServeConfig) -> Application:
     resources = {"num_cpus": config.cpus, "num_gpus": config.gpus}
     # Two batches at work or filling, so that a replica is never idle while others wait.
     shared: dict[str, Any] = {"ray_actor_options": resources, "max_ongoing_requests": 4 * config.batch}
-    encoder = QueryEncoder.options(num_replicas=config.encoder_replicas, **shared)
-    gallery = GallerySearch.options(num_replicas=config.search_replicas, **shared)
-    ingress = Ingress.options(
+    encoder = QueryEncoder.options(  # type: ignore[attr-defined]
+        num_replicas=config.encoder_replicas, **shared
+    )
+    gallery = GallerySearch.options(  # type: ignore[attr-defined]
+        num_replicas=config.search_replicas, **shared
+    )
+    ingress = Ingress.options(  # type: ignore[attr-defined]
         num_replicas=config.ingress_replicas,
         ray_actor_options={"num_cpus": 0},  # it waits more than it works, and must fit beside the other two
         max_ongoing_requests=INGRESS_REQUESTS,

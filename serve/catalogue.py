@@ -11,6 +11,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 
+from ceca.datasets.images import mime_type
 from ceca.gallery import check_same_model
 from ceca.model.weights import require_model
 from ceca.samples import list_images
@@ -132,7 +133,7 @@ class Catalogue:
             content = self.store.take(self.images, [place], ["image"])["image"][0].as_py()
         except FileNotFoundError:
             raise StoreError(f"{self.store.place('images', self.images.version)} is damaged: a part is gone") from None
-        picture = Picture(content, media_type(content), f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        picture = Picture(content, mime_type(content), f'"{hashlib.sha256(content).hexdigest()[:32]}"')
         self._keep(image_id, picture)
         return picture
 
@@ -145,14 +146,3 @@ class Catalogue:
             while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
                 _, oldest = self._cache.popitem(last=False)
                 self._cached_bytes -= len(oldest.content)
-
-
-def media_type(content: bytes) -> str:
-    """Media type of encoded bytes, by how they begin: the formats that ingest accepts."""
-    if content.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "image/webp"
-    return "image/bmp" if content.startswith(b"BM") else "application/octet-stream"

@@ -24,7 +24,7 @@ from ray import serve as ray_serve
 
 from ceca import schema
 from ceca.config import ModelConfig, ServeConfig
-from ceca.datasets.images import decode_image
+from ceca.datasets.images import decode_image, mime_type
 from ceca.errors import UserError
 from ceca.gallery import Searcher
 from ceca.model.backbone import tokenize
@@ -33,7 +33,7 @@ from ceca.model.weights import PublishedModel, publish_model, serialize
 from ceca.store import Receipt, Store
 from ceca.transforms import normalize
 from serve.app import QUIET, application, build
-from serve.catalogue import Catalogue, find_served, media_type
+from serve.catalogue import Catalogue, find_served
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black", "white", "orange")
@@ -211,7 +211,7 @@ def test_images_are_the_bytes_that_came(running: Running) -> None:
         response = running.client.get(f"/images/{schema.image_id(f'{number:04d}.jpg')}")
         assert response.status_code == 200
         assert response.content == content
-        assert response.headers["content-type"] == media_type(content) == f"image/{'png' if number == 4 else 'jpeg'}"
+        assert response.headers["content-type"] == mime_type(content) == f"image/{'png' if number == 4 else 'jpeg'}"
         assert "max-age" in response.headers["cache-control"]
         again = running.client.get(response.url.path, headers={"If-None-Match": response.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
