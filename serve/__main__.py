@@ -81,9 +81,14 @@ def _reachable(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def entry() -> None:
     """A UserError is one line and exit code 2."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started it in the background, deaf to Ctrl-C
+        signal.signal(number, _interrupt)
     try:
         main()
     except UserError as error:
