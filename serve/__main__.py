@@ -60,11 +60,13 @@ def _stop() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not ray.is_initialized():
         return
-    with contextlib.suppress(Exception):  # a cluster that is gone needs no goodbye
-        serve.delete(NAME)
-        if not serve.status().applications:
-            serve.shutdown()
-    ray.shutdown()
+    # Ray prints that the Serve controller, which ends itself on request, was killed: nobody needs to read that.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.suppress(Exception):  # a cluster that is gone needs no goodbye
+            serve.delete(NAME)
+            if not serve.status().applications:
+                serve.shutdown()
+        ray.shutdown()
 
 
 def _check_port(host: str, port: int) -> None:

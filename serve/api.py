@@ -45,6 +45,8 @@ class SearchRequest(BaseModel):
         query = query.strip()
         if not query:
             raise ValueError("the query is empty: describe a person, e.g. 'a woman in a red coat'")
+        if any("\ud800" <= character <= "\udfff" for character in query):  # JSON can spell it, UTF-8 cannot
+            raise ValueError("the query holds half of a surrogate pair, which is not a character")
         return query
 
 

@@ -232,7 +232,7 @@ def test_only_images_of_the_gallery_are_reachable(running: Running) -> None:
         ('{"query": ""}', "query", "describe a person"),
         ('{"query": " \\n\\t "}', "query", "describe a person"),
         ('{"query": "%s"}' % ("x" * (TEXT_LIMIT + 1)), "query", f"at most {TEXT_LIMIT}"),
-        ('{"query": "\\ud800"}', "query", ""),
+        ('{"query": "\\ud800"}', "query", "surrogate"),
         ('{"query": 7}', "query", "string"),
         ("{}", "query", "required"),
         ('{"query": "a man", "top_k": 0}', "top_k", "greater than or equal to 1"),
