@@ -9,6 +9,7 @@ so it never changes a version.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +41,22 @@ class ConfigError(UserError, ValueError):
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def config(cls: type[T]) -> type[T]:
-    """A frozen keyword-only dataclass whose values are checked against their types when it is made."""
-    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
+    """A frozen keyword-only dataclass whose values are checked against their types when it is made.
+
+    A value that does not fit raises ConfigError.
+    """
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    make = made.__init__
+
+    @functools.wraps(make)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            make(self, *args, **values)
+        except ValidationError as error:
+            raise ConfigError(_problems(error)) from None
+
+    made.__init__ = __init__
+    return made
 
 
 def execution(default: Any) -> Any:
@@ -275,6 +290,13 @@ class TrainConfig:
                 f"global_batch {self.global_batch} must be a multiple of workers {self.workers}: "
                 "every worker takes an equal share of each step"
             )
+        if self.precision == "fp16" and not self.gpus_per_worker:
+            raise ValueError("precision fp16 needs a GPU; CPUs compute in fp32 or bf16")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision bf16 needs zero_stage 1 or more: without it DeepSpeed keeps no fp32 weights, and steps "
+                "finer than bf16 resolves are lost"
+            )
 
 
 # --- evaluate, index, search ------------------------------------------------------------------------------
@@ -349,11 +371,19 @@ def from_mapping(config_type: type[T], mapping: dict[str, Any], where: str = "co
     try:
         return TypeAdapter(config_type).validate_python(mapping)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']} (found {problem['input']!r})"
-            for problem in error.errors()
-        )
-        raise ConfigError(f"{where}: {problems}") from None
+        raise ConfigError(f"{where}: {_problems(error)}") from None
+
+
+def _problems(error: ValidationError) -> str:
+    """What is wrong, each with the setting's name; a rule over several settings says by itself what it found."""
+    found = []
+    for problem in error.errors():
+        if problem["type"] == "value_error":
+            found.append(problem["msg"].removeprefix("Value error, "))
+        else:
+            name = ".".join(map(str, problem["loc"])) or "value"
+            found.append(f"{name}: {problem['msg']} (found {problem['input']!r})")
+    return "; ".join(found)
 
 
 def _refuse_unknown_keys(config_type: type, mapping: Any, where: str) -> None:
@@ -437,42 +467,41 @@ def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | N
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     config_type = STAGES[stage]
-    try:
-        recipe = _peek(argv, "--recipe")
-        sections = load_recipe(recipe) if recipe else {}
-        default: Any = from_mapping(config_type, sections.get(stage) or {}, f"recipe {recipe}: {stage}")
-        arguments = dataclasses.make_dataclass(
-            "Arguments",
-            [
-                ("data", Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")]),
-                (
-                    "recipe",
-                    Annotated[str, tyro.conf.arg(help="name or path of a recipe")],
-                    dataclasses.field(default=recipe or ""),
-                ),
-                (
-                    "redo",
-                    Annotated[bool, tyro.conf.arg(help="make a new version though this one is published")],
-                    dataclasses.field(default=False),
-                ),
-                ("config", Annotated[config_type, tyro.conf.arg(name="")], dataclasses.field(default=default)),
-            ],
-        )
-        parsed: Any = tyro.cli(
-            arguments,
-            args=argv,
-            prog=prog,
-            description=config_type.__doc__,
-        )
-    except (ConfigError, ValidationError) as error:
-        raise SystemExit(f"error: {error}") from None
+    recipe = _peek(argv, "--recipe")
+    sections = load_recipe(recipe) if recipe else {}
+    default: Any = from_mapping(config_type, sections.get(stage) or {}, f"recipe {recipe}: {stage}")
+    arguments = dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("data", Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")]),
+            (
+                "recipe",
+                Annotated[str, tyro.conf.arg(help="name or path of a recipe")],
+                dataclasses.field(default=recipe or ""),
+            ),
+            (
+                "redo",
+                Annotated[bool, tyro.conf.arg(help="make a new version though this one is published")],
+                dataclasses.field(default=False),
+            ),
+            ("config", Annotated[config_type, tyro.conf.arg(name="")], dataclasses.field(default=default)),
+        ],
+    )
+    parsed: Any = tyro.cli(
+        arguments,
+        args=argv,
+        prog=prog,
+        description=config_type.__doc__,
+    )
     return Arguments(data=parsed.data, redo=parsed.redo, config=parsed.config)
 
 
 def _peek(argv: Sequence[str], option: str) -> str | None:
+    """The option's value, of the last one where it is given twice, as tyro takes it."""
+    found = None
     for position, argument in enumerate(argv):
         if argument == option and position + 1 < len(argv):
-            return argv[position + 1]
-        if argument.startswith(f"{option}="):
-            return argument.split("=", 1)[1]
-    return None
+            found = argv[position + 1]
+        elif argument.startswith(f"{option}="):
+            found = argument.split("=", 1)[1]
+    return found

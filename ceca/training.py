@@ -7,7 +7,6 @@ collective forward and none backward. Trainers average gradients over workers, h
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +36,7 @@ def gather_features(features: Features) -> Features:
     rank, size = world()
     if size == 1:
         return features
-    names = [field.name for field in dataclasses.fields(features) if getattr(features, field.name) is not None]
+    names = [name for name, value in features._asdict().items() if value is not None]
     own = torch.cat([getattr(features, name).float() for name in names], dim=1)
     parts = [torch.empty_like(own) for _ in range(size)]
     dist.all_gather(parts, own.detach().contiguous())

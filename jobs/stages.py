@@ -27,6 +27,12 @@ from ceca.store import Manifest, Receipt, Reject, Store
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
 
+# What Ray's processes would print among a stage's own lines. Set one of these to see it again.
+QUIET_WORKERS = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "PYTHONWARNINGS": "ignore",  # of libraries about other libraries
+}
+
 console = Console(stderr=True, soft_wrap=True)
 
 
@@ -69,15 +75,16 @@ def connect() -> None:
     decode their images.
     """
     if not ray.is_initialized():
+        for name, value in QUIET_WORKERS.items():
+            os.environ.setdefault(name, value)
         options: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
             options = {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
         elif JOB_CONFIG not in os.environ:
             # Workers on other machines reach the object store as this process does. A submitted job brings its own
             # runtime environment.
-            names = [name for name in os.environ if name.startswith("AWS_")]
+            names = [name for name in os.environ if name.startswith("AWS_") or name in QUIET_WORKERS]
             options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in names}}
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line of a worker twice
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
     quiet()
     context = ray.data.DataContext.get_current()

@@ -6,7 +6,6 @@ finished epochs, so a worker that starts finds where to go on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -210,13 +209,13 @@ def _validate_and_keep_best(
     validates = run.validation is not None and config.validate_every > 0
     if not (last or (validates and (epoch + 1) % config.validate_every == 0)):
         return {}
-    with _whole_parameters(engine):
-        metrics = _validate(engine.module, run, device) if validates else {}
-        if not validates or better(metrics, progress.best, SELECTED_BY):
-            progress.best = {"epoch": epoch + 1, **metrics}
-            if world()[0] == 0:
-                store = Store(run.store_uri)
-                store.write_bytes(serialize(_float_state(engine.module)), run.run, f"best-{epoch + 1:04d}.safetensors")
+    model = whole_model(engine)
+    metrics = _validate(model, run, device) if validates else {}
+    if not validates or better(metrics, progress.best, SELECTED_BY):
+        progress.best = {"epoch": epoch + 1, **metrics}
+        if world()[0] == 0:
+            store = Store(run.store_uri)
+            store.write_bytes(serialize(_float_state(model)), run.run, f"best-{epoch + 1:04d}.safetensors")
     return {f"val_{name}": value for name, value in metrics.items()}
 
 
@@ -224,15 +223,24 @@ def _float_state(model: CECA) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()}
 
 
-@contextlib.contextmanager
-def _whole_parameters(engine: Any) -> Iterator[None]:
-    """Under ZeRO 3 a worker holds only its shard of the parameters; gather them while the context lasts."""
+def whole_model(engine: Any) -> CECA:
+    """The model with all its parameters; a copy under ZeRO 3.
+
+    There a worker holds a shard of them and every pass is a collective, so that workers with unequal numbers of
+    validation batches would wait for each other for ever.
+    """
+    model: CECA = engine.module
+    if engine.zero_optimization_stage() < 3:
+        return model
     import deepspeed
 
-    partitioned = engine.zero_optimization_stage() == 3
-    parameters = list(engine.module.parameters()) if partitioned else []
-    with deepspeed.zero.GatheredParameters(parameters, enabled=partitioned):
-        yield
+    parameters = list(model.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    copy = CECA(model.config).to(parameters[0].device, parameters[0].dtype)
+    _keep_statistics_in_fp32(copy)
+    copy.load_state_dict(state)
+    return copy
 
 
 @torch.no_grad()

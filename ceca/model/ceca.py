@@ -6,7 +6,7 @@ of 0, summaries enter nowhere, neither the sum nor the mixer.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,12 @@ from ceca.model.backbone import Backbone, Tokens
 from ceca.model.mixer import MixerBlock, TokenEmbedding, select_tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """Features of a batch, [B, D] each, not normalised: what the losses are made of.
 
     `image`, `text`, `summary` are the towers' own; `visual` is g, image and summary combined; `local_visual` and
-    `local_text` come from the local branch. `summary` is None where summaries are not used.
+    `local_text` come from the local branch. `summary` is None where summaries are not used. A tuple, for DeepSpeed
+    finds tensors in no other record, and ZeRO 3 gathers parameters for the backward pass where it finds them.
     """
 
     image: Tensor

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ceca.gallery import Searcher
-from ceca.model.weights import find_model
+from ceca.model.weights import find_model, load_model
 from ceca.store import Store
 from tests.conftest import REPOSITORY
 from tests.jobs.test_stages import SMALL, digests, kill_after_some_units
@@ -107,6 +108,17 @@ def test_training_killed_after_a_checkpoint_resumes_from_it_and_ends_with_the_sa
     assert undisturbed is not None
     assert [record["epoch"] for record in model.training["history"]] == [1, 2, 3]
     assert model.digest == undisturbed.digest
+
+
+def test_training_in_bf16_with_partitioned_parameters_publishes_a_whole_model(run, on_disk, tmp_path):
+    shutil.copytree(on_disk.root, tmp_path, dirs_exist_ok=True)
+    settings = ("--name", "partitioned", "--epochs", 1, "--precision", "bf16", "--zero-stage", 3)
+    run("train", *SMALL, "--data", tmp_path, *settings)
+    model, published = load_model(Store(str(tmp_path)), "partitioned", torch.device("cpu"))
+    other, _ = load_model(on_disk, "ceca", torch.device("cpu"))
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in other.named_parameters()}
+    (record,) = published.training["history"]
+    assert record["loss"] == pytest.approx(find_model(on_disk, "ceca").training["history"][0]["loss"], rel=0.02)
 
 
 def test_the_pipeline_on_s3_by_job_submission_gives_the_same_metrics(
