@@ -30,7 +30,7 @@ def select_tokens(side: Tokens, ratio: float) -> tuple[Tensor, Tensor]:
     # Absent tokens go last: importance is an attention weight and never negative.
     order = side.importance.masked_fill(~side.present, -1.0).argsort(dim=1, descending=True, stable=True)[:, :kept]
     tokens = side.tokens.gather(1, order[..., None].expand(-1, -1, side.tokens.shape[-1]))
-    counts = torch.ceil(ratio * side.present.sum(dim=1, keepdim=True))
+    counts = torch.ceil(ratio * side.present.sum(dim=1, keepdim=True).double())  # in fp32, 0.3 of 50 would be 16
     present = torch.arange(kept, device=order.device)[None, :] < counts
     return F.normalize(tokens, dim=-1), present
 

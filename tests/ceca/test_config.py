@@ -1,0 +1,111 @@
+"""Configuration: defaults, then the recipe, then the command line; what is not valid is one clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ceca.config import (
+    RECIPES,
+    STAGES,
+    ConfigError,
+    DialogueConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    from_mapping,
+    load_recipe,
+    parse_arguments,
+    to_mapping,
+)
+from ceca.store import version_of
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_of_the_project_is_valid(recipe: str):
+    for stage, section in load_recipe(recipe).items():
+        from_mapping(STAGES[stage], section or {})
+
+
+def test_defaults_are_the_published_recipe():
+    config = TrainConfig()
+    assert (config.epochs, config.global_batch) == (60, 64)
+    assert (config.model.image_height, config.model.image_width) == (384, 128)
+    assert (config.model.summary_weight, config.model.condition_ratio) == (0.3, 0.3)
+    assert (config.losses.temperature, config.losses.margin, config.losses.scale) == (0.015, 0.1, 50.0)
+    assert (config.optimiser.learning_rate, config.optimiser.new_learning_rate) == (1e-5, 1e-3)
+
+
+def test_the_command_line_is_stronger_than_the_recipe_and_the_recipe_than_the_default(tmp_path: Path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("train:\n  epochs: 7\n  model:\n    local_dim: 32\n")
+    parsed = parse_arguments("train", ["--data", "there", "--recipe", str(recipe), "--epochs", "9"])
+    assert (parsed.data, parsed.config.epochs, parsed.config.model.local_dim) == ("there", 9, 32)
+    assert parsed.config.global_batch == TrainConfig().global_batch
+    again = parse_arguments("train", ["--data=there", "--recipe=tiny", f"--recipe={recipe}"])
+    assert again.config.epochs == 7  # of two recipes, the last
+
+
+def test_a_config_cannot_be_changed_after_its_checks():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig().local_dim = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("stage", "mapping", "says"),
+    [
+        ("train", {"epoch": 3}, "unknown key 'epoch'; valid keys: name, model"),
+        ("train", {"model": {"bakbone": "x"}}, "train.model: unknown key 'bakbone'; valid keys: backbone"),
+        ("train", {"losses": {"terms": ["tal_globl"]}}, "'tal_global', 'tal_local' or 'cawl'"),
+        ("dialogue", {"engine": "vlm"}, "'vllm', 'openai' or 'oracle'"),
+        ("train", {"epochs": 0}, "epochs: .*greater than or equal to 1.*found 0"),
+        ("train", {"global_batch": 10, "workers": 4}, "multiple of workers 4"),
+        ("train", {"losses": {"weight_range": [5, 0.2]}}, "weight_range must be"),
+        ("train", {"model": 3}, "expected keys and values, found 3"),
+    ],
+)
+def test_what_is_not_valid_says_what_would_be(stage: str, mapping: dict, says: str):
+    with pytest.raises(ConfigError, match=says):
+        from_mapping(STAGES[stage], mapping, stage)
+
+
+def test_a_config_made_in_python_fails_in_the_same_words():
+    with pytest.raises(ConfigError, match=r"summary_weight: .*less than or equal to 1 \(found 1\.5\)"):
+        ModelConfig(summary_weight=1.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("trian:\n  epochs: 3\n", "unknown stage 'trian'; valid stages: draw, ingest"),
+        ("- epochs\n", "expected a mapping of stages, found list"),
+        ("train: [\n", "not valid YAML"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_says_why(tmp_path: Path, content: str, says: str):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(str(recipe))
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(ConfigError, match="recipes: cuhk_pedes, icfg_pedes, rstpreid, tiny"):
+        load_recipe("cuhk")
+
+
+def test_a_stored_configuration_makes_the_same_config_again():
+    config = TrainConfig(workers=2, losses=LossConfig(terms=("tal_global",)))
+    assert from_mapping(TrainConfig, to_mapping(config)) == config
+
+
+def test_how_a_job_runs_does_not_change_what_its_result_is_called():
+    def version(config: object) -> str:
+        return version_of(to_mapping(config, results_only=True))
+
+    assert version(TrainConfig()) == version(TrainConfig(workers=8, zero_stage=3, checkpoints_kept=5))
+    assert version(TrainConfig()) != version(TrainConfig(seed=1))
+    assert version(DialogueConfig()) == version(DialogueConfig(replicas=16, conversations=256))
+    assert version(DialogueConfig()) != version(DialogueConfig(temperature=0.5))

@@ -1,0 +1,96 @@
+"""What a training step is made of, whatever runs it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ceca.config import LossConfig, ModelConfig, OptimiserConfig
+from ceca.losses import triplet_alignment_loss
+from ceca.model.ceca import CECA, Features
+from ceca.samples import epoch_order
+from ceca.training import better, cosine, loss_terms, parameter_groups, rate_factor
+
+SMALL = ModelConfig(backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_dim=32)
+
+
+@given(pairs=st.integers(1, 500), seed=st.integers(0, 100), epoch=st.integers(0, 100))
+def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own(pairs: int, seed: int, epoch: int):
+    order = epoch_order(pairs, seed, epoch)
+    assert sorted(order) == list(range(pairs))
+    assert np.array_equal(order, epoch_order(pairs, seed, epoch))
+    if pairs > 20:
+        assert not np.array_equal(order, epoch_order(pairs, seed, epoch + 1))
+        assert not np.array_equal(order, epoch_order(pairs, seed + 1, epoch))
+
+
+def test_rates_warm_up_linearly_then_fall_as_a_cosine():
+    def factor(step: int) -> float:
+        return rate_factor(step, warmup=10, total=110, start=0.1)
+
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(5) == pytest.approx(0.55)
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(60) == pytest.approx(0.5)
+    assert factor(35) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert factor(110) == pytest.approx(0.0)
+    assert rate_factor(0, warmup=0, total=10, start=0.1) == 1.0
+
+
+def test_clip_and_new_modules_their_biases_apart_have_the_published_rates():
+    model = CECA(SMALL)
+    config = OptimiserConfig(learning_rate=1e-5, new_learning_rate=1e-3, weight_decay=4e-5)
+    groups = parameter_groups(model, config)
+    of = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(of) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    named = dict(model.named_parameters())
+    assert of[id(named["backbone.clip.visual.proj"])] == (1e-5, 4e-5)
+    assert of[id(named["backbone.clip.visual.ln_post.bias"])] == (2e-5, 0.0)
+    assert of[id(named["visual_mixer.gate"])] == (1e-3, 4e-5)
+    assert of[id(named["textual_embedding.linear.bias"])] == (1e-3, 0.0)
+
+
+def features(summary: bool = True) -> Features:
+    source = torch.Generator().manual_seed(0)
+    made = [torch.randn(4, 8, generator=source) for _ in range(6)]
+    return Features(made[0], made[1], made[2] if summary else None, *made[3:])
+
+
+IDENTITIES = torch.tensor([0, 1, 0, 2])
+
+
+def test_each_term_is_its_loss_over_the_embeddings_it_names():
+    made = features()
+    terms = loss_terms(made, IDENTITIES, LossConfig(terms=("tal_local", "tal_global")))
+    assert list(terms) == ["tal_local", "tal_global"]
+    for name, text, visual in (
+        ("tal_global", made.text, made.visual),
+        ("tal_local", made.local_text, made.local_visual),
+    ):
+        expected = triplet_alignment_loss(cosine(text, visual), IDENTITIES, temperature=0.015, margin=0.1).sum()
+        assert float(terms[name]) == pytest.approx(float(expected))
+
+
+def test_terms_are_computed_in_fp32_whatever_the_features_are():
+    halves = Features(*(value.bfloat16() for value in features()))
+    assert {value.dtype for value in loss_terms(halves, IDENTITIES, LossConfig()).values()} == {torch.float32}
+
+
+def test_the_weighting_loss_without_summaries_says_what_to_set():
+    with pytest.raises(ValueError, match="set summary_weight above 0 or leave cawl out"):
+        loss_terms(features(summary=False), IDENTITIES, LossConfig())
+
+
+def test_a_better_epoch_has_a_higher_rank_1_or_the_same_and_a_higher_map():
+    keys = ("rank1", "map")
+    best = {"rank1": 50.0, "map": 40.0}
+    assert better(best, None, keys)
+    assert not better(best, best, keys)
+    assert better({"rank1": 50.1, "map": 1.0}, best, keys)
+    assert better({"rank1": 50.0, "map": 40.1}, best, keys)
+    assert not better({"rank1": 49.9, "map": 99.0}, best, keys)
