@@ -1,7 +1,7 @@
 """Configuration: one frozen dataclass per stage, validated when it is made.
 
 A value comes from the field's default, then from the recipe (a YAML file with one section per stage), then
-from the command line, whose options are generated from these same types. An unknown key, loss name or engine
+from the command line, whose options `commandline.py` makes of these same types. An unknown key, loss name or engine
 is an error that lists the valid ones. Where data lies (`--data`) is not a setting: it never changes a result,
 so it never changes a version.
 """
@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
-import tyro
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from ceca.errors import UserError
-
-RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T")
 
@@ -424,84 +417,3 @@ STAGES: dict[str, type] = {
     "index": IndexConfig,
     "serve": ServeConfig,
 }
-
-
-def load_recipe(recipe: str) -> dict[str, Any]:
-    """A recipe's sections as config objects' values: {stage: {key: value}}.
-
-    `recipe` is a name below ceca/recipes or a path of a YAML file.
-
-    Raises:
-        ConfigError: no such recipe, not a mapping, or an unknown stage.
-    """
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in RECIPES.glob("*.yaml")))
-        raise ConfigError(f"no recipe {recipe!r} (looked for {path}); recipes: {known}, or give a path ending in .yaml")
-    try:
-        sections = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(sections, dict):
-        raise ConfigError(f"recipe {path}: expected a mapping of stages, found {type(sections).__name__}")
-    for stage, section in sections.items():
-        if stage not in STAGES:
-            raise ConfigError(f"recipe {path}: unknown stage {stage!r}; valid stages: {', '.join(STAGES)}")
-        from_mapping(STAGES[stage], section or {}, f"recipe {recipe}: {stage}")
-    return sections
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What a job's command line says: where the data is, whether to start anew, and the stage's settings."""
-
-    data: str
-    redo: bool
-    config: Any
-
-
-def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
-    """Read a job's command line: `--data URI [--recipe NAME] [--redo]` and one option per setting of the stage.
-
-    A recipe is read first; the options' defaults, also those that --help shows, are then its values.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config_type = STAGES[stage]
-    recipe = _peek(argv, "--recipe")
-    sections = load_recipe(recipe) if recipe else {}
-    default: Any = from_mapping(config_type, sections.get(stage) or {}, f"recipe {recipe}: {stage}")
-    arguments = dataclasses.make_dataclass(
-        "Arguments",
-        [
-            ("data", Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")]),
-            (
-                "recipe",
-                Annotated[str, tyro.conf.arg(help="name or path of a recipe")],
-                dataclasses.field(default=recipe or ""),
-            ),
-            (
-                "redo",
-                Annotated[bool, tyro.conf.arg(help="make a new version though this one is published")],
-                dataclasses.field(default=False),
-            ),
-            ("config", Annotated[config_type, tyro.conf.arg(name="")], dataclasses.field(default=default)),
-        ],
-    )
-    parsed: Any = tyro.cli(
-        arguments,
-        args=argv,
-        prog=prog,
-        description=config_type.__doc__,
-    )
-    return Arguments(data=parsed.data, redo=parsed.redo, config=parsed.config)
-
-
-def _peek(argv: Sequence[str], option: str) -> str | None:
-    """The option's value, of the last one where it is given twice, as tyro takes it."""
-    found = None
-    for position, argument in enumerate(argv):
-        if argument == option and position + 1 < len(argv):
-            found = argv[position + 1]
-        elif argument.startswith(f"{option}="):
-            found = argument.split("=", 1)[1]
-    return found

@@ -18,7 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ceca.config import DialogueConfig, from_mapping, parse_arguments, to_mapping
+from ceca.commandline import parse_arguments
+from ceca.config import DialogueConfig, from_mapping, to_mapping
 from ceca.dialogue.conversation import PROMPT_VERSION, Dialogue, DialogueError, Subject, converse
 from ceca.dialogue.engines import generation_settings, make_engine
 from ceca.dialogue.published import DialogueFormatError, PublishedDialogue, read_published

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ceca.config import DrawConfig, parse_arguments
+from ceca.commandline import parse_arguments
+from ceca.config import DrawConfig
 from ceca.datasets.drawn import DrawnStatistics, draw_dataset
 from ceca.errors import UserError
 from jobs import stages

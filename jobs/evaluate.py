@@ -14,7 +14,8 @@ import torch
 from rich.table import Table as TextTable
 
 from ceca import schema
-from ceca.config import EvaluateConfig, parse_arguments, to_mapping
+from ceca.commandline import parse_arguments
+from ceca.config import EvaluateConfig, to_mapping
 from ceca.gallery import matrix
 from ceca.metrics import retrieval_metrics
 from ceca.model.ceca import fused_similarity

@@ -6,7 +6,8 @@ python jobs/index.py --data s3://bucket/cuhk --model ceca-vitb16 --split test
 from __future__ import annotations
 
 from ceca import schema
-from ceca.config import IndexConfig, parse_arguments, to_mapping
+from ceca.commandline import parse_arguments
+from ceca.config import IndexConfig, to_mapping
 from ceca.model.weights import require_model
 from ceca.store import Manifest, Store, StoreError, version_of
 from jobs import stages

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 from rich.table import Table as TextTable
 
-from ceca.config import IngestConfig, parse_arguments, to_mapping
+from ceca.commandline import parse_arguments
+from ceca.config import IngestConfig, to_mapping
 from ceca.datasets.images import ImageError, check_image
 from ceca.datasets.published import Annotations, count_splits, differences, read_annotations, read_attributes
 from ceca.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, caption_id, image_id

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from ceca.config import STAGES, from_mapping, load_recipe
+from ceca.commandline import load_recipe
+from ceca.config import STAGES, from_mapping
 from jobs import stages
 from jobs.dialogue import dialogue
 from jobs.evaluate import evaluate

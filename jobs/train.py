@@ -22,7 +22,8 @@ import safetensors.torch
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from ceca.config import TrainConfig, parse_arguments, to_mapping
+from ceca.commandline import parse_arguments
+from ceca.config import TrainConfig, to_mapping
 from ceca.errors import UserError
 from ceca.model.backbone import count_tokens, tokenize
 from ceca.model.weights import PublishedModel, find_model, publish_model

@@ -13,7 +13,8 @@ import time
 import ray
 from ray import serve
 
-from ceca.config import ServeConfig, parse_arguments
+from ceca.commandline import parse_arguments
+from ceca.config import ServeConfig
 from ceca.errors import UserError
 from serve.app import QUIET, application
 from serve.catalogue import find_served

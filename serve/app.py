@@ -22,7 +22,8 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from ceca.config import ServeConfig, from_mapping, load_recipe
+from ceca.commandline import load_recipe
+from ceca.config import ServeConfig, from_mapping
 from ceca.errors import UserError
 from ceca.gallery import Hit, check_same_model, embed_texts, open_gallery
 from ceca.model.weights import load_model

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ceca.commandline import RECIPES, load_recipe, parse_arguments
 from ceca.config import (
-    RECIPES,
     STAGES,
     ConfigError,
     DialogueConfig,
@@ -16,8 +16,6 @@ from ceca.config import (
     ModelConfig,
     TrainConfig,
     from_mapping,
-    load_recipe,
-    parse_arguments,
     to_mapping,
 )
 from ceca.store import version_of

@@ -10,25 +10,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ceca.config import LossConfig, ModelConfig, TrainConfig
+from ceca.config import LossConfig, TrainConfig
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA
 from ceca.training import gather_features, gather_identities, loss_terms, scaled_loss
 from jobs.train_worker import deepspeed_config, whole_model
+from tests.ceca.test_exactness import BATCH, CAPTIONS, CONFIG, IDENTITIES, SUMMARIES
 
-BATCH, WORKERS, STEPS, RATE = 8, 2, 2, 0.05
-MODEL = ModelConfig(backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_dim=32)
+WORKERS, STEPS, RATE = 2, 2, 0.05
 LOSSES = LossConfig(temperature=0.1, scale=5.0)
-COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "brown")
-CAPTIONS = [f"a {'man' if n % 2 else 'woman'} in a {colour} coat" for n, colour in enumerate(COLOURS)]
-SUMMARIES = [f"{caption}, long {'black' if n % 3 else 'blond'} hair, a bag" for n, caption in enumerate(CAPTIONS)]
-IDENTITIES = torch.tensor([0, 1, 2, 0, 3, 1, 4, 5])
 MODES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 
 
 def make_model() -> CECA:
     torch.manual_seed(0)
-    return CECA(MODEL).train()
+    return CECA(CONFIG).train()
 
 
 def batch(step: int, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,7 +40,7 @@ def take_steps(precision: str, stage: int) -> dict[str, torch.Tensor]:
 
     rank, size = dist.get_rank(), dist.get_world_size()
     config = TrainConfig(
-        model=MODEL, losses=LOSSES, global_batch=BATCH, precision=precision, zero_stage=stage, workers=size
+        model=CONFIG, losses=LOSSES, global_batch=BATCH, precision=precision, zero_stage=stage, workers=size
     )
     settings = deepspeed_config(config, size)
     if stage == 3:
