@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 LOCK   ?= requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint lock clean
+.PHONY: help install demo serve test drill lint lock clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ serve: install  ## the search page on the demo's result
 
 test: install lint  ## lint, types and tests
 	$(BIN)/python -m pytest
+
+drill: install  ## the slow tests: losing actors, nodes and jobs, ten thousand images, cache on and off
+	$(BIN)/python -m pytest -m slow
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -98,7 +98,7 @@ class VLLMConfig:
     """A model served by vLLM inside the dialogue workers."""
 
     model: str = "Qwen/Qwen2-VL-7B-Instruct"
-    """Name on the hub or a local folder."""
+    """Name on the hub, a local folder, or a URI of one (s3://…), which each node fetches once."""
     max_model_len: Positive = 4096
     """Longest conversation in tokens, image included."""
     max_pixels: Positive = 200_704
@@ -112,6 +112,12 @@ class VLLMConfig:
     kv_cache_gib: Positive = execution(1)
     """Size of the key-value cache where vLLM runs on CPU."""
     enforce_eager: bool = execution(False)
+    prefix_caching: bool = execution(True)
+    """Keep a conversation's history in the key-value cache; off only to compare."""
+    stall_s: PositiveFloat = execution(600.0)
+    """An engine that answers nothing for so long while questions wait is started anew."""
+    restarts: NonNegative = execution(2)
+    """How often one worker replaces an engine that died or stalled."""
 
 
 @config
@@ -148,6 +154,10 @@ class DialogueConfig:
     answer_tokens: Positive = 48
     """Longest answer to one question, in tokens."""
     summary_tokens: Positive = 128
+    attributes: bool = False
+    """Ask for attributes with a vocabulary (gender, colours, clothes) besides free text, for filters in search."""
+    attribute_tokens: Positive = 384
+    """Longest structured answer, in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy."""
     seed: NonNegative = 0
@@ -155,6 +165,10 @@ class DialogueConfig:
     """Only images of this split."""
     limit: Positive | None = None
     """Only the first so many images."""
+    only_missing: bool = False
+    """Ask only about images that the published table lacks, and publish both together."""
+    canary: bool = execution(True)
+    """Before the work, see that a model answers differently about different images."""
     images_per_part: Positive = 128
     """Images in one published file, which is also what a killed job may lose."""
     replicas: Positive = execution(1)

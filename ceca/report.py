@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from PIL import Image
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
 
 HIT, MISS, UNKNOWN = "#1a9850", "#d73027", "#888888"
 
@@ -61,3 +63,102 @@ def draw_ranked_lists(lists: Sequence[RankedList], out: Path, title: str = "") -
     figure.savefig(out, dpi=110)
     plt.close(figure)
     return out
+
+
+# --- dialogues --------------------------------------------------------------------------------------------
+
+SCALE = 2  # pixels of the picture per unit below, so that text stays sharp on a fine screen
+CARD, PHOTO, GAP, PADDING = 400, (96, 192), 16, 24
+TEXT, LABEL, TITLE = 11.5, 9.0, 15.0  # font sizes
+LEADING = 1.4  # distance of lines, in font sizes
+PAPER, INK, FAINT, ACCENT = "#ffffff", "#1f2328", "#8a9099", "#2b6cb0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """An image with what people and what a model say about it."""
+
+    image: Image.Image
+    caption: str
+    summary: str
+
+
+def draw_dialogues(datasets: Sequence[tuple[str, Sequence[Described]]], out: Path, columns: int = 3) -> Path:
+    """Write a picture of images with their original caption and generated summary, a block per dataset."""
+    width = 2 * PADDING + columns * CARD + (columns - 1) * GAP
+    blocks = [(title, [cards[i : i + columns] for i in range(0, len(cards), columns)]) for title, cards in datasets]
+    height = PADDING + sum(
+        TITLE * 2 + sum(max(_card_height(card) for card in row) + GAP for row in rows) for _, rows in blocks
+    )
+    sheet = Image.new("RGB", (width * SCALE, round((height + PADDING - GAP) * SCALE)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    top = float(PADDING)
+    for title, rows in blocks:
+        _write(pen, PADDING, top, [title], TITLE, INK, "bold")
+        top += TITLE * 2
+        for row in rows:
+            for position, card in enumerate(row):
+                _draw_card(sheet, pen, card, PADDING + position * (CARD + GAP), top)
+            top += max(_card_height(card) for card in row) + GAP
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out)
+    return out
+
+
+def _draw_card(sheet: Image.Image, pen: ImageDraw.ImageDraw, card: Described, left: float, top: float) -> None:
+    photo = card.image.convert("RGB").resize((PHOTO[0] * SCALE, PHOTO[1] * SCALE), Image.Resampling.LANCZOS)
+    sheet.paste(photo, (round(left * SCALE), round(top * SCALE)))
+    for label, colour, lines in _card_text(card):
+        top = _write(pen, left + PHOTO[0] + GAP, top, [label], LABEL, colour, "bold")
+        top = _write(pen, left + PHOTO[0] + GAP, top, lines, TEXT, INK) + TEXT * 0.6
+
+
+def _card_text(card: Described) -> list[tuple[str, str, list[str]]]:
+    wide = CARD - PHOTO[0] - GAP
+    texts = (("CAPTION", FAINT, card.caption or "(none)"), ("SUMMARY", ACCENT, card.summary))
+    return [(label, colour, wrap_to_width(text, wide, TEXT)) for label, colour, text in texts]
+
+
+def _card_height(card: Described) -> float:
+    text = sum(LABEL * LEADING + len(lines) * TEXT * LEADING + TEXT * 0.6 for _, _, lines in _card_text(card))
+    return max(float(PHOTO[1]), text)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    left: float,
+    top: float,
+    lines: Sequence[str],
+    size: float,
+    ink: str,
+    weight: str = "normal",
+) -> float:
+    """Write lines from a point on; returns where the next line would begin."""
+    for line in lines:
+        pen.text((left * SCALE, top * SCALE), line, fill=ink, font=_font(size, weight))
+        top += size * LEADING
+    return top
+
+
+def wrap_to_width(text: str, width: float, size: float) -> list[str]:
+    """Break a text into lines that are not wider than `width` as the font draws them; a longer word is cut."""
+    font, lines, line = _font(size, "normal"), [], ""
+    for word in text.split():
+        joined = f"{line} {word}".strip()
+        if font.getlength(joined) <= width * SCALE:
+            line = joined
+            continue
+        if line:
+            lines.append(line)
+        while font.getlength(word) > width * SCALE:
+            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width * SCALE)
+            lines.append(word[:fits])
+            word = word[fits:]
+        line = word
+    return [*lines, line] if line else lines
+
+
+@functools.cache
+def _font(size: float, weight: str) -> ImageFont.FreeTypeFont:
+    properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)  # matplotlib brings it along
+    return ImageFont.truetype(font_manager.findfont(properties), round(size * SCALE))

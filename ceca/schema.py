@@ -8,7 +8,7 @@ import hashlib
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _FP16 = pa.float16()
 
 IMAGES = pa.schema(
@@ -50,6 +50,8 @@ DIALOGUES = pa.schema(
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("turns", pa.list_(pa.struct([pa.field("question", pa.string()), pa.field("answer", pa.string())]))),
         pa.field("summary", pa.string(), nullable=False),
+        pa.field("attributes", pa.map_(pa.string(), pa.string()), nullable=False),  # structured answers, if asked for
+        pa.field("flags", pa.list_(pa.string()), nullable=False),  # what to look at before the words are trusted
         pa.field("model", pa.string(), nullable=False),
         pa.field("prompt_version", pa.string(), nullable=False),
         pa.field("generation_settings", pa.string(), nullable=False),  # JSON

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "retrieval metrics of a model on a split",
     "index": "embed images → table gallery",
     "search": "find a person from a description, in this shell",
+    "report": "pictures of what a stage has made",
     "serve": "the search service with its page",
 }
 

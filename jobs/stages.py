@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,9 @@ class Plan:
     made_from: Mapping[str, str]
     config: Mapping[str, Any]
     rejects: Sequence[Reject] = ()
+    kept: Sequence[Receipt] = ()  # parts of an earlier version that this one has too, before its own
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    progress: Callable[[Mapping[str, float], float], str] | None = None  # words from the sums so far and the seconds
 
 
 def connect() -> None:
@@ -102,8 +105,21 @@ def quiet() -> None:
         logging.getLogger(reports.__file__).setLevel(logging.WARNING)
 
 
-def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpus: float = 0) -> dict[str, Manifest]:
-    """Do what is left of a plan and publish its tables; nothing where they are published already."""
+def run(
+    store: Store,
+    plan: Plan,
+    *,
+    redo: bool,
+    replicas: int,
+    cpus: float,
+    gpus: float = 0,
+    units_at_once: int = 1,
+) -> dict[str, Manifest]:
+    """Do what is left of a plan and publish its tables; nothing where they are published already.
+
+    At most `replicas` workers with so many `cpus` and `gpus` each; with `units_at_once` above 1, a worker is called
+    by as many threads.
+    """
     started = time.monotonic()
     version = plan.version
     if redo:
@@ -127,14 +143,20 @@ def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpu
     todo = [unit for unit in range(len(plan.units)) if unit not in done]
     if todo:
         connect()
-        _run_units(store, plan, version, todo, replicas=min(replicas, len(todo)), cpus=cpus, gpus=gpus)
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=min(replicas, len(todo)),
+            max_concurrent_calls_per_actor=units_at_once,
+            enable_true_multi_threading=units_at_once > 1,
+        )
+        _run_units(store, plan, version, todo, pool, cpus=cpus, gpus=gpus)
     receipts = store.receipts(plan.stage, version)
     _refuse_empty(store, plan, version, receipts)
     manifests = store.publish(
         plan.stage,
         version,
         plan.tables,
-        [receipts[unit] for unit in range(len(plan.units))],
+        [*plan.kept, *(receipts[unit] for unit in range(len(plan.units)))],
         made_from=plan.made_from,
         config=plan.config,
         rejects=plan.rejects,
@@ -146,7 +168,7 @@ def run(store: Store, plan: Plan, *, redo: bool, replicas: int, cpus: float, gpu
 
 def _refuse_empty(store: Store, plan: Plan, version: str, receipts: Mapping[int, Receipt]) -> None:
     """A stage that rejected every row has met a mistake, not bad rows: nothing is published, and it starts anew."""
-    if not plan.units or any(plan.tables[-1] in receipt.parts for receipt in receipts.values()):
+    if not plan.units or plan.kept or any(plan.tables[-1] in receipt.parts for receipt in receipts.values()):
         return
     rejects = Counter(f"{reject.reason}: {reject.detail}" for r in receipts.values() for reject in r.rejects)
     store.remove(".work", plan.stage, version)
@@ -167,7 +189,14 @@ def _restore(store: Store, plan: Plan, version: str) -> dict[str, Manifest]:
 
 
 def _run_units(
-    store: Store, plan: Plan, version: str, todo: Sequence[int], *, replicas: int, cpus: float, gpus: float
+    store: Store,
+    plan: Plan,
+    version: str,
+    todo: Sequence[int],
+    pool: ray.data.ActorPoolStrategy,
+    *,
+    cpus: float,
+    gpus: float,
 ) -> None:
     rows = [{"unit": unit, "work": json.dumps(plan.units[unit])} for unit in todo]
     results = (
@@ -175,7 +204,7 @@ def _run_units(
         .map(
             _UnitWorker,
             fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments)),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=replicas),
+            compute=pool,
             num_cpus=cpus,
             num_gpus=gpus or None,
         )
@@ -183,11 +212,18 @@ def _run_units(
     )
     total = sum(plan.sizes)
     finished = total - sum(plan.sizes[unit] for unit in todo)
+    sums: Counter[str] = Counter()
+    started = 0.0
     with Track(plan.stage, total, finished) as track:
         for result in results:
             if result["fatal"]:
                 raise UserError(result["fatal"])
-            track.advance(plan.sizes[result["unit"]], f"{result['rejects']} rejected" if result["rejects"] else "")
+            counts = json.loads(result["counts"])
+            sums.update(counts)
+            started = started or time.monotonic() - counts.get("engine_busy_s", 0.0)
+            words = [plan.progress(sums, time.monotonic() - started)] if plan.progress else []
+            words += [f"{result['rejects']} rejected"] if result["rejects"] else []
+            track.advance(plan.sizes[result["unit"]], ", ".join(filter(None, words)))
 
 
 class _UnitWorker:
@@ -197,13 +233,13 @@ class _UnitWorker:
         self.store, self.stage, self.version = Store(uri), stage, version
         self.make, self.arguments = make, arguments
         self.worker: Worker | None = None
+        self.broken: UserError | None = None
+        self.making = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = row["unit"]
         try:
-            if self.worker is None:  # here and not in __init__, where Ray would retry an error that stays
-                self.worker = self.make(**self.arguments)
-            output = self.worker(json.loads(row["work"]))
+            output = self._ready()(json.loads(row["work"]))
             parts = {
                 table: self.store.write_part(table, self.version, unit, rows)
                 for table, rows in output.tables.items()
@@ -212,8 +248,21 @@ class _UnitWorker:
             receipt = Receipt(parts, tuple(output.rejects), output.counts)
             self.store.write_receipt(self.stage, self.version, unit, receipt)
         except UserError as error:
-            return {"unit": unit, "rejects": 0, "fatal": f"{plain(error)}"}
-        return {"unit": unit, "rejects": len(output.rejects), "fatal": ""}
+            return {"unit": unit, "rejects": 0, "counts": "{}", "fatal": f"{plain(error)}"}
+        return {"unit": unit, "rejects": len(output.rejects), "counts": json.dumps(output.counts), "fatal": ""}
+
+    def _ready(self) -> Worker:
+        """The worker, made at the first unit and not in __init__, where Ray would retry an error that stays."""
+        with self.making:
+            if self.broken is not None:
+                raise self.broken
+            if self.worker is None:
+                try:
+                    self.worker = self.make(**self.arguments)
+                except UserError as error:
+                    self.broken = error
+                    raise
+            return self.worker
 
 
 def plain(error: BaseException) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ceca.config import DialogueConfig, to_mapping
+from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import Engine
 
 
-def make_engine(config: DialogueConfig, vocabulary: Mapping[str, tuple[str, ...]] | None = None) -> Engine:
+def make_engine(config: DialogueConfig, vocabulary: Choices | None = None) -> Engine:
     """The engine named by `config.engine`; the oracle needs the `vocabulary` of the drawn attributes."""
     # Imported where they are chosen: vLLM takes seconds and memory that other engines do without.
     if config.engine == "vllm":
+        from ceca.dialogue.supervised import Supervised
         from ceca.dialogue.vllm import VLLMEngine
 
-        return VLLMEngine(config.vllm, temperature=config.temperature, seed=config.seed)
+        return Supervised(
+            lambda: VLLMEngine(config.vllm, temperature=config.temperature, seed=config.seed),
+            stall_s=config.vllm.stall_s,
+            restarts=config.vllm.restarts,
+        )
     if config.engine == "openai":
         from ceca.dialogue.openai import OpenAIEngine
 
@@ -27,6 +32,6 @@ def make_engine(config: DialogueConfig, vocabulary: Mapping[str, tuple[str, ...]
 
 def generation_settings(config: DialogueConfig) -> dict[str, Any]:
     """What decided the answers, for the record: common settings and those of the chosen engine."""
-    common = ("engine", "questions", "answer_tokens", "summary_tokens", "temperature", "seed")
+    common = ("engine", "questions", "answer_tokens", "summary_tokens", "attributes", "temperature", "seed")
     settings = to_mapping(config, results_only=True)
     return {**{name: settings[name] for name in common}, config.engine: settings[config.engine]}

@@ -15,6 +15,7 @@ import httpx
 
 from ceca.config import OpenAIConfig
 from ceca.datasets.images import ImageError, check_image, mime_type
+from ceca.dialogue.attributes import Choices, json_schema
 from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subject, Turn
 
 LONGEST_WAIT_S = 120.0
@@ -56,16 +57,20 @@ class OpenAIEngine:
         if self.client is not None:
             await self.client.aclose()
 
-    async def answer(self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int) -> Answer:
-        found = await self._post(
-            {
-                "model": self.config.model,
-                "messages": _messages(subject, history, question),
-                "max_tokens": max_tokens,
-                "temperature": self.temperature,
-                "seed": self.seed,
-            }
-        )
+    async def answer(
+        self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int, choices: Choices | None = None
+    ) -> Answer:
+        body: dict[str, Any] = {
+            "model": self.config.model,
+            "messages": _messages(subject, history, question),
+            "max_tokens": max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+        if choices:
+            schema = {"name": "attributes", "schema": json_schema(choices), "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        found = await self._post(body)
         try:
             choice, usage = found["choices"][0], found.get("usage") or {}
             return Answer(

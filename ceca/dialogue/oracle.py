@@ -5,12 +5,14 @@ It lets the whole pipeline run and be measured without a multimodal model. What 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ceca.config import OracleConfig
+from ceca.dialogue.attributes import UNKNOWN, Choices
 from ceca.dialogue.conversation import QUESTIONS, Answer, DialogueError, EngineError, Subject, Turn
 from ceca.schema import image_id as key_of
 
@@ -45,10 +47,15 @@ class OracleEngine:
     async def close(self) -> None:
         return None
 
-    async def answer(self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int) -> Answer:
+    async def answer(
+        self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int, choices: Choices | None = None
+    ) -> Answer:
         if subject.attributes is None:
             raise DialogueError("no_attributes", "the image has no row in the table of attributes")
         seen = self._perceive(subject.image_id, subject.attributes)
+        if choices:
+            reported = {name: seen.get(name, UNKNOWN) for name in choices}
+            return Answer(json.dumps({n: value if value in choices[n] else UNKNOWN for n, value in reported.items()}))
         sentences = _sentences(seen)
         if question in QUESTIONS:
             return Answer(sentences[QUESTIONS.index(question)])

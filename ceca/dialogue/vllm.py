@@ -1,13 +1,15 @@
 """A model inside vLLM's asynchronous engine.
 
 The turns of a conversation follow each other on one engine, so that its prefix cache holds the image and the
-history: a turn computes only the last answer and the new question. An image is named by its id, so that it is
-neither hashed nor encoded again.
+history. A turn is the token ids of the one before, those the model answered, and the new question's: text that is
+tokenised again need not give the same ids, and would then be computed again. An image is named by its id, so that
+it is neither hashed nor encoded again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -20,11 +22,27 @@ from PIL import Image
 
 from ceca.config import VLLMConfig
 from ceca.datasets.images import ImageError, open_image
-from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subject, Turn
+from ceca.dialogue.attributes import Choices, json_schema
+from ceca.dialogue.conversation import Answer, DialogueError, EngineDied, EngineError, Subject, Turn, one_line
+from ceca.dialogue.models import fetch_model
 
-# A context of one conversation, then the next: decoded images are kept for the turns of those in flight.
-DECODED_KEPT = 512
+CONVERSATIONS_KEPT = 512  # those in flight, whose next turns continue them
+ANSWER_HERE = "\u2603answer\u2603"  # stands for the last answer where only what follows it is wanted
+CPU_BLOCK = 32  # tokens of one block of the prefix cache
 SHUTDOWN_S = 30.0  # a clean end takes 6 s on two cores; vLLM's own 5 s would end it by force
+
+
+@dataclasses.dataclass
+class _Conversation:
+    """What the next turn builds on: the decoded image, and once it was answered, its prompt and answer as token ids.
+
+    `ids` hold the image as the one placeholder that vLLM expands; `context` counts its tokens expanded.
+    """
+
+    image: Image.Image
+    turns: tuple[str, ...] = ()  # the answers so far, as the history will tell them
+    ids: list[int] = dataclasses.field(default_factory=list)
+    context: int = 0
 
 
 class VLLMEngine:
@@ -34,7 +52,7 @@ class VLLMEngine:
         self.config, self.temperature, self.seed = config, temperature, seed
         self.model = config.model
         self.requests = itertools.count()
-        self.images: OrderedDict[str, Image.Image] = OrderedDict()
+        self.conversations: OrderedDict[str, _Conversation] = OrderedDict()
         self.engine: Any = None
         self.guard: subprocess.Popen[bytes] | None = None
 
@@ -47,7 +65,7 @@ class VLLMEngine:
             from transformers import AutoProcessor
             from vllm import SamplingParams
             from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.sampling_params import RequestOutputKind
+            from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise EngineError(
@@ -56,30 +74,39 @@ class VLLMEngine:
             ) from error
         self.sampling = SamplingParams
         self.final_only = RequestOutputKind.FINAL_ONLY
+        self.structured = StructuredOutputsParams
+        weights = await asyncio.to_thread(fetch_model, self.config.model)
         arguments: dict[str, Any] = {
-            "model": self.config.model,
+            "model": weights,
             "dtype": self.config.dtype,
             "max_model_len": self.config.max_model_len,
             "tensor_parallel_size": self.config.tensor_parallel,
             "enforce_eager": self.config.enforce_eager,
-            "enable_prefix_caching": True,
+            "enable_prefix_caching": self.config.prefix_caching,
             "limit_mm_per_prompt": {"image": 1, "video": 0},
             "seed": self.seed,
             "disable_log_stats": True,
+            # Between the brackets of an answer in JSON, a model might go on with spaces for ever.
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
         if self.config.gpus:
             arguments["gpu_memory_utilization"] = self.config.memory_fraction
         else:
             # The prefix cache reuses whole blocks, and a turn is short against the CPU backend's own 128 tokens:
             # with 32, its least, 69 % of prompt tokens came from the cache instead of 38 %.
-            arguments["block_size"] = 32
+            arguments["block_size"] = CPU_BLOCK
         try:
-            self.processor = AutoProcessor.from_pretrained(self.config.model)
-            self._render((Turn("Who?", "A person."),), "Who?")  # a model without a usable chat template fails here
+            self.processor = AutoProcessor.from_pretrained(weights)
+            self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+            self.special = set(self.tokenizer.all_special_ids)
+            told = self._render((Turn("Who?", ANSWER_HERE),), "Who?")  # without a usable chat template, it fails here
+            if ANSWER_HERE not in told:
+                raise ValueError("its chat template leaves answers out")
             others = set(multiprocessing.active_children())
             self.engine = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
         except Exception as error:
             raise EngineError(self._explain(error)) from error
+        self.block: int = self.engine.vllm_config.cache_config.block_size
         started = [child.pid for child in multiprocessing.active_children() if child not in others]
         self.guard = end_with_this_process([pid for pid in started if pid is not None])
 
@@ -107,17 +134,32 @@ class VLLMEngine:
         if self.guard is not None:
             self.guard.communicate(b"closed\n")
 
-    async def answer(self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int) -> Answer:
+    async def abandon(self) -> None:
+        """End an engine that may not answer any more: its processes by the guard, then what is left here."""
+        if self.guard is not None:
+            self.guard.communicate()
+            self.guard = None
+        await self.close()
+
+    async def answer(
+        self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int, choices: Choices | None = None
+    ) -> Answer:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+        conversation = await self._conversation(subject)
+        ids, continues = self._prompt(conversation, history, question)
         prompt = {
-            "prompt": self._render(history, question),
-            "multi_modal_data": {"image": self._image(subject)},
+            "prompt_token_ids": ids,
+            "multi_modal_data": {"image": conversation.image},
             "multi_modal_uuids": {"image": subject.image_id},
         }
         sampling = self.sampling(
-            max_tokens=max_tokens, temperature=self.temperature, seed=self.seed, output_kind=self.final_only
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            output_kind=self.final_only,
+            structured_outputs=self.structured(json=json_schema(choices)) if choices else None,
         )
         result = None
         try:
@@ -131,7 +173,7 @@ class VLLMEngine:
             cause = error.__cause__ or error
             raise DialogueError("refused_prompt", f"{type(cause).__name__}: {cause}") from error
         except EngineDeadError as error:
-            raise EngineError(
+            raise EngineDied(
                 f"vLLM's engine has died ({error}); its log above says why. Out of memory: lower --conversations, "
                 "--vllm.max-model-len or --vllm.memory-fraction. Start the same command again: finished images are kept"
             ) from error
@@ -139,13 +181,29 @@ class VLLMEngine:
         output = result.outputs[0]
         if output.finish_reason in ("abort", "error"):
             raise DialogueError("engine_error", f"vLLM ended the request by {output.finish_reason!r}; see its log")
+        prompt_tokens, said = len(result.prompt_token_ids or ()), list(output.token_ids)
+        reusable = conversation.context // self.block * self.block if continues else 0
+        conversation.turns = (*(turn.answer for turn in history), one_line(output.text))
+        conversation.context = prompt_tokens + len(said)
+        if said and said[-1] in self.special:  # the next turn ends this one in its own way
+            said.pop()
+        conversation.ids = ids + said
         return Answer(
             text=output.text,
-            prompt_tokens=len(result.prompt_token_ids or ()),
+            prompt_tokens=prompt_tokens,
             cached_tokens=result.num_cached_tokens or 0,
+            reusable_tokens=reusable,
             completion_tokens=len(output.token_ids),
             cut_off=output.finish_reason == "length",
         )
+
+    def _prompt(self, conversation: _Conversation, history: Sequence[Turn], question: str) -> tuple[list[int], bool]:
+        """Token ids of a turn, and whether they continue those of the turn before."""
+        if history and conversation.turns == tuple(turn.answer for turn in history):
+            last = Turn(history[-1].question, ANSWER_HERE)
+            following = self._render((*history[:-1], last), question).partition(ANSWER_HERE)[2]
+            return conversation.ids + self.tokenizer.encode(following, add_special_tokens=False), True
+        return self.tokenizer.encode(self._render(history, question)), False
 
     def _render(self, history: Sequence[Turn], question: str) -> str:
         """The conversation by the model's own chat template, the image in its first turn."""
@@ -159,20 +217,23 @@ class VLLMEngine:
                 messages.append({"role": "assistant", "content": said})
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def _image(self, subject: Subject) -> Image.Image:
-        """The decoded image within the pixel budget; decoded once per conversation."""
-        if subject.image_id in self.images:
-            self.images.move_to_end(subject.image_id)
-            return self.images[subject.image_id]
+    async def _conversation(self, subject: Subject) -> _Conversation:
+        """The conversation about a subject; its image is decoded once, beside the event loop."""
+        found = self.conversations.get(subject.image_id)
+        if found is None:
+            found = _Conversation(await asyncio.to_thread(self._decode, subject))
+            self.conversations[subject.image_id] = found
+            if len(self.conversations) > CONVERSATIONS_KEPT:
+                self.conversations.popitem(last=False)
+        self.conversations.move_to_end(subject.image_id)
+        return found
+
+    def _decode(self, subject: Subject) -> Image.Image:
+        """The image within the pixel budget."""
         try:
-            image = open_image(subject.image)
+            return fit_pixels(open_image(subject.image), self.config.max_pixels)
         except ImageError as error:
             raise DialogueError(error.reason, error.detail) from None
-        image = fit_pixels(image, self.config.max_pixels)
-        self.images[subject.image_id] = image
-        if len(self.images) > DECODED_KEPT:
-            self.images.popitem(last=False)
-        return image
 
 
 def fit_pixels(image: Image.Image, max_pixels: int) -> Image.Image:

@@ -22,6 +22,7 @@ from ceca.dialogue.conversation import (
 from ceca.dialogue.engines import generation_settings, make_engine
 from ceca.dialogue.openai import OpenAIEngine
 from ceca.dialogue.oracle import OracleEngine
+from ceca.dialogue.supervised import Supervised
 from ceca.dialogue.vllm import VLLMEngine
 
 SUBJECT = Subject("one", b"image")
@@ -40,7 +41,7 @@ class Scripted:
 
     async def close(self) -> None: ...
 
-    async def answer(self, subject, history, question, max_tokens):
+    async def answer(self, subject, history, question, max_tokens, choices=None):
         self.asked.append((subject, tuple(history), question, max_tokens))
         return Answer(self.texts.pop(0), prompt_tokens=10, cached_tokens=4, completion_tokens=3, cut_off=self.cut_off)
 
@@ -78,10 +79,11 @@ def test_the_summary_may_be_longer_than_an_answer():
     assert [most for _, _, _, most in engine.asked] == [48] * 5 + [128]
 
 
-def test_tokens_and_cut_off_answers_are_counted_over_all_turns():
+def test_tokens_are_counted_over_all_turns_and_cut_off_answers_flagged():
     made = talk(Scripted(*"abcde", "s", cut_off=True))
-    assert (made.prompt_tokens, made.cached_tokens, made.completion_tokens, made.cut_off) == (60, 24, 18, 6)
-    assert talk(Scripted(*"abcde", "s")).cut_off == 0
+    assert (made.prompt_tokens, made.cached_tokens, made.completion_tokens) == (60, 24, 18)
+    assert made.flags == ("answer_cut_off", "summary_cut_off")
+    assert talk(Scripted(*"abcde", "s")).flags == ()
 
 
 def test_answers_are_kept_on_one_line():
@@ -108,7 +110,9 @@ def test_a_changed_prompt_has_another_version():
 
 
 def test_the_configuration_names_the_engine():
-    assert isinstance(make_engine(DialogueConfig(engine="vllm")), VLLMEngine)
+    watched = make_engine(DialogueConfig(engine="vllm"))
+    assert isinstance(watched, Supervised)
+    assert isinstance(watched.engine, VLLMEngine)
     assert isinstance(make_engine(DialogueConfig(engine="openai", openai=OpenAIConfig(model="m"))), OpenAIEngine)
     assert isinstance(make_engine(DialogueConfig(engine="oracle"), VOCABULARY), OracleEngine)
 

@@ -5,21 +5,20 @@ import base64
 import email.utils
 import io
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from PIL import Image
 
 from ceca.config import OpenAIConfig
 from ceca.dialogue.conversation import QUESTIONS, SUMMARY_REQUEST, Answer, DialogueError, EngineError, Subject, converse
 from ceca.dialogue.openai import LONGEST_WAIT_S, OpenAIEngine, _retry_after
+from tests.endpoint import ChatServer, completion
 
 KEY = "sk-test-1234567890"
 
@@ -33,43 +32,24 @@ def encode(form: str) -> bytes:
 SUBJECT = Subject("one", encode("JPEG"))
 
 
-def completion(text: Any = "a man", finish_reason: str = "stop", **usage: Any) -> JSONResponse:
-    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
-    return JSONResponse({"choices": [choice], "usage": usage})
-
-
 def refusal(status: int, message: str = "no", **headers: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message}}, status, headers)
 
 
-class Endpoint:
-    """A chat-completions server on a free port. `replies` are given in turn, the last one for ever."""
+class Endpoint(ChatServer):
+    """`replies` are given in turn, the last one for ever."""
 
     def __init__(self) -> None:
         self.replies: list[Response | Callable[[dict[str, Any]], Any]] = []
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        app = FastAPI()
-        app.post("/v1/chat/completions")(self.complete)
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/v1"
+        super().__init__(self.next_reply)
 
-    async def complete(self, request: Request) -> Response:
-        body = await request.json()
+    async def next_reply(self, body: dict[str, Any], request: Request) -> Response:
         self.bodies.append(body)
         self.keys.append(request.headers.get("authorization"))
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         return await reply(body) if callable(reply) and not isinstance(reply, Response) else reply
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(5)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +146,9 @@ def test_tokens_come_from_the_usage_and_a_length_limit_is_seen(endpoint):
     endpoint.replies = [
         completion("a man", "length", prompt_tokens=100, completion_tokens=48, prompt_tokens_details=details)
     ]
-    assert ask(make(endpoint)) == Answer("a man", 100, 64, 48, cut_off=True)
+    assert ask(make(endpoint)) == Answer(
+        "a man", prompt_tokens=100, cached_tokens=64, completion_tokens=48, cut_off=True
+    )
 
 
 @pytest.mark.parametrize("usage", [{}, {"prompt_tokens": None, "prompt_tokens_details": None}])

@@ -29,10 +29,11 @@ from ceca.dialogue.conversation import (
     converse,
 )
 from ceca.dialogue.tiny import make_tiny_vlm
-from ceca.dialogue.vllm import VLLMEngine, end_with_this_process, fit_pixels
+from ceca.dialogue.vllm import CPU_BLOCK, VLLMEngine, end_with_this_process, fit_pixels
 
 ANSWER_TOKENS, SUMMARY_TOKENS, MAX_MODEL_LEN = 16, 24, 1024
 MAX_PIXELS = 64 * 28 * 28
+CHOICES = {"gender": ("woman", "man"), "hat": ("none", "cap")}
 SIZES = ((64, 160), (64, 160), (48, 128), (96, 200), (30, 75), (500, 1200))  # the last is over the pixel budget
 
 
@@ -53,6 +54,7 @@ class Record:
     dialogues: list[Dialogue] = field(default_factory=list)
     again: list[Dialogue] = field(default_factory=list)  # the same images under other names: nothing is cached
     turn_by_turn: list[Answer] = field(default_factory=list)
+    structured: Dialogue | None = None
     failures: dict[str, DialogueError] = field(default_factory=dict)
     after_failures: Answer | None = None
     processes: list[psutil.Process] = field(default_factory=list)
@@ -72,6 +74,10 @@ async def hold_all(engine: VLLMEngine, record: Record) -> None:
     for question in (*QUESTIONS, SUMMARY_REQUEST):
         record.turn_by_turn.append(await engine.answer(alone, history, question, ANSWER_TOKENS))
         history.append(Turn(question, record.turn_by_turn[-1].text))
+
+    lengths = {"answer_tokens": ANSWER_TOKENS, "summary_tokens": SUMMARY_TOKENS, "attribute_tokens": 200}
+    subject = Subject("structured", draw(98))
+    record.structured = await converse(engine, subject, questions=1, choices=CHOICES, **lengths)
 
     unusable = {
         "too long": (alone, [Turn("Why?", "because " * 2000)]),
@@ -134,7 +140,7 @@ def test_tokens_are_counted(record):
 def test_answers_at_the_length_limit_are_cut_off(record):
     """The tiny model never ends an answer by itself."""
     assert all(answer.cut_off for answer in record.turn_by_turn)
-    assert {made.cut_off for made in record.dialogues} == {6}
+    assert {made.flags for made in record.dialogues} == {("answer_cut_off", "summary_cut_off")}
 
 
 def test_later_turns_come_from_the_prefix_cache(record):
@@ -142,6 +148,21 @@ def test_later_turns_come_from_the_prefix_cache(record):
     assert record.turn_by_turn[-1].cached_tokens > 0.5 * record.turn_by_turn[-1].prompt_tokens
     cached = [answer.cached_tokens for answer in record.turn_by_turn]
     assert cached == sorted(cached)
+
+
+def test_all_that_a_turn_can_reuse_comes_from_the_prefix_cache(record):
+    before = record.turn_by_turn[0]
+    for answer in record.turn_by_turn[1:]:
+        reusable = (before.prompt_tokens + before.completion_tokens) // CPU_BLOCK * CPU_BLOCK
+        assert answer.reusable_tokens == reusable
+        assert answer.cached_tokens >= reusable - CPU_BLOCK  # the last token's key and value are not computed
+        before = answer
+
+
+def test_a_structured_answer_follows_the_schema_whatever_the_weights(record):
+    assert record.structured.attributes.keys() <= CHOICES.keys()
+    assert all(value in CHOICES[name] for name, value in record.structured.attributes.items())
+    assert "no_attributes" not in record.structured.flags
 
 
 def test_greedy_answers_are_repeatable(record):

@@ -1,0 +1,298 @@
+"""Images per second of the dialogue stage against what a user would pick instead, in one run.
+
+    python benchmarks/dialogue.py                      # on a CPU: a random-weight model of 60 M parameters
+    python benchmarks/dialogue.py --gpu --width 2048 --layers 24 --vision-depth 24 --images 2000
+
+Three ways hold the same six turns about the same images, with the same random-weight model, vLLM settings and
+output lengths, each in a process of its own:
+
+    ceca        the stage `dialogue` as it is used: Ray Data, one replica
+    ray.data.llm    six passes of its vLLM processor, each over all images with the history so far
+    turn by turn    one vLLM engine without prefix cache, asked one turn about all images after the other
+
+Counted is from the first request to the last answer. Starting engines is shown apart: once for ceca and turn by
+turn, six times for ray.data.llm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+ARMS = ("ceca", "ray.data.llm", "turn by turn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared, and on what."""
+
+    images: int = 64
+    width: int = 768
+    """Of the random-weight Qwen2.5-VL: hidden size of its language model and vision tower."""
+    layers: int = 6
+    vision_depth: int = 8
+    answer_tokens: int = 12
+    summary_tokens: int = 24
+    max_pixels: int = 200_704
+    conversations: int = 64
+    gpu: bool = False
+    out: Path | None = None
+    """Also write the figures as JSON."""
+
+
+def main(settings: Settings) -> None:
+    with tempfile.TemporaryDirectory(prefix="ceca-benchmark-") as folder:
+        place = Path(folder)
+        parameters = prepare(settings, place)
+        (place / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), default=str))
+        print(f"{settings.images} images, six turns, random-weight model of {parameters / 1e6:.0f} M parameters")
+        print(f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}, GPU: {settings.gpu}\n")
+        figures = {}
+        for arm in ARMS:
+            print(f"{arm} …", flush=True)
+            command = [sys.executable, __file__, "--arm", arm, folder]
+            environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2"}
+            finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            result = place / f"{arm}.json"
+            if not result.exists():
+                sys.exit(f"{arm} failed:\n{finished.stdout[-3000:]}\n{finished.stderr[-6000:]}")
+            figures[arm] = json.loads(result.read_text())
+        report(settings, figures)
+        if settings.out is not None:
+            settings.out.write_text(json.dumps({"parameters": parameters, "arms": figures}, indent=1))
+
+
+def prepare(settings: Settings, place: Path) -> int:
+    """Draw the images, ingest them, and make the model; returns its parameters."""
+    from ceca.config import IngestConfig
+    from ceca.datasets.drawn import draw_dataset
+    from ceca.dialogue.tiny import make_tiny_vlm
+    from jobs.ingest import ingest
+
+    people = -(-settings.images // 2)
+    source = place / "drawn"
+    draw_dataset(source, seed=0, identities=people + 4, images_per_identity=2, split_identities=(people, 2, 2))
+    ingest(str(place / "data"), IngestConfig(source=str(source), limit=settings.images))
+    import ray
+    from safetensors import safe_open
+
+    ray.shutdown()
+    model = make_tiny_vlm(
+        place / "model", width=settings.width, layers=settings.layers, vision_depth=settings.vision_depth
+    )
+    parameters = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (it is not a mapping)
+                size = 1
+                for side in weights.get_slice(name).get_shape():
+                    size *= side
+                parameters += size
+    return parameters
+
+
+def report(settings: Settings, figures: dict[str, dict[str, float]]) -> None:
+    ours = figures["ceca"]
+    print(f"\n{'':14} {'images/s':>9} {'ratio':>6} {'seconds':>8} {'starting':>9} {'answer tokens':>14}")
+    for arm, found in figures.items():
+        rate = settings.images / found["seconds"]
+        ratio = found["seconds"] / ours["seconds"]
+        times = f"{found['seconds']:8.1f} {found['start']:9.1f}"
+        print(f"{arm:14} {rate:9.2f} {ratio:6.2f} {times} {found['answered']:14,.0f}")
+    print(
+        f"\nceca: {ours['cached']:,.0f} of {ours['reusable']:,.0f} reusable prompt tokens from cache "
+        f"({ours['cached'] / ours['reusable']:.1%}; whole blocks), {ours['prompt']:,.0f} prompt tokens in all"
+    )
+    turns = figures["turn by turn"]
+    share = turns["prefill"] / turns["seconds"]
+    print(f"turn by turn: prefill is {share:.0%} of its time (measured with answers of one token)")
+
+
+# --- one arm in a process of its own ----------------------------------------------------------------------
+
+
+def arm_ceca(settings: Settings, place: Path) -> dict[str, float]:
+    from ceca.config import DialogueConfig, VLLMConfig
+    from jobs.dialogue import dialogue
+
+    config = DialogueConfig(
+        engine="vllm",
+        answer_tokens=settings.answer_tokens,
+        summary_tokens=settings.summary_tokens,
+        conversations=settings.conversations,
+        images_per_part=min(128, settings.images),
+        canary=False,
+        vllm=VLLMConfig(
+            model=str(place / "model"),
+            max_model_len=2048,
+            max_pixels=settings.max_pixels,
+            gpus=int(settings.gpu),
+            kv_cache_gib=2,
+            dtype=dtype(settings),
+            enforce_eager=not settings.gpu,
+        ),
+    )
+    begun = time.monotonic()
+    made = dialogue(str(place / "data"), config)["dialogues"]
+    counts = made.notes["counts"]
+    seconds = counts["engine_busy_s"] + counts["engine_idle_s"]
+    return {
+        "seconds": seconds,
+        "start": time.monotonic() - begun - seconds,
+        "answered": counts["completion_tokens"],
+        "prompt": counts["prompt_tokens"],
+        "cached": counts["cached_tokens"],
+        "reusable": counts["reusable_tokens"],
+    }
+
+
+def arm_ray_data_llm(settings: Settings, place: Path) -> dict[str, float]:
+    import ray
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    config = vLLMEngineProcessorConfig(
+        model_source=str(place / "model"),
+        engine_kwargs=engine_arguments(settings, prefix_caching=True),
+        concurrency=1,
+        batch_size=32,
+        prepare_multimodal_stage={"enabled": True},
+        chat_template_stage={"enabled": True},
+        tokenize_stage={"enabled": False},
+        detokenize_stage={"enabled": False},
+        accelerator_type=None,
+        placement_group_config=None if settings.gpu else {"bundles": [{"CPU": 1}]},
+        log_engine_metrics=False,
+    )
+    subjects = read_subjects(settings, place)
+    said: dict[str, list[str]] = {name: [] for name, _ in subjects}
+    seconds = answered = 0.0
+    begun = time.monotonic()
+    for turn, question in enumerate(questions()):
+        length = settings.summary_tokens if turn == 5 else settings.answer_tokens
+
+        def ask(row: dict[str, Any], length: int = length) -> dict[str, Any]:
+            return {
+                "messages": json.loads(row["messages"]),
+                "sampling_params": {"max_tokens": length, "temperature": 0.0, "seed": 0},
+            }
+
+        def keep(row: dict[str, Any]) -> dict[str, Any]:
+            now = time.time()
+            return {
+                "name": row["name"],
+                "text": row["generated_text"],
+                "tokens": row["num_generated_tokens"],
+                "began": now - row["time_taken_llm"],
+                "ended": now,
+            }
+
+        rows = [{"name": name, "messages": json.dumps(messages(url, said[name], question))} for name, url in subjects]
+        found = build_processor(config, preprocess=ask, postprocess=keep)(ray.data.from_items(rows)).take_all()
+        assert len(found) == len(subjects)
+        for row in found:
+            said[row["name"]].append(" ".join(row["text"].split()))
+        seconds += max(row["ended"] for row in found) - min(row["began"] for row in found)
+        answered += sum(row["tokens"] for row in found)
+    return {"seconds": seconds, "start": time.monotonic() - begun - seconds, "answered": answered}
+
+
+def arm_turn_by_turn(settings: Settings, place: Path) -> dict[str, float]:
+    from vllm import LLM, SamplingParams
+
+    begun = time.monotonic()
+    engine = LLM(str(place / "model"), **engine_arguments(settings, prefix_caching=False))
+    subjects = read_subjects(settings, place)
+    start = time.monotonic() - begun
+
+    def ask_all(said: dict[str, list[str]], question: str, length: int) -> tuple[list[str], float, int]:
+        asked = [messages(url, said[name], question) for name, url in subjects]
+        sampling = SamplingParams(max_tokens=length, temperature=0.0, seed=0)
+        begun = time.monotonic()
+        outputs = engine.chat(asked, sampling, use_tqdm=False)
+        seconds = time.monotonic() - begun
+        texts = [" ".join(output.outputs[0].text.split()) for output in outputs]
+        return texts, seconds, sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    said: dict[str, list[str]] = {name: [] for name, _ in subjects}
+    seconds = prefill = answered = 0.0
+    for turn, question in enumerate(questions()):
+        prefill += ask_all(said, question, 1)[1]  # apart: how much of the time is prompts
+        texts, took, tokens = ask_all(said, question, settings.summary_tokens if turn == 5 else settings.answer_tokens)
+        for (name, _), text in zip(subjects, texts, strict=True):
+            said[name].append(text)
+        seconds += took
+        answered += tokens
+    return {"seconds": seconds, "start": start, "answered": answered, "prefill": prefill}
+
+
+def engine_arguments(settings: Settings, *, prefix_caching: bool) -> dict[str, Any]:
+    """The same for every way, as the stage sets them."""
+    arguments: dict[str, Any] = {
+        "max_model_len": 2048,
+        "dtype": dtype(settings),
+        "enforce_eager": not settings.gpu,
+        "enable_prefix_caching": prefix_caching,
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        "seed": 0,
+    }
+    return arguments if settings.gpu else {**arguments, "block_size": 32}
+
+
+def dtype(settings: Settings) -> Any:
+    return "bfloat16" if settings.gpu else "float32"
+
+
+def questions() -> tuple[str, ...]:
+    from ceca.dialogue.conversation import QUESTIONS, SUMMARY_REQUEST
+
+    return (*QUESTIONS, SUMMARY_REQUEST)
+
+
+def messages(url: str, said: list[str], question: str) -> list[dict[str, Any]]:
+    """A conversation as OpenAI's chat completions have it."""
+    found: list[dict[str, Any]] = []
+    for position, text in enumerate([*questions()[: len(said)], question]):
+        image = [{"type": "image_url", "image_url": {"url": url}}] if position == 0 else []
+        found.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
+        if position < len(said):
+            found.append({"role": "assistant", "content": [{"type": "text", "text": said[position]}]})
+    return found
+
+
+def read_subjects(settings: Settings, place: Path) -> list[tuple[str, str]]:
+    """Name and data URL of every image."""
+    import base64
+
+    from ceca.datasets.images import mime_type
+    from ceca.store import Store
+
+    store = Store(str(place / "data"))
+    table = store.read(store.current("images"), ["image_id", "image"]).slice(0, settings.images).to_pylist()
+    return [
+        (row["image_id"], f"data:{mime_type(row['image'])};base64,{base64.b64encode(row['image']).decode()}")
+        for row in table
+    ]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--arm"]:
+        arm, folder = sys.argv[2], Path(sys.argv[3])
+        chosen = Settings(**json.loads((folder / "settings.json").read_text()))
+        run = {"ceca": arm_ceca, "ray.data.llm": arm_ray_data_llm, "turn by turn": arm_turn_by_turn}[arm]
+        (folder / f"{arm}.json").write_text(json.dumps(run(chosen, folder)))
+    else:
+        main(tyro.cli(Settings, description=__doc__))

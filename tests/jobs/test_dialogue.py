@@ -1,0 +1,171 @@
+"""The dialogue stage against endpoints of every temper: nothing is lost, nothing done twice, nothing wasted."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from ceca.config import DialogueConfig, OpenAIConfig
+from ceca.dialogue.attributes import UNKNOWN
+from ceca.errors import UserError
+from ceca.store import Store
+from jobs.dialogue import dialogue
+from tests.endpoint import ChatServer, completion, digest_of
+
+IMAGES = 24
+SMALL = ("--recipe", "tests/jobs/small.yaml")
+
+
+@pytest.fixture(scope="module")
+def ingested(run, drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("asked")
+    run("ingest", *SMALL, "--source", drawn, "--data", data, "--limit", IMAGES)
+    return data
+
+
+@pytest.fixture
+def data(ingested: Path, tmp_path: Path) -> Path:
+    """A dataset of its own without dialogues."""
+    shutil.copytree(ingested, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ChatServer]]:
+    servers: list[ChatServer] = []
+
+    def start(reply: Any) -> ChatServer:
+        servers.append(ChatServer(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def asking(server: ChatServer, data: Path, *arguments: object) -> tuple[object, ...]:
+    engine = ("--engine", "openai", "--openai.base-url", server.url, "--openai.model", "m")
+    return ("--data", data, *engine, "--images-per-part", 6, "--conversations", 4, *arguments)
+
+
+def rows(store: Store) -> list[dict[str, Any]]:
+    return store.read(store.current("dialogues")).to_pylist()
+
+
+def rejected(store: Store) -> dict[str, str]:
+    table = store.read(store.current("rejects/dialogue"))
+    return {row["key"]: row["reason"] for row in table.to_pylist()} if table.num_rows else {}
+
+
+def image_ids(store: Store) -> list[str]:
+    return store.read(store.current("images"), ["image_id"])["image_id"].to_pylist()
+
+
+def test_each_image_is_completed_or_rejected_by_an_endpoint_that_misbehaves_in_every_way(run, serve, data):
+    faults = itertools.cycle(["", "", "busy", "", "", "error", "", "", "garbage", "", "", "nothing", ""])
+
+    async def reply(body: dict[str, Any], request: Request) -> Response:
+        fault = next(faults)
+        if fault == "nothing":
+            await asyncio.sleep(30)
+        if fault == "garbage":
+            return HTMLResponse("<h1>It works!</h1>")
+        if fault:
+            return JSONResponse({"error": fault}, 429 if fault == "busy" else 500, {"Retry-After": "0.1"})
+        return completion(f"about {digest_of(body)}", prompt_tokens=50, completion_tokens=5)
+
+    settings = ("--openai.timeout-s", 1, "--openai.retries", 4, "--no-canary")
+    started = time.monotonic()
+    finished = run("dialogue", *asking(serve(reply), data, *settings))
+    assert time.monotonic() - started < 120
+    store = Store(str(data))
+    done, refused = [row["image_id"] for row in rows(store)], rejected(store)
+    assert sorted([*done, *refused]) == sorted(image_ids(store))
+    assert set(refused.values()) == {"endpoint_error"}
+    assert done
+    words = " ".join(finished.stdout.split())
+    for said in ("tokens/s", "of prompts from cache", "conversations in flight on average", "seconds per 1,000 images"):
+        assert said in words
+
+
+def test_only_missing_asks_about_the_others_alone_and_publishes_both(run, serve, data):
+    refusing = True
+    asked: list[str] = []
+
+    async def reply(body: dict[str, Any], request: Request) -> Response:
+        name = digest_of(body)
+        asked.append(name)
+        if refusing and name < "8":
+            return JSONResponse({"error": {"message": "unsafe"}}, 400)
+        return completion(f"about {name}", prompt_tokens=50, completion_tokens=5)
+
+    server, store = serve(reply), Store(str(data))
+    run("dialogue", *asking(server, data))
+    first, refused = rows(store), rejected(store)
+    assert first
+    assert refused
+    refusing = False
+    asked.clear()
+    run("dialogue", *asking(server, data, "--only-missing", "--no-canary"))
+    assert len(asked) == 6 * len(refused)
+    assert {name < "8" for name in asked} == {True}
+    both = rows(store)
+    assert both[: len(first)] == first
+    assert sorted(row["image_id"] for row in both) == sorted(image_ids(store))
+    asked.clear()
+    again = DialogueConfig(
+        engine="openai",
+        only_missing=True,
+        images_per_part=6,
+        openai=OpenAIConfig(base_url=server.url, model="m"),
+    )
+    assert dialogue(str(data), again)["dialogues"] == store.current("dialogues")  # none is missing
+    with pytest.raises(UserError, match="answer_tokens: 48 there, 9 here"):
+        dialogue(str(data), dataclasses.replace(again, answer_tokens=9))
+    assert not asked
+
+
+def test_a_model_that_does_not_see_the_images_is_found_out_at_once(run, serve, data):
+    count = 0
+
+    async def reply(body: dict[str, Any], request: Request) -> Response:
+        nonlocal count
+        count += 1
+        return completion("I cannot see images, but I am happy to help.")
+
+    failed = run("dialogue", *asking(serve(reply), data), expect=2)
+    assert "gives the same description of 4 different images" in " ".join(failed.stdout.split())
+    assert count == 4
+    assert Store(str(data)).manifest("dialogues") is None
+
+
+def test_a_summary_that_most_images_share_is_flagged(run, serve, data):
+    async def reply(body: dict[str, Any], request: Request) -> Response:
+        return completion("a person" if digest_of(body) > "3" else f"about {digest_of(body)}", "length")
+
+    finished = run("dialogue", *asking(serve(reply), data, "--no-canary", "--images-per-part", 12))
+    for row in rows(Store(str(data))):
+        assert ("repeated" in row["flags"]) == (row["summary"] == "a person")
+        assert "summary_cut_off" in row["flags"]
+    assert "many images have the same summary" in " ".join(finished.stdout.split())
+
+
+def test_structured_answers_follow_the_vocabulary_of_the_dataset(run, data):
+    run("dialogue", *SMALL, "--data", data, "--attributes", "--oracle.error-rate", 0)
+    store = Store(str(data))
+    truth = store.read(store.current("attributes")).to_pylist()
+    known = {row["image_id"]: dict(row["attributes"]) for row in truth}
+    for row in rows(store):
+        assert row["attributes"]
+        assert dict(row["attributes"]).items() <= known[row["image_id"]].items()
+        assert UNKNOWN not in dict(row["attributes"]).values()

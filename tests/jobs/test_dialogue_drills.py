@@ -1,0 +1,187 @@
+"""Slow drills of the dialogue stage: actors, nodes and jobs lost on the way; ten thousand images; cache on and off."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from ceca.datasets.drawn import draw_dataset
+from ceca.dialogue.tiny import make_tiny_vlm
+from ceca.store import Manifest, Store
+from tests.conftest import REPOSITORY
+from tests.endpoint import ChatServer, Describer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+IMAGES, PART = 300, 10
+
+
+def draw(folder: Path, images: int) -> Path:
+    """As many drawn images, four of each person, in CUHK-PEDES's layout."""
+    people = images // 4
+    draw_dataset(
+        folder, seed=3, identities=people, images_per_identity=4, split_identities=(people - 8, 4, 4), workers=2
+    )
+    return folder
+
+
+def command(stage: str, *arguments: object, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, f"jobs/{stage}.py", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "COLUMNS": "200", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+# --- lost on the way --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_nodes() -> Iterator[Any]:
+    """A head without work and two nodes whose actors a test may kill."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.workers = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def describer() -> Iterator[tuple[Describer, str]]:
+    answers = Describer(seconds=0.15)
+    server = ChatServer(answers)
+    yield answers, server.url
+    server.close()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-5000:]
+        assert time.monotonic() < deadline, "the job does not get so far"
+        time.sleep(0.05)
+
+
+def actors() -> list[psutil.Process]:
+    """Processes of dialogue workers."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if "MapWorker(Map(_UnitWorker))" in " ".join(process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def test_an_actor_a_node_and_the_job_are_lost_and_each_image_is_there_once(three_nodes, describer, tmp_path):
+    answers, url = describer
+    data, store = tmp_path / "data", Store(str(tmp_path / "data"))
+    finish(command("ingest", "--source", draw(tmp_path / "drawn", IMAGES), "--data", data))
+    arguments = ("--data", data, "--engine", "openai", "--openai.base-url", url, "--openai.model", "m")
+    sizes = ("--images-per-part", PART, "--conversations", 4, "--replicas", 3)
+    on_cluster = {"RAY_ADDRESS": three_nodes.address}
+
+    def receipts() -> list[Path]:
+        return list(Path(store.path(".work", "dialogue")).glob("*/*.json"))
+
+    job = command("dialogue", *arguments, *sizes, environment=on_cluster)
+    wait_for(lambda: len(receipts()) >= 4, job)
+    actors()[0].kill()
+    wait_for(lambda: len(receipts()) >= 10, job)
+    three_nodes.remove_node(three_nodes.workers[0], allow_graceful=False)
+    wait_for(lambda: len(receipts()) >= 16, job)
+    job.send_signal(signal.SIGKILL)
+    job.communicate(timeout=60)
+    time.sleep(3)  # what was on its way to the endpoint
+    assert store.manifest("dialogues") is None
+    finished = len(receipts())
+    answers.asked.clear()
+
+    output = finish(command("dialogue", *arguments, *sizes, environment=on_cluster))
+    assert f"continuing, {finished} of {IMAGES // PART} parts are there" in " ".join(output.split())
+    manifest = store.current("dialogues")
+    counted = Counter(store.read(manifest, ["image_id"])["image_id"].to_pylist())
+    assert set(counted) == set(store.read(store.current("images"), ["image_id"])["image_id"].to_pylist())
+    assert set(counted.values()) == {1}
+    # Asked again were the images of unfinished parts, each for six turns, and the canaries.
+    again = Counter(answers.asked.values())
+    assert again[6] + again[7] == IMAGES - finished * PART
+    assert set(again) <= {1, 6, 7}
+
+
+# --- many images ------------------------------------------------------------------------------------------
+
+
+def peak_of(process: subprocess.Popen) -> int:
+    """Bytes that the command's own process had at most, once it has ended."""
+    peak = 0
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                peak = max(peak, int(line.split()[1]) * 1024)
+        time.sleep(0.1)
+    return peak
+
+
+def test_the_drivers_memory_does_not_grow_with_the_images(tmp_path):
+    source, data = draw(tmp_path / "drawn", 10_000), tmp_path / "data"
+    finish(command("ingest", "--source", source, "--data", data))
+    peaks = {}
+    for images in (2_000, 10_000):
+        log = tmp_path / f"{images}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "jobs/dialogue.py", "--data", data, "--engine", "oracle", "--limit", str(images)],
+                cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            peaks[images] = peak_of(process)
+        assert process.returncode == 0, log.read_text()[-5000:]
+        assert Store(str(data)).current("dialogues").rows == images
+    print({images: f"{peak / 1e6:.0f} MB" for images, peak in peaks.items()})
+    assert peaks[10_000] < 1.1 * peaks[2_000]
+
+
+# --- prefix cache -----------------------------------------------------------------------------------------
+
+
+def test_greedy_answers_are_the_same_with_the_prefix_cache_on_and_off(tmp_path):
+    data, model = tmp_path / "data", make_tiny_vlm(tmp_path / "model")
+    finish(command("ingest", "--source", draw(tmp_path / "drawn", 64), "--data", data))
+    settings = ("--vllm.model", model, "--vllm.gpus", 0, "--vllm.enforce-eager", "--vllm.dtype", "float32")
+    lengths = ("--answer-tokens", 16, "--summary-tokens", 24, "--vllm.max-model-len", 1024)
+
+    def answers(*arguments: str) -> tuple[Manifest, dict[str, list[str]]]:
+        finish(command("dialogue", "--data", data, *settings, *lengths, "--redo", *arguments))
+        store = Store(str(data))
+        manifest = store.current("dialogues")
+        rows = store.read(manifest).to_pylist()
+        return manifest, {row["image_id"]: [t["answer"] for t in row["turns"]] + [row["summary"]] for row in rows}
+
+    cached, with_cache = answers()
+    plain, without_cache = answers("--no-vllm.prefix-caching")
+    assert len(with_cache) == 64
+    assert with_cache == without_cache
+    assert cached.notes["counts"]["cached_tokens"] >= 0.9 * cached.notes["counts"]["reusable_tokens"] > 0
+    assert plain.notes["counts"]["cached_tokens"] == 0
+    assert len({tuple(words) for words in with_cache.values()}) > 32  # the images are seen
