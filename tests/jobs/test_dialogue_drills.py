@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,12 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
+from PIL import Image
 
+from ceca.config import VLLMConfig
 from ceca.datasets.drawn import draw_dataset
+from ceca.dialogue.conversation import Dialogue, Subject, converse
+from ceca.dialogue.supervised import Supervised
 from ceca.dialogue.tiny import make_tiny_vlm
+from ceca.dialogue.vllm import VLLMEngine
 from ceca.store import Manifest, Store
 from tests.conftest import REPOSITORY
 from tests.endpoint import ChatServer, Describer
@@ -127,6 +136,44 @@ def test_an_actor_a_node_and_the_job_are_lost_and_each_image_is_there_once(three
     again = Counter(answers.asked.values())
     assert again[6] + again[7] == IMAGES - finished * PART
     assert set(again) <= {1, 6, 7}
+
+
+def test_a_killed_vllm_is_replaced_and_every_conversation_is_whole(tmp_path):
+    model = make_tiny_vlm(tmp_path / "model")
+    config = VLLMConfig(model=str(model), gpus=0, dtype="float32", max_model_len=1024, enforce_eager=True)
+    engines: list[VLLMEngine] = []
+
+    def make() -> VLLMEngine:
+        engines.append(VLLMEngine(config, temperature=0.0, seed=0))
+        return engines[-1]
+
+    async def run() -> list[Dialogue]:
+        engine = Supervised(make, stall_s=300, restarts=1)
+        await engine.start()
+        lengths = {"answer_tokens": 16, "summary_tokens": 24}
+        subjects = [Subject(f"image-{n}", picture(n)) for n in range(6)]
+        talks = [asyncio.ensure_future(converse(engine, one, questions=5, **lengths)) for one in subjects]
+        while not any(made.turns for made in engines[0].conversations.values()):
+            await asyncio.sleep(0.01)
+        for core in multiprocessing.active_children():
+            core.kill()
+        try:
+            return await asyncio.gather(*talks)
+        finally:
+            await engine.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        dialogues = asyncio.run(run())
+    assert len(engines) == 2
+    assert all(len(made.turns) == 5 and made.summary for made in dialogues)
+
+
+def picture(number: int) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 255, (160, 64, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).save(content, "PNG")
+    return content.getvalue()
 
 
 # --- many images ------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ceca.dialogue.conversation import QUESTIONS
 from ceca.dialogue.tiny import make_tiny_vlm
 from ceca.store import Store
+from jobs.report import describe, report
 
 SMALL = ("--recipe", "tests/jobs/small.yaml")
 
@@ -107,6 +109,19 @@ def test_the_oracle_answers_every_question_about_every_image(told):
         assert [turn["question"] for turn in row["turns"]] == list(QUESTIONS)
         assert row["summary"]
         assert row["model"].startswith("oracle")
+
+
+def test_the_report_shows_images_of_different_people_with_caption_and_summary(told, tmp_path):
+    store = Store(str(told))
+    cards = describe(store, count=6, seed=0)
+    summaries = set(store.read(store.current("dialogues"))["summary"].to_pylist())
+    captions = set(store.read(store.current("captions"))["text"].to_pylist())
+    assert len({card.summary for card in cards}) == 6
+    assert {card.summary for card in cards} <= summaries
+    assert {card.caption for card in cards} <= captions
+    report("dialogues", data=(str(told),), picture=tmp_path / "dialogues.png")
+    with Image.open(tmp_path / "dialogues.png") as picture:
+        assert picture.width > picture.height > 400
 
 
 def test_the_oracle_refuses_a_dataset_without_attributes(run, drawn, tmp_path):
