@@ -179,6 +179,10 @@ class DialogueConfig:
     openai: OpenAIConfig = OpenAIConfig()
     oracle: OracleConfig = OracleConfig()
 
+    def __post_init__(self) -> None:
+        if self.published is not None and self.only_missing:
+            raise ValueError("only_missing asks a model about images, and published imports a file: choose one of them")
+
 
 # --- train ------------------------------------------------------------------------------------------------
 

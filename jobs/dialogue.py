@@ -57,7 +57,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
     if config.only_missing:
         earlier = store.current("dialogues")
         rows = _missing(store, earlier, rows, settings)
-        if not rows:
+        if not rows and earlier.made_from.get("images") == images.version:
             stages.console.print(f"dialogue: no image lacks one in {store.place('dialogues')}")
             return {"dialogues": earlier}
         made_from["dialogues"] = earlier.version

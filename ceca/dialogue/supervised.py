@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ceca.dialogue.attributes import Choices
-from ceca.dialogue.conversation import Answer, Engine, EngineDied, EngineError, Subject, Turn
+from ceca.dialogue.conversation import Answer, DialogueError, Engine, EngineDied, EngineError, Subject, Turn
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,9 @@ class Supervised:
                     raise
             except EngineDied as error:
                 await self._replace(epoch, str(error))
+            except DialogueError:
+                self.heard = time.monotonic()
+                raise
             else:
                 self.heard = time.monotonic()
                 return answer

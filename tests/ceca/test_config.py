@@ -61,6 +61,7 @@ def test_a_config_cannot_be_changed_after_its_checks():
         ("train", {"epochs": 0}, "epochs: .*greater than or equal to 1.*found 0"),
         ("train", {"global_batch": 10, "workers": 4}, "multiple of workers 4"),
         ("train", {"losses": {"weight_range": [5, 0.2]}}, "weight_range must be"),
+        ("dialogue", {"published": "a.json", "only_missing": True}, "choose one of them"),
         ("train", {"model": 3}, "expected keys and values, found 3"),
     ],
 )

@@ -15,11 +15,14 @@ import pytest
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from ceca.config import DialogueConfig, OpenAIConfig
+from ceca.config import DialogueConfig, OpenAIConfig, OracleConfig, to_mapping
 from ceca.dialogue.attributes import UNKNOWN
+from ceca.dialogue.conversation import EngineError
 from ceca.errors import UserError
+from ceca.samples import list_images
 from ceca.store import Store
 from jobs.dialogue import dialogue
+from jobs.dialogue_worker import DialogueWorker
 from tests.endpoint import ChatServer, completion, digest_of
 
 IMAGES = 24
@@ -98,7 +101,7 @@ def test_each_image_is_completed_or_rejected_by_an_endpoint_that_misbehaves_in_e
         assert said in words
 
 
-def test_only_missing_asks_about_the_others_alone_and_publishes_both(run, serve, data):
+def test_only_missing_asks_about_the_others_alone_and_publishes_both(run, drawn, serve, data):
     refusing = True
     asked: list[str] = []
 
@@ -132,10 +135,31 @@ def test_only_missing_asks_about_the_others_alone_and_publishes_both(run, serve,
     assert dialogue(str(data), again)["dialogues"] == store.current("dialogues")  # none is missing
     with pytest.raises(UserError, match="answer_tokens: 48 there, 9 here"):
         dialogue(str(data), dataclasses.replace(again, answer_tokens=9))
+    # Images that were taken out leave dialogues that hold for the rest.
+    run("ingest", *SMALL, "--source", drawn, "--data", data, "--limit", IMAGES - 4)
+    fewer = dialogue(str(data), again)["dialogues"]
+    assert fewer.made_from["images"] == store.current("images").version
+    assert rows(store) == both
     assert not asked
 
 
-def test_a_model_that_does_not_see_the_images_is_found_out_at_once(run, serve, data):
+# --- one worker, in this process --------------------------------------------------------------------------
+
+
+def make_worker(data: Path, config: DialogueConfig, canaries: int = 0, **known: Any) -> tuple[DialogueWorker, list]:
+    """A worker on a dataset, and all its images as one unit of work."""
+    store = Store(str(data))
+    images = store.current("images")
+    work = [[row.part, row.row, row.image_id] for row in list_images(store, images)]
+    options = {"vocabulary": None, "choices": None, **known}
+    return DialogueWorker(store.uri, images, to_mapping(config), canaries=work[:canaries], **options), work
+
+
+def through(server: ChatServer) -> DialogueConfig:
+    return DialogueConfig(engine="openai", openai=OpenAIConfig(base_url=server.url, model="m"))
+
+
+def test_a_model_that_does_not_see_the_images_is_found_out_at_once(serve, ingested):
     count = 0
 
     async def reply(body: dict[str, Any], request: Request) -> Response:
@@ -143,29 +167,31 @@ def test_a_model_that_does_not_see_the_images_is_found_out_at_once(run, serve, d
         count += 1
         return completion("I cannot see images, but I am happy to help.")
 
-    failed = run("dialogue", *asking(serve(reply), data), expect=2)
-    assert "gives the same description of 4 different images" in " ".join(failed.stdout.split())
+    with pytest.raises(EngineError, match="gives the same description of 4 different images"):
+        make_worker(ingested, through(serve(reply)), canaries=4)
     assert count == 4
-    assert Store(str(data)).manifest("dialogues") is None
 
 
-def test_a_summary_that_most_images_share_is_flagged(run, serve, data):
+def test_a_summary_that_most_images_share_is_flagged(serve, ingested):
     async def reply(body: dict[str, Any], request: Request) -> Response:
         return completion("a person" if digest_of(body) > "3" else f"about {digest_of(body)}", "length")
 
-    finished = run("dialogue", *asking(serve(reply), data, "--no-canary", "--images-per-part", 12))
-    for row in rows(Store(str(data))):
+    worker, work = make_worker(ingested, through(serve(reply)))
+    output = worker(work)
+    for row in output.tables["dialogues"].to_pylist():
         assert ("repeated" in row["flags"]) == (row["summary"] == "a person")
         assert "summary_cut_off" in row["flags"]
-    assert "many images have the same summary" in " ".join(finished.stdout.split())
+    assert 0 < output.counts["flag_repeated"] < output.counts["flag_summary_cut_off"] == len(work)
 
 
-def test_structured_answers_follow_the_vocabulary_of_the_dataset(run, data):
-    run("dialogue", *SMALL, "--data", data, "--attributes", "--oracle.error-rate", 0)
-    store = Store(str(data))
-    truth = store.read(store.current("attributes")).to_pylist()
-    known = {row["image_id"]: dict(row["attributes"]) for row in truth}
-    for row in rows(store):
+def test_structured_answers_follow_the_vocabulary_of_the_dataset(ingested):
+    store = Store(str(ingested))
+    attributes = store.current("attributes")
+    vocabulary = {name: tuple(values) for name, values in attributes.notes["vocabulary"].items()}
+    config = DialogueConfig(engine="oracle", attributes=True, oracle=OracleConfig(error_rate=0))
+    worker, work = make_worker(ingested, config, vocabulary=vocabulary, choices=vocabulary)
+    known = {row["image_id"]: dict(row["attributes"]) for row in store.read(attributes).to_pylist()}
+    for row in worker(work).tables["dialogues"].to_pylist():
         assert row["attributes"]
         assert dict(row["attributes"]).items() <= known[row["image_id"]].items()
         assert UNKNOWN not in dict(row["attributes"]).values()

@@ -110,6 +110,7 @@ def test_training_killed_after_a_checkpoint_resumes_from_it_and_ends_with_the_sa
     assert model.digest == undisturbed.digest
 
 
+@pytest.mark.slow
 def test_training_in_bf16_with_partitioned_parameters_publishes_a_whole_model(run, on_disk, tmp_path):
     shutil.copytree(on_disk.root, tmp_path, dirs_exist_ok=True)
     settings = ("--name", "partitioned", "--epochs", 1, "--precision", "bf16", "--zero-stage", 3)
