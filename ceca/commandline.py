@@ -1,6 +1,7 @@
 """From a recipe and a command line to a stage's configuration.
 
-A recipe is a YAML file with one section per stage; the command line's options are generated from the same types.
+A recipe is a YAML file with one section per stage, and recipes add up: a method's and a benchmark's. The command
+line's options are generated from the same types.
 """
 
 from __future__ import annotations
@@ -22,26 +23,53 @@ RECIPES = Path(__file__).parent / "recipes"
 def load_recipe(recipe: str) -> dict[str, Any]:
     """A recipe's sections as config objects' values: {stage: {key: value}}.
 
-    `recipe` is a name below ceca/recipes or a path of a YAML file.
+    `recipe` is a name below ceca/recipes or a path of a YAML file, or several joined by `+`, of which a later one
+    replaces what it names of the earlier: `irra+cuhk_pedes` is a method on a benchmark.
 
     Raises:
         ConfigError: no such recipe, not a mapping, or an unknown stage.
     """
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    sections: dict[str, Any] = {}
+    for name in recipe.split("+"):
+        sections = _merged(sections, _read_recipe(name))
+    for stage, section in sections.items():
+        from_mapping(STAGES[stage], section, f"recipe {recipe}: {stage}")
+    return sections
+
+
+def list_recipes() -> list[str]:
+    """Names of the project's recipes; those of methods go before a benchmark's."""
+    return sorted(path.stem for path in RECIPES.rglob("*.yaml"))
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not name.endswith((".yaml", ".yml")):
+        places = [RECIPES / f"{name}.yaml", RECIPES / "methods" / f"{name}.yaml"]
+        path = next((place for place in places if place.is_file()), places[0])
     if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in RECIPES.glob("*.yaml")))
-        raise ConfigError(f"no recipe {recipe!r} (looked for {path}); recipes: {known}, or give a path ending in .yaml")
+        known = ", ".join(list_recipes())
+        raise ConfigError(
+            f"no recipe {name!r} (looked for {path}); recipes: {known}, several joined by +, or a path ending in .yaml"
+        )
     try:
         sections = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(sections, dict):
         raise ConfigError(f"recipe {path}: expected a mapping of stages, found {type(sections).__name__}")
-    for stage, section in sections.items():
+    for stage in sections:
         if stage not in STAGES:
             raise ConfigError(f"recipe {path}: unknown stage {stage!r}; valid stages: {', '.join(STAGES)}")
-        from_mapping(STAGES[stage], section or {}, f"recipe {recipe}: {stage}")
-    return sections
+    return {stage: section or {} for stage, section in sections.items()}
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +97,7 @@ def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | N
             ("data", Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")]),
             (
                 "recipe",
-                Annotated[str, tyro.conf.arg(help="name or path of a recipe")],
+                Annotated[str, tyro.conf.arg(help="name or path of a recipe; several joined by +")],
                 dataclasses.field(default=recipe or ""),
             ),
             (

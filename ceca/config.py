@@ -139,6 +139,9 @@ class OracleConfig:
 
     error_rate: Share = 0.05
     """Chance that an attribute is reported wrongly, drawn once per image and attribute."""
+    hidden_error_rate: Share | None = None
+    """The same for an attribute of which the image's view shows little (ceca/dialogue/oracle.py); none: no difference.
+    A high one makes the summaries of one person's views disagree."""
     seed: NonNegative = 0
 
 
@@ -199,6 +202,11 @@ class ModelConfig:
     image_width: Positive = 128
     summary_weight: Share = 0.3
     """λ: share of the summary in the visual embeddings; 0 leaves the summaries out."""
+    local_branch: bool = True
+    """Match tokens besides whole embeddings; without it a model has its global embedding alone."""
+    mixer: Literal["bidirectional", "image", "text", "none"] = "bidirectional"
+    """Which side of the mixer is conditioned on the other: `image` conditions image tokens on the summary's, `text`
+    the summary's on the image's; `none` embeds the tokens as they are, as RDE does."""
     token_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a side's own tokens that enter the local branch, by importance."""
     condition_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -210,20 +218,25 @@ class ModelConfig:
     """Start of γ: the mixer begins as `query + sigmoid(γ)·Δ`."""
 
 
+Term = Literal["tal_global", "tal_local", "cawl", "infonce", "sdm", "identity", "words", "agreement"]
+
+
 @config
 class LossConfig:
-    """Total = the sum of the named terms (method: Losses)."""
+    """Total = the sum of the named terms (method: Losses, The IRRA baseline)."""
 
-    terms: Annotated[tuple[Literal["tal_global", "tal_local", "cawl"], ...], Field(min_length=1)] = (
-        "tal_global",
-        "tal_local",
-        "cawl",
-    )
+    terms: Annotated[tuple[Term, ...], Field(min_length=1)] = ("tal_global", "tal_local", "cawl")
+    """CECA: tal_global, tal_local, cawl. Plain CLIP: infonce. IRRA: sdm, identity, words. `agreement` draws summaries
+    of one identity together."""
     temperature: PositiveFloat = 0.015
     """τ of the triplet alignment loss."""
     margin: Annotated[float, Field(ge=0)] = 0.1
     scale: PositiveFloat = 50.0
-    """κ of the confidence-aware weighting loss."""
+    """Factor of the cosines in cawl (κ), infonce and sdm (1/0.02)."""
+    identity_weight: PositiveFloat = 0.5
+    """Factor of the term identity, as in IRRA's program."""
+    agreement_weight: PositiveFloat = 1.0
+    """Factor of the term agreement."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
     weight_range: tuple[float, float] = (0.2, 5.0)
 
@@ -243,6 +256,8 @@ class OptimiserConfig:
     """For the modules that start from random weights."""
     weight_decay: Annotated[float, Field(ge=0)] = 4e-5
     """None on biases."""
+    batch_rule: Literal["fixed", "linear", "sqrt"] = "fixed"
+    """How the rates follow the global batch: as they stand, or times (global_batch / 64), or its square root."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
     warmup_start: Share = 0.1
@@ -267,7 +282,7 @@ class AugmentationConfig:
 
 @config
 class TrainConfig:
-    """Train CECA with Ray Train and DeepSpeed."""
+    """Train CECA, or a method it is compared with, with Ray Train and DeepSpeed."""
 
     name: str = "ceca"
     """The model's name below the dataset URI; the same name resumes."""
@@ -281,26 +296,61 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     seed: NonNegative = 0
     split: Split = "train"
+    pairs_per_identity: Positive = 1
+    """1 shuffles all pairs; with more, the pairs of an identity come so many at a time."""
+    caption_noise: Share = 0.0
+    """Share of the training pairs whose captions are exchanged among them (noisy correspondence)."""
+    summary_swap: Share = 0.0
+    """Chance that a sample takes the summary of another image of its identity, so that views come to agree."""
     validate_every: NonNegative = 1
     """Epochs between validations; 0 never validates and keeps the last epoch."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = execution(1)
+    offload: bool = execution(False)
+    """Keep the optimiser's state in the CPU's memory (ZeRO 1 or more)."""
+    micro_batch: Positive | None = execution(None)
+    """Samples that pass a tower at once: less memory, one more forward pass, the same gradient (GradCache)."""
+    recompute: bool = execution(False)
+    """Keep no activations inside a tower's blocks and compute them again in the backward pass."""
     workers: Positive = execution(1)
+    workers_min: Positive | None = execution(None)
+    """Go on with as few workers as this where nodes are lost, and with more when they come back."""
     gpus_per_worker: NonNegative = execution(1)
     cpus_per_worker: PositiveFloat = execution(1.0)
     cpus_per_loader: PositiveFloat = execution(0.5)
     """CPUs that Ray reserves for one process that decodes images."""
     loaders_per_worker: Positive = execution(4)
     """At most so many of them feed one worker."""
+    checkpoint_every: NonNegative = execution(200)
+    """Steps between checkpoints, besides one at the end of every epoch; 0 leaves it at those."""
     checkpoints_kept: Positive = execution(2)
     failures_allowed: NonNegative = execution(3)
     """How often a lost worker or node restarts training from the last checkpoint by itself."""
+    log_every: Positive = execution(10)
+    """Steps between points of the curves."""
+    watch: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = execution(("tensorboard",))
+    """Where the curves go."""
 
     def __post_init__(self) -> None:
-        if self.global_batch % self.workers:
+        if self.global_batch < self.workers:
             raise ValueError(
-                f"global_batch {self.global_batch} must be a multiple of workers {self.workers}: "
-                "every worker takes an equal share of each step"
+                f"global_batch {self.global_batch} must be at least workers {self.workers}: every worker takes a "
+                "share of each step"
             )
+        if self.workers_min is not None and self.workers_min > self.workers:
+            raise ValueError(f"workers_min {self.workers_min} must be at most workers {self.workers}")
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload needs zero_stage 1 or more: without it DeepSpeed has no optimiser state to move")
+        needs = {
+            "tal_local": (self.model.local_branch, "local_branch"),
+            "cawl": (self.model.summary_weight > 0, "summary_weight above 0"),
+            "agreement": (self.model.summary_weight > 0, "summary_weight above 0"),
+        }
+        for term in self.losses.terms:
+            has, what = needs.get(term, (True, ""))
+            if not has:
+                raise ValueError(f"the loss {term} needs {what}; set it or leave {term} out of losses.terms")
+        if self.summary_swap and not self.model.summary_weight:
+            raise ValueError("summary_swap needs summaries: set summary_weight above 0")
         if self.precision == "fp16" and not self.gpus_per_worker:
             raise ValueError("precision fp16 needs a GPU; CPUs compute in fp32 or bf16")
         if self.precision == "bf16" and self.zero_stage == 0:

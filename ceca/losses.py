@@ -1,8 +1,8 @@
-"""The two losses of CECA, per sample, over the whole batch they are given (method: Losses).
+"""The losses of CECA and of what it is compared with, per sample (method: Losses, The IRRA baseline).
 
-Notable: everything is computed in fp32 and in log space, so similarities of ±1 at a temperature of 0.015 and
-batches of one identity stay finite; nothing loops over the batch; several samples of one identity are all
-positives of each other.
+Notable: all see the whole batch they are given; everything is computed in fp32 and in log space, so similarities
+of ±1 at a temperature of 0.015 and batches of one identity stay finite; nothing loops over the batch; several
+samples of one identity are all positives of each other.
 """
 
 import torch
@@ -59,8 +59,8 @@ def confidence_aware_weighting_loss(
     scale: float,
     gamma: float,
     weight_range: tuple[float, float],
-) -> Tensor:
-    """Confidence-Aware Weighting Loss (CAWL).
+) -> tuple[Tensor, Tensor]:
+    """Confidence-Aware Weighting Loss (CAWL), and its weights.
 
     With CE(L)_i = −log Σ_{j∈P(i)} softmax(L_i)_j and p = exp(−CE): w_i = (p(st)_i · p(si)_i)^γ, divided by its
     batch mean, clipped, without gradient; loss_i = w_i·(CE(st)_i + CE(si)_i) + (1 − w_i)·½(CE(it)_i + CE(ti)_i).
@@ -71,7 +71,7 @@ def confidence_aware_weighting_loss(
         scale: κ, the factor of the cosines. gamma: γ. weight_range: clip of w.
 
     Returns:
-        [B] fp32. The batch's loss is the mean over samples.
+        The losses and the weights w, [B] fp32 each. The batch's loss is the mean over samples.
     """
     summary, text, image = (F.normalize(features.float(), dim=1) for features in (summary, text, image))
     positive = same_identity(identities, identities)
@@ -80,7 +80,7 @@ def confidence_aware_weighting_loss(
     summary_image = _identity_cross_entropy(scale * summary @ image.T, positive)
     cross = 0.5 * (_identity_cross_entropy(image_text, positive) + _identity_cross_entropy(image_text.T, positive))
     weight = confidence_weights(summary_text, summary_image, gamma=gamma, weight_range=weight_range)
-    return weight * (summary_text + summary_image) + (1 - weight) * cross
+    return weight * (summary_text + summary_image) + (1 - weight) * cross, weight
 
 
 def confidence_weights(
@@ -97,3 +97,57 @@ def confidence_weights(
 
 def _identity_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
     return logits.logsumexp(dim=1) - logits.masked_fill(~positive, -torch.inf).logsumexp(dim=1)
+
+
+def contrastive_loss(similarity: Tensor, *, scale: float) -> Tensor:
+    """InfoNCE as plain CLIP is fine-tuned with: sample i's only positive is i, both directions.
+
+    Args:
+        similarity: [B, B] cosines, rows are texts, columns images. scale: factor of the cosines.
+
+    Returns:
+        [B] fp32: the mean of a sample's two cross-entropies. The batch's loss is the mean over samples.
+    """
+    logits = scale * similarity.float()
+    own = logits.diagonal()
+    return 0.5 * (logits.logsumexp(dim=1) + logits.logsumexp(dim=0)) - own
+
+
+def similarity_distribution_matching(similarity: Tensor, identities: Tensor, *, scale: float) -> Tensor:
+    """SDM of IRRA: KL(p‖q), p = softmax(scale·S) and q the normalised identity matches, both directions.
+
+    Args:
+        similarity: [B, B] cosines, rows are texts, columns images. identities: [B]. scale: 1/temperature.
+
+    Returns:
+        [B] fp32: the sum of a sample's two divergences. The batch's loss is the mean over samples.
+    """
+    logits = scale * similarity.float()
+    matches = same_identity(identities, identities).float()
+    target = torch.log(matches / matches.sum(dim=1, keepdim=True) + 1e-8)
+
+    def divergence(rows: Tensor) -> Tensor:
+        log_p = rows.log_softmax(dim=1)
+        return (log_p.exp() * (log_p - target)).sum(dim=1)
+
+    return divergence(logits) + divergence(logits.T)
+
+
+def agreement_loss(summary: Tensor, identities: Tensor, *, scale: float) -> Tensor:
+    """Supervised contrast of summaries: those of one identity, from whatever view, draw together.
+
+    CE of each summary over the others, its positives those of its identity (not itself). A sample without another of
+    its identity contributes 0; batches with several need `pairs_per_identity` above 1.
+
+    Args:
+        summary: [B, D] global features, normalised here. identities: [B]. scale: factor of the cosines.
+
+    Returns:
+        [B] fp32. The batch's loss is the mean over samples.
+    """
+    summary = F.normalize(summary.float(), dim=1)
+    itself = torch.eye(len(summary), dtype=torch.bool, device=summary.device)
+    positive = same_identity(identities, identities) & ~itself
+    log_p = (scale * summary @ summary.T).masked_fill(itself, -torch.inf).log_softmax(dim=1)
+    # The mean over the positives: the hard ones count as much as the easy ones.
+    return -torch.where(positive, log_p, 0.0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ceca.config import AugmentationConfig
 from ceca.model.backbone import MASK
+from ceca.model.irra import WordTask
 
 # CLIP's pixel statistics.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -122,3 +123,18 @@ def mask_words(ids: Tensor, draws: Draws, share: float) -> Tensor:
     dropped[:, :2] = False
     order = dropped.to(torch.uint8).argsort(dim=1, stable=True)
     return changed.masked_fill(dropped, 0).gather(1, order)
+
+
+def hide_words(ids: Tensor, draws: Draws, share: float = 0.15) -> WordTask:
+    """[B, L] captions → the task of masked-word prediction: of the words chosen, 80 % masked, 10 % replaced.
+
+    On the CPU, for the number of hidden words must be known before a device works.
+    """
+    length = ids.shape[1]
+    touch, change, token = (part[:, :length] for part in (draws.touch, draws.change, draws.token))
+    positions = torch.arange(length)
+    hidden = (positions > 0) & (positions < ids.argmax(dim=1, keepdim=True)) & (touch < share)
+    changed = torch.where(hidden & (change < 0.8), torch.full_like(ids, MASK), ids)
+    changed = torch.where(hidden & (change >= 0.8) & (change < 0.9), token.to(ids.dtype), changed)
+    places = hidden.flatten().nonzero().squeeze(1)
+    return WordTask(changed, places, ids.flatten()[places])

@@ -51,11 +51,11 @@ class DialogueWorker:
         self.store, self.images, self.choices = Store(uri), images, choices
         self.config = from_mapping(DialogueConfig, config)
         self.settings = json.dumps(generation_settings(self.config), sort_keys=True)
-        self.truth: dict[str, dict[str, str]] = {}
+        self.truth: dict[str, dict[str, Any]] = {}  # what Subject is told of drawn pedestrians
         if self.config.engine == "oracle":
-            table = self.store.read(self.store.current("attributes", "ingest"), ["image_id", "attributes"])
-            pairs = zip(table["image_id"].to_pylist(), table["attributes"].to_pylist(), strict=True)
-            self.truth = {image_id: dict(attributes) for image_id, attributes in pairs}
+            table = self.store.read(self.store.current("attributes", "ingest"), ["image_id", "view", "attributes"])
+            rows = zip(*(table[name].to_pylist() for name in ("image_id", "view", "attributes")), strict=True)
+            self.truth = {key: {"view": view, "attributes": dict(pairs)} for key, view, pairs in rows}
         self.engine = make_engine(self.config, vocabulary)
         self.in_flight = asyncio.Semaphore(self.config.conversations)
         self.occupancy = Occupancy()
@@ -75,7 +75,7 @@ class DialogueWorker:
     def _subjects(self, work: list[Any]) -> list[Subject]:
         encoded = self.store.take(self.images, [(part, row) for part, row, _ in work], ["image"])["image"]
         return [
-            Subject(image_id=image_id, image=image.as_py(), attributes=self.truth.get(image_id))
+            Subject(image_id=image_id, image=image.as_py(), **self.truth.get(image_id, {}))
             for (_, _, image_id), image in zip(work, encoded, strict=True)
         ]
 

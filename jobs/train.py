@@ -27,12 +27,12 @@ from ceca.config import TrainConfig, to_mapping
 from ceca.errors import UserError
 from ceca.model.backbone import count_tokens, tokenize
 from ceca.model.weights import PublishedModel, find_model, publish_model
-from ceca.samples import ImageRow, add_summaries, list_images, make_pairs
+from ceca.samples import ImageRow, add_summaries, list_images, make_pairs, shuffled_captions
 from ceca.schema import SCHEMA_VERSION
 from ceca.store import Manifest, Reject, Store, StoreError, version_of
 from jobs import stages
-from jobs.train_data import TrainingSet, load_images
-from jobs.train_worker import Run, train_worker
+from jobs.train_data import Run, TrainingSet, load_images
+from jobs.train_worker import train_worker
 
 
 def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedModel:
@@ -46,10 +46,6 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
     if config.model.summary_weight > 0:
         dialogues = store.current("dialogues", "dialogue")
         made_from["dialogues"] = dialogues.version
-    elif "cawl" in config.losses.terms:
-        raise UserError(
-            "summary_weight 0 leaves summaries out, so the loss cawl cannot be computed; drop it from --losses.terms"
-        )
     settings = to_mapping(config, results_only=True)
     version = version_of("train", SCHEMA_VERSION, made_from, settings)
     published = find_model(store, config.name)
@@ -67,8 +63,8 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
     stages.connect()
     started = time.monotonic()
     prepared, used_validation = _prepare(store, config, images, captions, dialogues, run)
-    _fit(store, config, prepared, version)
-    record, weights = _best(store, run)
+    checkpoint = _fit(store, config, prepared, version)
+    record, weights, curve = _best(store, run, checkpoint)
     record |= {
         "validation_split": used_validation,
         "seconds": round(time.monotonic() - started, 1),
@@ -84,6 +80,7 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
         training=record,
         made_from=made_from,
         version=version,
+        extras={"curve.parquet": curve},
     )
     store.remove(run)
     best = record["best"]
@@ -161,17 +158,19 @@ def _prepare(
         )
         used = used if validation is not None else None
     references = load_images(store, images, parts)
+    captions_of = shuffled_captions(pairs.num_rows, config.seed, config.caption_noise)
     samples = TrainingSet(
         part=pairs["part"].to_numpy(),
         row=pairs["row"].to_numpy(),
-        identity=pairs["identity"].to_numpy(),
-        caption=tokenize(pairs["caption"].to_pylist()).numpy().astype(np.uint16),
+        identity=np.unique(pairs["identity"].to_numpy(), return_inverse=True)[1],
+        caption=tokenize(pairs["caption"].to_pylist()).numpy().astype(np.uint16)[captions_of],
         summary=tokenize(pairs["summary"].to_pylist()).numpy().astype(np.uint16),
     )
     return Run(config, store.uri, run, ray.put(samples), references, validation), used
 
 
-def _fit(store: Store, config: TrainConfig, run: Run, version: str) -> None:
+def _fit(store: Store, config: TrainConfig, run: Run, version: str) -> str:
+    """Run the trainer to its end; the name of the last checkpoint's folder."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     storage = None
     if not isinstance(store.fs, LocalFileSystem):
@@ -181,7 +180,7 @@ def _fit(store: Store, config: TrainConfig, run: Run, version: str) -> None:
         train_loop_config={"run": run},
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(config.workers_min, config.workers) if config.workers_min else config.workers,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={
                 "CPU": config.cpus_per_worker,
@@ -197,12 +196,14 @@ def _fit(store: Store, config: TrainConfig, run: Run, version: str) -> None:
         ),
     )
     try:
-        trainer.fit()
+        result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         cause = _user_error(error)
         if cause is None:
             raise
         raise UserError(cause) from error
+    assert result.checkpoint is not None, "training ended without a checkpoint"
+    return result.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _user_error(error: BaseException) -> str | None:
@@ -215,18 +216,13 @@ def _user_error(error: BaseException) -> str | None:
     return None
 
 
-def _best(store: Store, run: str) -> tuple[dict[str, Any], bytes]:
-    """The training record of the last checkpoint, and the weights it names as best."""
-    folders = [
-        path
-        for path in store.fs.ls(store.path(run), detail=False)
-        if "/checkpoint_" in path and not path.endswith(".json")
-    ]
-    newest = sorted(folders)[-1].rstrip("/").rsplit("/", 1)[-1]
-    progress = store.read_json(run, newest, "progress.json")
+def _best(store: Store, run: str, checkpoint: str) -> tuple[dict[str, Any], bytes, bytes]:
+    """The training record of the last checkpoint, the weights it names as best, and the curve."""
+    progress = store.read_json(run, checkpoint, "progress.json")
     assert progress is not None, "a checkpoint without progress.json"
     record = {"history": progress["history"], "best": progress["best"]}
-    return record, store.read_bytes(run, f"best-{progress['best']['epoch']:04d}.safetensors")
+    weights = store.read_bytes(run, f"best-{progress['best']['epoch']:04d}.safetensors")
+    return record, weights, store.read_bytes(run, checkpoint, "curve.parquet")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import ray
 
 from ceca.config import TrainConfig
 from ceca.datasets.images import decode_image
-from ceca.samples import epoch_order
+from ceca.samples import epoch_order, epoch_partners, share
 from ceca.store import Manifest, Store
 
 
@@ -27,12 +27,33 @@ class TrainingSet:
 
     part: np.ndarray  # [P] of the images table
     row: np.ndarray  # [P] in the part
-    identity: np.ndarray  # [P]
+    identity: np.ndarray  # [P], numbered from 0
     caption: np.ndarray  # [P, 77] uint16: CLIP has 49,408 tokens
     summary: np.ndarray  # [P, 77] uint16
 
     def __len__(self) -> int:
         return len(self.identity)
+
+    @property
+    def identities(self) -> int:
+        return int(self.identity.max()) + 1
+
+    @property
+    def image(self) -> np.ndarray:
+        """[P] numbers that tell images apart."""
+        return self.part.astype(np.int64) << 32 | self.row.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that a worker is told."""
+
+    config: TrainConfig
+    store_uri: str
+    run: str  # folder of the run below the dataset
+    samples: Any  # reference to a TrainingSet
+    images: dict[int, Any]
+    validation: Any | None  # reference to {"images": [(part, row, identity, summary)], "queries": [(text, identity)]}
 
 
 @ray.remote(num_cpus=0.5)
@@ -61,40 +82,49 @@ class EncodedImages:
 class LoadSamples:
     """Ray Data actor: sample numbers → decoded images and tokens.
 
-    A sample number counts this worker's samples through all epochs. The permutation of an epoch gives the global
-    batches, and of each this worker takes its own slice.
+    A sample number counts this worker's samples through all epochs. The order of an epoch gives the global batches,
+    and of each this worker takes its own share.
     """
 
     def __init__(
         self, config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: dict[int, Any], start: int
     ):
-        self.config, self.rank, self.start = config, rank, start
+        self.config, self.start = config, start
         self.samples: TrainingSet = ray.get(samples)
         self.images = EncodedImages(images)
-        self.local = config.global_batch // size
+        self.rows = share(rank, size, config.global_batch)
         self.steps = len(self.samples) // config.global_batch
-        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self.epoch = -1
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        samples, chosen = self.samples, np.asarray([self._pair(self.start + int(sample)) for sample in batch["id"]])
+        samples = self.samples
+        pairs, summaries = np.array([self._pair(self.start + int(sample)) for sample in batch["id"]]).T
         height, width = self.config.model.image_height, self.config.model.image_width
         pixels = [
             decode_image(self.images(part, row), height, width)
-            for part, row in zip(samples.part[chosen].tolist(), samples.row[chosen].tolist(), strict=True)
+            for part, row in zip(samples.part[pairs].tolist(), samples.row[pairs].tolist(), strict=True)
         ]
         return {
             "image": np.stack(pixels),
-            "caption": samples.caption[chosen].astype(np.int32),
-            "summary": samples.summary[chosen].astype(np.int32),
-            "identity": samples.identity[chosen],
+            "caption": samples.caption[pairs].astype(np.int32),
+            "summary": samples.summary[summaries].astype(np.int32),
+            "identity": samples.identity[pairs],
         }
 
-    def _pair(self, sample: int) -> int:
-        step, offset = divmod(sample, self.local)
+    def _pair(self, sample: int) -> tuple[int, int]:
+        """The pair of a sample number, and the pair whose summary it takes."""
+        step, offset = divmod(sample, self.rows.stop - self.rows.start)
         epoch, step = divmod(step, self.steps)
-        if self.order[0] != epoch:
-            self.order = (epoch, epoch_order(len(self.samples), self.config.seed, epoch))
-        return int(self.order[1][step * self.config.global_batch + self.rank * self.local + offset])
+        if self.epoch != epoch:
+            self._begin(epoch)
+        pair = int(self.order[step * self.config.global_batch + self.rows.start + offset])
+        return pair, int(self.partners[pair])
+
+    def _begin(self, epoch: int) -> None:
+        config, samples = self.config, self.samples
+        self.epoch = epoch
+        self.order = epoch_order(samples.identity, config.seed, epoch, config.pairs_per_identity)
+        self.partners = epoch_partners(samples.identity, samples.image, config.seed, epoch, config.summary_swap)
 
 
 def stream_batches(
@@ -102,17 +132,18 @@ def stream_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """This worker's batches from `start_step` (counted through all epochs) to the end of training, in order."""
     steps = len(ray.get(samples)) // config.global_batch * config.epochs - start_step
-    local = config.global_batch // size
+    rows = share(rank, size, config.global_batch)
+    own = rows.stop - rows.start
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    numbers = ray.data.range(steps * local, override_num_blocks=max(1, min(steps // 4, 1000)))
+    numbers = ray.data.range(steps * own, override_num_blocks=max(1, min(steps // 4, 1000)))
     loaded = numbers.map_batches(
         LoadSamples,
-        fn_constructor_args=(config, rank, size, samples, images, start_step * local),
-        batch_size=local,
+        fn_constructor_args=(config, rank, size, samples, images, start_step * own),
+        batch_size=own,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.loaders_per_worker),
         num_cpus=config.cpus_per_loader,
     )
-    return iter(loaded.iter_batches(batch_size=local, prefetch_batches=2))
+    return iter(loaded.iter_batches(batch_size=own, prefetch_batches=2))

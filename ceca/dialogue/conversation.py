@@ -42,11 +42,12 @@ class EngineDied(EngineError):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked about: an image's id and encoded bytes, and of drawn pedestrians the true attributes."""
+    """What is asked about: an image's id and encoded bytes, and of drawn pedestrians the true attributes and view."""
 
     image_id: str
     image: bytes
     attributes: Mapping[str, str] | None = None
+    view: str | None = None
 
 
 @dataclass(frozen=True)

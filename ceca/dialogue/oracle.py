@@ -18,6 +18,14 @@ from ceca.schema import image_id as key_of
 
 log = logging.getLogger(__name__)
 
+# Attributes of which a view shows little: what a simulated annotator gets wrong at `hidden_error_rate`.
+HIDDEN: dict[str, tuple[str, ...]] = {
+    "front": ("hair_length", "lower_pattern", "carried", "carried_colour"),
+    "back": ("gender", "upper_kind", "upper_pattern", "hat", "hat_colour"),
+    "left": ("hair_colour", "upper_colour", "lower_pattern", "shoes_kind", "carried"),
+    "right": ("hair_length", "upper_pattern", "lower_colour", "lower_kind", "shoes_colour"),
+}
+
 PLURAL = ("trousers", "jeans", "shorts", "leggings")
 
 
@@ -52,24 +60,30 @@ class OracleEngine:
     ) -> Answer:
         if subject.attributes is None:
             raise DialogueError("no_attributes", "the image has no row in the table of attributes")
-        seen = self._perceive(subject.image_id, subject.attributes)
+        seen = self._perceive(subject.image_id, subject.attributes, subject.view)
         if choices:
             reported = {name: seen.get(name, UNKNOWN) for name in choices}
             return Answer(json.dumps({n: value if value in choices[n] else UNKNOWN for n, value in reported.items()}))
         sentences = _sentences(seen)
         if question in QUESTIONS:
             return Answer(sentences[QUESTIONS.index(question)])
+        if len(history) < len(QUESTIONS):  # it knows no more than it was asked
+            return Answer(" ".join(turn.answer for turn in history))
         return Answer(_summary(seen, self._random(subject.image_id, "summary")))
 
-    def _perceive(self, image_id: str, truth: Mapping[str, str]) -> dict[str, str]:
+    def _perceive(self, image_id: str, truth: Mapping[str, str], view: str | None) -> dict[str, str]:
         """The attributes as reported: each wrong with the configured probability."""
+        hidden = HIDDEN.get(view or "", ())
         seen = dict(truth)
         for name, value in truth.items():
             random = self._random(image_id, name)
             others = [other for other in self._values(name) if other != value]
             # A kind may be there or not; the colour or pattern of something that is there is one of the others.
             applies = value != "none" or name in ("hat", "carried")
-            if others and applies and random.random() < self.config.error_rate:
+            rate = self.config.error_rate
+            if name in hidden and self.config.hidden_error_rate is not None:
+                rate = self.config.hidden_error_rate
+            if others and applies and random.random() < rate:
                 seen[name] = others[int(random.integers(len(others)))]
         for thing, colour in (("hair_length", "hair_colour"), ("hat", "hat_colour"), ("carried", "carried_colour")):
             if seen[thing] not in ("none", "bald") and seen[colour] == "none":  # a thing that is only imagined

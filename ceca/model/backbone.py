@@ -79,6 +79,7 @@ class Backbone(nn.Module):
         del clip.logit_scale
         clip.logit_bias = None
         self.clip = clip
+        self.recompute = False
         self.width: int = clip.text_projection.shape[1]
 
     def encode_images(self, images: Tensor) -> Tokens:

@@ -42,12 +42,14 @@ class MixerBlock(nn.Module):
     layer-normalised state. Without a condition there is no cross-attention.
     """
 
-    def __init__(self, width: int, heads: int, gate_start: float):
+    def __init__(self, width: int, heads: int, gate_start: float, crosses: bool = True):
         super().__init__()
+        self.crosses = crosses
         self.self_norm = nn.LayerNorm(width)
         self.self_attention = Attention(width, heads)
-        self.cross_norm = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, heads)
+        if crosses:
+            self.cross_norm = nn.LayerNorm(width)
+            self.cross_attention = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.gate = nn.Parameter(torch.tensor([gate_start]))  # [1]: DeepSpeed refuses scalars

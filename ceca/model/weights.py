@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +144,23 @@ def publish_model(
     training: dict[str, Any],
     made_from: dict[str, str],
     version: str,
+    extras: Mapping[str, bytes] | None = None,
 ) -> PublishedModel:
-    """Publish a model under models/<name>; the manifest comes last."""
+    """Publish a model under models/<name>, `extras` beside it by name; the manifest comes last."""
     global_dim = safetensors.torch.load(weights)["backbone.clip.text_projection"].shape[1]
+    local_dim = model.local_dim if model.local_branch else global_dim
     described = {"schema_version": SCHEMA_VERSION, "model": to_mapping(model), "train": config}
     digest = hashlib.sha256(weights + json.dumps(described["model"], sort_keys=True).encode()).hexdigest()[:16]
     store.write_bytes(weights, "models", name, digest, "model.safetensors")
     store.write_json(described, "models", name, digest, "config.json")
     store.write_json(training, "models", name, digest, "training.json")
+    for extra, content in (extras or {}).items():
+        store.write_bytes(content, "models", name, digest, extra)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "digest": digest,
         "global_dim": global_dim,
-        "local_dim": model.local_dim,
+        "local_dim": local_dim,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "version": version,
         "made_from": made_from,
@@ -163,7 +168,7 @@ def publish_model(
     }
     store.write_json(manifest, "models", name, "manifest.json")
     place = store.place("models", name)
-    return PublishedModel(place, digest, global_dim, model.local_dim, described, training, made_from, version)
+    return PublishedModel(place, digest, global_dim, local_dim, described, training, made_from, version)
 
 
 def find_model(store: Store, name: str) -> PublishedModel | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ceca.commandline import RECIPES, load_recipe, parse_arguments
+from ceca.commandline import RECIPES, list_recipes, load_recipe, parse_arguments
 from ceca.config import (
     STAGES,
     ConfigError,
@@ -20,11 +20,54 @@ from ceca.config import (
 )
 from ceca.store import version_of
 
+BENCHMARKS = ("cuhk_pedes", "icfg_pedes", "rstpreid", "tiny")
+METHODS = sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))
 
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
-def test_every_recipe_of_the_project_is_valid(recipe: str):
-    for stage, section in load_recipe(recipe).items():
-        from_mapping(STAGES[stage], section or {})
+
+def test_recipes_are_those_of_the_benchmarks_and_those_of_the_methods():
+    assert sorted(list_recipes()) == sorted([*BENCHMARKS, *METHODS])
+    assert {"ceca", "clip", "irra", "rde"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resolves_on_every_benchmark(benchmark: str, method: str):
+    sections = load_recipe(f"{method}+{benchmark}")
+    for stage, section in sections.items():
+        from_mapping(STAGES[stage], section)
+    made = from_mapping(TrainConfig, sections["train"])
+    assert made.name == method  # so that the methods lie side by side
+    alone = from_mapping(TrainConfig, load_recipe(benchmark)["train"])
+    assert (made.model.backbone, made.epochs, made.global_batch) == (
+        alone.model.backbone,
+        alone.epochs,
+        alone.global_batch,
+    )
+
+
+def test_a_later_recipe_replaces_what_it_names_and_keeps_the_rest(tmp_path: Path):
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text("train:\n  epochs: 7\n  model:\n    local_dim: 32\n    mixer_heads: 4\n")
+    other.write_text("train:\n  model:\n    local_dim: 64\nindex:\n  gpus: 1\n")
+    assert load_recipe(f"{one}+{other}") == {
+        "train": {"epochs": 7, "model": {"local_dim": 64, "mixer_heads": 4}},
+        "index": {"gpus": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model": {"summary_weight": 0}}, "the loss cawl needs summary_weight above 0"),
+        ({"model": {"local_branch": False}}, "the loss tal_local needs local_branch"),
+        ({"workers": 65}, "global_batch 64 must be at least workers 65"),
+        ({"workers": 2, "workers_min": 3}, "workers_min 3 must be at most workers 2"),
+        ({"offload": True, "zero_stage": 0, "precision": "fp32"}, "offload needs zero_stage 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_before_anything_starts(settings: dict, says: str):
+    with pytest.raises(ConfigError, match=says):
+        from_mapping(TrainConfig, settings)
 
 
 def test_defaults_are_the_published_recipe():
@@ -56,10 +99,9 @@ def test_a_config_cannot_be_changed_after_its_checks():
     [
         ("train", {"epoch": 3}, "unknown key 'epoch'; valid keys: name, model"),
         ("train", {"model": {"bakbone": "x"}}, "train.model: unknown key 'bakbone'; valid keys: backbone"),
-        ("train", {"losses": {"terms": ["tal_globl"]}}, "'tal_global', 'tal_local' or 'cawl'"),
+        ("train", {"losses": {"terms": ["tal_globl"]}}, "'tal_global', 'tal_local', 'cawl', .* or 'agreement'"),
         ("dialogue", {"engine": "vlm"}, "'vllm', 'openai' or 'oracle'"),
         ("train", {"epochs": 0}, "epochs: .*greater than or equal to 1.*found 0"),
-        ("train", {"global_batch": 10, "workers": 4}, "multiple of workers 4"),
         ("train", {"losses": {"weight_range": [5, 0.2]}}, "weight_range must be"),
         ("dialogue", {"published": "a.json", "only_missing": True}, "choose one of them"),
         ("train", {"model": 3}, "expected keys and values, found 3"),
@@ -91,7 +133,7 @@ def test_a_recipe_that_cannot_be_used_says_why(tmp_path: Path, content: str, say
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ConfigError, match="recipes: cuhk_pedes, icfg_pedes, rstpreid, tiny"):
+    with pytest.raises(ConfigError, match=r"recipes: agreement, ceca, clip, cuhk_pedes, .* tiny, several joined by"):
         load_recipe("cuhk")
 
 

@@ -32,8 +32,8 @@ def step(rank: int, size: int) -> dict[str, torch.Tensor]:
     rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.double)[rows]
     captions, summaries = trim(tokenize(CAPTIONS[rows] + SUMMARIES[rows])).split(BATCH // size)
-    features = gather_features(model(images, captions, summaries))
-    terms = loss_terms(features, gather_identities(IDENTITIES[rows]), LossConfig(temperature=0.1, scale=5.0))
+    features = gather_features(model(images, captions, summaries), BATCH)
+    terms = loss_terms(features, gather_identities(IDENTITIES[rows], BATCH), LossConfig(temperature=0.1, scale=5.0))
     scaled_loss(terms).backward()
     found = {f"loss {name}": value.detach() for name, value in terms.items()}
     found |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -6,10 +6,18 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceca.losses import confidence_aware_weighting_loss, confidence_weights, triplet_alignment_loss
+from ceca.losses import (
+    agreement_loss,
+    confidence_aware_weighting_loss,
+    confidence_weights,
+    contrastive_loss,
+    similarity_distribution_matching,
+    triplet_alignment_loss,
+)
 
 # Four samples, the first and the third of one person. Rows are texts, columns images.
 SIMILARITY = [
@@ -124,7 +132,7 @@ def test_confidence_aware_weighting_by_hand(scale, gamma):
     raw = [(math.exp(-a) * math.exp(-b)) ** gamma for a, b in zip(st_, si, strict=True)]
     weights = [min(5.0, max(0.2, w / (sum(raw) / 4))) for w in raw]
     expected = [w * (a + b) + (1 - w) * 0.5 * (c + d) for w, a, b, c, d in zip(weights, st_, si, it, ti, strict=True)]
-    found = confidence_aware_weighting_loss(
+    found, _ = confidence_aware_weighting_loss(
         *(torch.tensor(features) for features in (SUMMARY, TEXT, IMAGE)),
         torch.tensor(IDENTITIES),
         scale=scale,
@@ -152,7 +160,7 @@ def test_weights_are_clipped_where_probabilities_vanish_in_fp32():
 def test_confidence_aware_weighting_is_finite_for_one_identity_and_for_opposite_features(sign):
     summary = torch.ones(3, 4, requires_grad=True)
     for identities in (torch.zeros(3), torch.arange(3)):
-        loss = confidence_aware_weighting_loss(
+        loss, _ = confidence_aware_weighting_loss(
             summary, sign * torch.ones(3, 4), torch.ones(3, 4), identities, scale=50.0, gamma=1.0, weight_range=(0.2, 5)
         )
         loss.mean().backward()
@@ -175,6 +183,38 @@ def test_the_order_of_samples_never_matters(seed, order):
         triplet_alignment_loss(similarity, identities, **tal)[order],
     )
     torch.testing.assert_close(
-        confidence_aware_weighting_loss(summary[order], text[order], image[order], identities[order], **cawl),
-        confidence_aware_weighting_loss(summary, text, image, identities, **cawl)[order],
+        confidence_aware_weighting_loss(summary[order], text[order], image[order], identities[order], **cawl)[0],
+        confidence_aware_weighting_loss(summary, text, image, identities, **cawl)[0][order],
     )
+
+
+# --- of the methods to compare with -----------------------------------------------------------------------
+
+
+def test_infonce_is_the_cross_entropy_of_both_directions():
+    similarity = torch.tensor([[0.5, 0.1, -0.2], [0.3, 0.2, 0.0], [0.1, 0.4, 0.6]])
+    logits, own = 50 * similarity, torch.arange(3)
+    expected = 0.5 * (F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, own, reduction="none"))
+    torch.testing.assert_close(contrastive_loss(similarity, scale=50), expected)
+
+
+def test_similarity_distribution_matching_by_hand():
+    similarity = torch.tensor([[0.02, 0.0], [0.0, 0.02]])
+    p = math.e / (math.e + 1)  # softmax of (1, 0)
+    each = p * (math.log(p) - math.log(1 + 1e-8)) + (1 - p) * (math.log(1 - p) - math.log(1e-8))
+    found = similarity_distribution_matching(similarity, torch.tensor([0, 1]), scale=50)
+    torch.testing.assert_close(found, torch.full((2,), 2 * each), rtol=1e-5, atol=1e-5)
+    # One identity: every match counts half, and equal similarities are what is wanted.
+    flat = similarity_distribution_matching(torch.zeros(2, 2), torch.tensor([4, 4]), scale=50)
+    torch.testing.assert_close(flat, torch.zeros(2), rtol=0, atol=1e-6)
+
+
+def test_agreement_by_hand_draws_summaries_of_one_identity_together_and_needs_two():
+    summary = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    found = agreement_loss(summary, torch.tensor([7, 7, 8]), scale=2.0)
+    alike = math.log(1 + math.exp(-2.0))  # -log softmax over the two others: cosines 1 and 0
+    torch.testing.assert_close(found, torch.tensor([alike, alike, 0.0]))
+    apart = summary.clone().requires_grad_()
+    agreement_loss(apart, torch.tensor([0, 1, 2]), scale=2.0).sum().backward()
+    assert apart.grad is not None
+    assert torch.isfinite(apart.grad).all()

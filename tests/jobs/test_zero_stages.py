@@ -14,7 +14,7 @@ from ceca.config import LossConfig, TrainConfig
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA
 from ceca.training import gather_features, gather_identities, loss_terms, scaled_loss
-from jobs.train_worker import deepspeed_config, whole_model
+from jobs.train_engine import deepspeed_config, whole_model
 from tests.ceca.test_exactness import BATCH, CAPTIONS, CONFIG, IDENTITIES, SUMMARIES
 
 WORKERS, STEPS, RATE = 2, 2, 0.05
@@ -42,7 +42,7 @@ def take_steps(precision: str, stage: int) -> dict[str, torch.Tensor]:
     config = TrainConfig(
         model=CONFIG, losses=LOSSES, global_batch=BATCH, precision=precision, zero_stage=stage, workers=size
     )
-    settings = deepspeed_config(config, size)
+    settings = deepspeed_config(config)
     if stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every parameter is partitioned
     model = make_model()
@@ -55,7 +55,7 @@ def take_steps(precision: str, stage: int) -> dict[str, torch.Tensor]:
     for step in range(STEPS):
         images, captions, summaries, identities = batch(step, rank, size)
         features = engine(images.to(next(engine.module.parameters()).dtype), captions, summaries)
-        terms = loss_terms(gather_features(features), gather_identities(identities), LOSSES)
+        terms = loss_terms(gather_features(features, BATCH), gather_identities(identities, BATCH), LOSSES)
         engine.backward(scaled_loss(terms))
         engine.step()
     found = {name: value.detach().float().clone() for name, value in whole_model(engine).named_parameters()}

@@ -130,7 +130,7 @@ def test_an_endpoint_needs_a_model_name():
 
 def test_the_record_holds_the_chosen_engine_and_what_decides_its_answers():
     settings = generation_settings(DialogueConfig(engine="oracle", oracle=OracleConfig(error_rate=0.25), seed=3))
-    assert settings["oracle"] == {"error_rate": 0.25, "seed": 0}
+    assert settings["oracle"] == {"error_rate": 0.25, "hidden_error_rate": None, "seed": 0}
     assert settings["seed"] == 3
     assert settings["engine"] == "oracle"
     assert not {"vllm", "openai"} & settings.keys()
