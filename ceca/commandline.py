@@ -19,6 +19,12 @@ from ceca.config import STAGES, ConfigError, from_mapping
 
 RECIPES = Path(__file__).parent / "recipes"
 
+DRY_RUN: Any = (
+    "dry_run",
+    Annotated[bool, tyro.conf.arg(help="two small steps on CPU in fp32 from random weights, and nothing is kept")],
+    dataclasses.field(default=False),
+)
+
 
 def load_recipe(recipe: str) -> dict[str, Any]:
     """A recipe's sections as config objects' values: {stage: {key: value}}.
@@ -79,6 +85,7 @@ class Arguments:
     data: str
     redo: bool
     config: Any
+    dry_run: bool = False
 
 
 def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
@@ -106,6 +113,7 @@ def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | N
                 dataclasses.field(default=False),
             ),
             ("config", Annotated[config_type, tyro.conf.arg(name="")], dataclasses.field(default=default)),
+            *([DRY_RUN] if stage == "train" else []),
         ],
     )
     parsed: Any = tyro.cli(
@@ -114,7 +122,7 @@ def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | N
         prog=prog,
         description=config_type.__doc__,
     )
-    return Arguments(data=parsed.data, redo=parsed.redo, config=parsed.config)
+    return Arguments(parsed.data, parsed.redo, parsed.config, getattr(parsed, "dry_run", False))
 
 
 def _peek(argv: Sequence[str], option: str) -> str | None:

@@ -218,7 +218,7 @@ class ModelConfig:
     """Start of γ: the mixer begins as `query + sigmoid(γ)·Δ`."""
 
 
-Term = Literal["tal_global", "tal_local", "cawl", "infonce", "sdm", "identity", "words", "agreement"]
+Term = Literal["tal_global", "tal_local", "cawl", "infonce", "sdm", "identity", "words"]
 
 
 @config
@@ -226,8 +226,7 @@ class LossConfig:
     """Total = the sum of the named terms (method: Losses, The IRRA baseline)."""
 
     terms: Annotated[tuple[Term, ...], Field(min_length=1)] = ("tal_global", "tal_local", "cawl")
-    """CECA: tal_global, tal_local, cawl. Plain CLIP: infonce. IRRA: sdm, identity, words. `agreement` draws summaries
-    of one identity together."""
+    """CECA: tal_global, tal_local, cawl. Plain CLIP: infonce. IRRA: sdm, identity, words."""
     temperature: PositiveFloat = 0.015
     """τ of the triplet alignment loss."""
     margin: Annotated[float, Field(ge=0)] = 0.1
@@ -235,8 +234,6 @@ class LossConfig:
     """Factor of the cosines in cawl (κ), infonce and sdm (1/0.02)."""
     identity_weight: PositiveFloat = 0.5
     """Factor of the term identity, as in IRRA's program."""
-    agreement_weight: PositiveFloat = 1.0
-    """Factor of the term agreement."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
     weight_range: tuple[float, float] = (0.2, 5.0)
 
@@ -294,6 +291,8 @@ class TrainConfig:
     global_batch: Positive = 64
     """Samples of one step over all workers together; it does not change with their number."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    backward: Literal["same", "bf16"] = "same"
+    """`bf16`: fp32 training whose gradients are made of bf16 products, for CPUs that have those (avx512_bf16, AMX)."""
     seed: NonNegative = 0
     split: Split = "train"
     pairs_per_identity: Positive = 1
@@ -302,6 +301,8 @@ class TrainConfig:
     """Share of the training pairs whose captions are exchanged among them (noisy correspondence)."""
     summary_swap: Share = 0.0
     """Chance that a sample takes the summary of another image of its identity, so that views come to agree."""
+    caption_swap: Share = 0.0
+    """The same for its caption: an image learns to answer to what people say of another view."""
     validate_every: NonNegative = 1
     """Epochs between validations; 0 never validates and keeps the last epoch."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = execution(1)
@@ -340,10 +341,11 @@ class TrainConfig:
             raise ValueError(f"workers_min {self.workers_min} must be at most workers {self.workers}")
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1 or more: without it DeepSpeed has no optimiser state to move")
+        if self.backward == "bf16" and (self.precision != "fp32" or self.zero_stage == 3):
+            raise ValueError("backward bf16 is for precision fp32 with zero_stage 0, 1 or 2")
         needs = {
             "tal_local": (self.model.local_branch, "local_branch"),
             "cawl": (self.model.summary_weight > 0, "summary_weight above 0"),
-            "agreement": (self.model.summary_weight > 0, "summary_weight above 0"),
         }
         for term in self.losses.terms:
             has, what = needs.get(term, (True, ""))

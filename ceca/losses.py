@@ -131,23 +131,3 @@ def similarity_distribution_matching(similarity: Tensor, identities: Tensor, *, 
         return (log_p.exp() * (log_p - target)).sum(dim=1)
 
     return divergence(logits) + divergence(logits.T)
-
-
-def agreement_loss(summary: Tensor, identities: Tensor, *, scale: float) -> Tensor:
-    """Supervised contrast of summaries: those of one identity, from whatever view, draw together.
-
-    CE of each summary over the others, its positives those of its identity (not itself). A sample without another of
-    its identity contributes 0; batches with several need `pairs_per_identity` above 1.
-
-    Args:
-        summary: [B, D] global features, normalised here. identities: [B]. scale: factor of the cosines.
-
-    Returns:
-        [B] fp32. The batch's loss is the mean over samples.
-    """
-    summary = F.normalize(summary.float(), dim=1)
-    itself = torch.eye(len(summary), dtype=torch.bool, device=summary.device)
-    positive = same_identity(identities, identities) & ~itself
-    log_p = (scale * summary @ summary.T).masked_fill(itself, -torch.inf).log_softmax(dim=1)
-    # The mean over the positives: the hard ones count as much as the easy ones.
-    return -torch.where(positive, log_p, 0.0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)

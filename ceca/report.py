@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -162,3 +163,54 @@ def wrap_to_width(text: str, width: float, size: float) -> list[str]:
 def _font(size: float, weight: str) -> ImageFont.FreeTypeFont:
     properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)  # matplotlib brings it along
     return ImageFont.truetype(font_manager.findfont(properties), round(size * SCALE))
+
+
+def draw_comparison(rows: Mapping[str, Mapping[str, tuple[float, float]]], out: Path) -> Path:
+    """Write a picture of methods side by side: Rank-1 and mAP, percent, with deviations.
+
+    Args:
+        rows: by method, then by metric: mean and deviation.
+    """
+    figure, axis = plt.subplots(figsize=(1.6 + 1.3 * len(rows), 3.4), layout="constrained")
+    places = range(len(rows))
+    for offset, (key, label, colour) in enumerate(
+        [("rank1", "Rank-1", "#4575b4"), ("mean_average_precision", "mAP", "#fdae61")]
+    ):
+        means, deviations = zip(*(row[key] for row in rows.values()), strict=True)
+        bars = axis.bar(
+            [place + (offset - 0.5) * 0.38 for place in places], means, 0.36, yerr=deviations, label=label,
+            color=colour, capsize=3,
+        )  # fmt: skip
+        axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    axis.set_xticks(list(places), list(rows))
+    axis.set(ylabel="percent", ylim=(0, 105))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, ncols=2, loc="upper left")
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    return out
+
+
+def draw_training(
+    curves: Mapping[str, Mapping[str, Sequence[float]]], validation: Mapping[str, Any], out: Path
+) -> Path:
+    """Write a picture of training runs: the loss by step, and Rank-1 on the validation split by epoch.
+
+    Args:
+        curves: by run, the columns of its curve: `step`, `loss` and one per term.
+        validation: by run, its (epochs, Rank-1 in percent); runs without validation have empty lists.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for name, columns in curves.items():
+        left.plot(columns["step"], columns["loss"], label=name, linewidth=1)
+        epochs, rank1 = validation[name]
+        right.plot(epochs, rank1, marker="o", markersize=3, label=name)
+    left.set(xlabel="step", ylabel="loss")
+    right.set(xlabel="epoch", ylabel="validation Rank-1, percent")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    left.legend(frameon=False)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    return out

@@ -110,16 +110,19 @@ def share(rank: int, size: int, batch: int) -> slice:
     return slice(rank * batch // size, (rank + 1) * batch // size)
 
 
-def epoch_partners(identities: np.ndarray, images: np.ndarray, seed: int, epoch: int, share: float) -> np.ndarray:
-    """For every pair, the pair whose summary it takes in an epoch, [P] int64: mostly itself.
+def epoch_partners(
+    identities: np.ndarray, images: np.ndarray, seed: int, epoch: int, share: float, purpose: str
+) -> np.ndarray:
+    """For every pair, the pair whose summary or caption it takes in an epoch, [P] int64: mostly itself.
 
     With probability `share` it is one of another image of the same identity, so that what one view says is learned
     from the other's picture; an identity with one image keeps its own.
 
     Args:
-        identities, images: [P] of the pairs; `images` tells images apart.
+        identities, images: [P] of the pairs; `images` tells images apart. purpose: `summaries` or `captions`, which
+            are drawn independently.
     """
-    random = _random(seed, epoch, "partners")
+    random = _random(seed, epoch, purpose)
     touched, drawn = random.random(len(identities)) < share, random.random(len(identities))
     order = np.lexsort((images, identities))
     place = np.empty(len(order), dtype=np.int64)
@@ -156,5 +159,5 @@ def shuffled_captions(pairs: int, seed: int, share: float) -> np.ndarray:
 
 
 def _random(seed: int, epoch: int, purpose: str) -> np.random.Generator:
-    streams = {"order": 0, "partners": 1, "noise": 2}
+    streams = {"order": 0, "summaries": 1, "captions": 2, "noise": 3}
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, streams[purpose]]))

@@ -11,15 +11,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import open_clip
 import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ceca.config import LossConfig, OptimiserConfig
+from ceca.config import LossConfig, ModelConfig, OptimiserConfig
 from ceca.losses import (
-    agreement_loss,
     confidence_aware_weighting_loss,
     contrastive_loss,
     similarity_distribution_matching,
@@ -53,7 +53,7 @@ def gather_features(features: Features, batch: int) -> Features:
     parts[rank] = own
     widths = [getattr(features, name).shape[1] for name in names]
     gathered = dict(zip(names, torch.cat(parts).split(widths, dim=1), strict=True))
-    return Features(**gathered)
+    return features._replace(**gathered)
 
 
 def gather_identities(identities: Tensor, batch: int) -> Tensor:
@@ -94,12 +94,9 @@ def loss_terms(features: Features, identities: Tensor, config: LossConfig) -> di
         if term == "identity":
             (identity_loss,) = _needed(features, term, "identity_loss")
             return config.identity_weight * identity_loss.mean()
-        if term == "words":
-            (word_loss,) = _needed(features, term, "word_loss")
-            loss, words = word_loss.sum(dim=0)
-            return loss / words.clamp(min=1)
-        (summary,) = _needed(features, term, "summary")  # agreement
-        return config.agreement_weight * agreement_loss(summary, identities, scale=config.scale).mean()
+        (word_loss,) = _needed(features, term, "word_loss")  # words
+        loss, words = word_loss.sum(dim=0)
+        return loss / words.clamp(min=1)
 
     return {term: compute(term) for term in config.terms}
 
@@ -161,6 +158,36 @@ def rate_factor(step: int, *, warmup: float, total: int, start: float) -> float:
 def better(candidate: dict[str, float], best: dict[str, float] | None, keys: Sequence[str]) -> bool:
     """Whether validation metrics improve, compared key by key; equal ones do not."""
     return best is None or [candidate[key] for key in keys] > [best[key] for key in keys]
+
+
+def step_flops(config: ModelConfig, batch: int, text_tokens: int) -> float:
+    """Floating-point operations that a training step needs: forward, and twice that backward.
+
+    Counted are matrix products; padding and what is computed twice do not count.
+
+    Args:
+        batch: samples. text_tokens: of their captions and summaries together, start and end included.
+    """
+    clip = open_clip.get_model_config(config.backbone)
+    vision, text = clip["vision_cfg"], clip["text_cfg"]
+    patch = vision["patch_size"]
+    patches = (config.image_height // patch) * (config.image_width // patch)
+    forward = batch * (patches + 1) * _token_flops(vision["layers"], vision["width"], patches + 1)
+    forward += batch * patches * 2 * 3 * patch**2 * vision["width"]
+    texts = batch * (2 if config.summary_weight else 1)
+    forward += text_tokens * _token_flops(text["layers"], text["width"], text_tokens / texts)
+    width = clip["embed_dim"]
+    tokens = batch * patches + text_tokens
+    forward += 2 * width * (batch * (patches + 1) * vision["width"] + text_tokens * text["width"])  # projections
+    if config.local_branch:
+        mixer = 0 if config.mixer == "none" else _token_flops(1, width, patches) + 8 * width**2
+        forward += tokens * (mixer + 2 * (2 * width * config.local_dim + width**2))
+    return 3 * forward
+
+
+def _token_flops(layers: int, width: int, length: float) -> float:
+    """Of one token through transformer layers whose attention spans `length` tokens."""
+    return layers * (24 * width**2 + 4 * length * width)
 
 
 class Curve:

@@ -15,6 +15,7 @@ COMMANDS = {
     "ingest": "a published layout → tables images and captions",
     "dialogue": "ask a multimodal model about every image → table dialogues",
     "train": "train a model",
+    "compare": "train several methods, several seeds each, and print their table",
     "evaluate": "retrieval metrics of a model on a split",
     "index": "embed images → table gallery",
     "search": "find a person from a description, in this shell",

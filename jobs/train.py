@@ -8,13 +8,18 @@ published when the last epoch is done, as the weights of the epoch that was best
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
+import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs
+import pyarrow.parquet as pq
 import ray
 import ray.train
 import ray.train.torch
@@ -38,14 +43,8 @@ from jobs.train_worker import train_worker
 def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedModel:
     """Train a model and publish it under models/<name>."""
     store = Store(data)
-    images = store.current("images", "ingest")
-    captions = store.current("captions", "ingest")
-    check_made_from_same_ingest(images, captions)
-    made_from = {"images": images.version, "captions": captions.version}
-    dialogues = None
-    if config.model.summary_weight > 0:
-        dialogues = store.current("dialogues", "dialogue")
-        made_from["dialogues"] = dialogues.version
+    tables = _tables(store, config)
+    made_from = {name: manifest.version for name, manifest in tables.items()}
     settings = to_mapping(config, results_only=True)
     version = version_of("train", SCHEMA_VERSION, made_from, settings)
     published = find_model(store, config.name)
@@ -62,8 +61,8 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
         store.remove(run)
     stages.connect()
     started = time.monotonic()
-    prepared, used_validation = _prepare(store, config, images, captions, dialogues, run)
-    checkpoint = _fit(store, config, prepared, version)
+    prepared, used_validation = _prepare(store, config, tables, run)
+    checkpoint = _fit(store, config, prepared, f"run-{version}")
     record, weights, curve = _best(store, run, checkpoint)
     record |= {
         "validation_split": used_validation,
@@ -91,6 +90,49 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
     return made
 
 
+def dry_run(data: str, config: TrainConfig) -> list[float]:
+    """Take two steps of a recipe on this machine's CPUs and keep nothing: the losses.
+
+    The model, the losses and the data are the recipe's; the weights are random, the batch is small, and precision and
+    workers are what any machine has.
+    """
+    small = dataclasses.replace(
+        config,
+        name="dry-run",
+        model=dataclasses.replace(config.model, pretrained=None),
+        global_batch=min(4, config.global_batch),
+        epochs=1,
+        precision="fp32",
+        validate_every=0,
+        workers=1,
+        workers_min=None,
+        gpus_per_worker=0,
+        loaders_per_worker=1,
+        offload=False,
+        watch=(),
+    )
+    store = Store(data)
+    tables = _tables(store, small)
+    stages.connect()
+    with tempfile.TemporaryDirectory(prefix="ceca-dry-run-") as place:
+        scratch = Store(place)
+        prepared, _ = _prepare(store, small, tables, "models/dry-run/run", steps=2)
+        checkpoint = _fit(scratch, small, dataclasses.replace(prepared, store_uri=scratch.uri), "run")
+        table = pq.read_table(pa.BufferReader(scratch.read_bytes("models/dry-run/run", checkpoint, "curve.parquet")))
+    losses = table["loss"].to_pylist()
+    stages.console.print(f"train: dry run of {config.model.backbone}, losses {', '.join(f'{x:.3f}' for x in losses)}")
+    return losses
+
+
+def _tables(store: Store, config: TrainConfig) -> dict[str, Manifest]:
+    """The tables to learn from, by name; dialogues only where summaries are used."""
+    tables = {name: store.current(name, "ingest") for name in ("images", "captions")}
+    check_made_from_same_ingest(tables["images"], tables["captions"])
+    if config.model.summary_weight > 0:
+        tables["dialogues"] = store.current("dialogues", "dialogue")
+    return tables
+
+
 def check_made_from_same_ingest(images: Manifest, captions: Manifest) -> None:
     if images.version != captions.version:
         raise StoreError(
@@ -111,9 +153,13 @@ def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> s
 
 
 def _prepare(
-    store: Store, config: TrainConfig, images: Manifest, captions: Manifest, dialogues: Manifest | None, run: str
+    store: Store, config: TrainConfig, tables: Mapping[str, Manifest], run: str, steps: int | None = None
 ) -> tuple[Run, str | None]:
-    """Lay the samples out in Ray's object store; also the split that validates, or None."""
+    """Lay the samples out in Ray's object store; also the split that validates, or None.
+
+    With `steps`, only so many global batches of pairs, from all over the split.
+    """
+    images, captions, dialogues = tables["images"], tables["captions"], tables.get("dialogues")
 
     def told(split: str) -> tuple[list[ImageRow], list[Reject]]:
         rows = list_images(store, images, split)
@@ -128,6 +174,8 @@ def _prepare(
             f"split {config.split!r} has {pairs.num_rows} image-caption pairs, fewer than one global batch of "
             f"{config.global_batch}; lower --global-batch or check the dataset"
         )
+    if steps is not None:
+        pairs = pairs.take(np.linspace(0, pairs.num_rows - 1, steps * config.global_batch).astype(int))
     cut = sum(count_tokens(row.summary) > 77 for row in rows)
     stages.console.print(
         f"train: {len(rows):,} images, {pairs.num_rows:,} pairs, {len({row.identity for row in rows}):,} identities; "
@@ -169,7 +217,7 @@ def _prepare(
     return Run(config, store.uri, run, ray.put(samples), references, validation), used
 
 
-def _fit(store: Store, config: TrainConfig, run: Run, version: str) -> str:
+def _fit(store: Store, config: TrainConfig, run: Run, name: str) -> str:
     """Run the trainer to its end; the name of the last checkpoint's folder."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     storage = None
@@ -188,7 +236,7 @@ def _fit(store: Store, config: TrainConfig, run: Run, version: str) -> str:
             },
         ),
         run_config=ray.train.RunConfig(
-            name=f"run-{version}",
+            name=name,
             storage_path=store.path("models", config.name),
             storage_filesystem=storage,
             failure_config=ray.train.FailureConfig(max_failures=config.failures_allowed),
@@ -227,6 +275,9 @@ def _best(store: Store, run: str, checkpoint: str) -> tuple[dict[str, Any], byte
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments("train", argv, prog="train")
+    if arguments.dry_run:
+        dry_run(arguments.data, arguments.config)
+        return
     train(arguments.data, arguments.config, redo=arguments.redo)
 
 

@@ -98,7 +98,7 @@ class LoadSamples:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         samples = self.samples
-        pairs, summaries = np.array([self._pair(self.start + int(sample)) for sample in batch["id"]]).T
+        pairs, captions, summaries = np.array([self._pair(self.start + int(sample)) for sample in batch["id"]]).T
         height, width = self.config.model.image_height, self.config.model.image_width
         pixels = [
             decode_image(self.images(part, row), height, width)
@@ -106,25 +106,27 @@ class LoadSamples:
         ]
         return {
             "image": np.stack(pixels),
-            "caption": samples.caption[pairs].astype(np.int32),
+            "caption": samples.caption[captions].astype(np.int32),
             "summary": samples.summary[summaries].astype(np.int32),
             "identity": samples.identity[pairs],
         }
 
-    def _pair(self, sample: int) -> tuple[int, int]:
-        """The pair of a sample number, and the pair whose summary it takes."""
+    def _pair(self, sample: int) -> tuple[int, int, int]:
+        """The pair of a sample number, and the pairs whose caption and summary it takes."""
         step, offset = divmod(sample, self.rows.stop - self.rows.start)
         epoch, step = divmod(step, self.steps)
         if self.epoch != epoch:
             self._begin(epoch)
         pair = int(self.order[step * self.config.global_batch + self.rows.start + offset])
-        return pair, int(self.partners[pair])
+        return pair, int(self.captions[pair]), int(self.summaries[pair])
 
     def _begin(self, epoch: int) -> None:
         config, samples = self.config, self.samples
         self.epoch = epoch
         self.order = epoch_order(samples.identity, config.seed, epoch, config.pairs_per_identity)
-        self.partners = epoch_partners(samples.identity, samples.image, config.seed, epoch, config.summary_swap)
+        views = (samples.identity, samples.image, config.seed, epoch)
+        self.captions = epoch_partners(*views, config.caption_swap, "captions")
+        self.summaries = epoch_partners(*views, config.summary_swap, "summaries")
 
 
 def stream_batches(

@@ -6,7 +6,9 @@ carries the number of finished steps, so a worker that starts finds where to go 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 from ceca.config import TrainConfig
 from ceca.model.backbone import trim
 from ceca.model.ceca import CECA, Features
+from ceca.model.precision import BF16Backward, keep_freed_memory
 from ceca.model.weights import build_model, serialize
 from ceca.samples import share
 from ceca.store import Store
@@ -62,13 +65,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     if {"identity", "words"} & set(config.losses.terms):
         model.add_heads(samples.identities)
     steps = len(samples) // config.global_batch
+    scratch = _scratch(run)
     engine = make_engine(model, config, steps)
     progress = _resume(engine, config, steps)
     total = steps * config.epochs
     if progress.steps < total:
         watch = Watch(config, Store(run.store_uri), run.run, steps, progress.steps) if rank == 0 else None
         try:
-            _train(engine, run, progress, steps, device, watch)
+            _train(engine, run, progress, steps, device, watch, scratch)
         finally:
             if watch is not None:
                 watch.close()
@@ -83,10 +87,13 @@ def _prepare_device(config: TrainConfig, size: int) -> torch.device:
     if on_gpu:
         return torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    keep_freed_memory()
     return torch.device("cpu")
 
 
-def _train(engine: Any, run: Run, progress: Progress, steps: int, device: torch.device, watch: Watch | None) -> None:
+def _train(
+    engine: Any, run: Run, progress: Progress, steps: int, device: torch.device, watch: Watch | None, scratch: Path
+) -> None:
     config = run.config
     batches = stream_batches(config, *world(), run.samples, run.images, progress.steps)
     engine.train()
@@ -119,7 +126,7 @@ def _train(engine: Any, run: Run, progress: Progress, steps: int, device: torch.
             waited, begun, first = 0.0, time.perf_counter(), progress.steps
             engine.train()
         if ends_epoch or (config.checkpoint_every and progress.steps % config.checkpoint_every == 0):
-            _checkpoint(engine, progress, watch, last=progress.steps == steps * config.epochs)
+            _checkpoint(engine, progress, watch, scratch, last=progress.steps == steps * config.epochs)
 
 
 def _train_step(
@@ -147,7 +154,9 @@ def _train_step(
     own = torch.tensor(batch["identity"]).to(device)
     labels = own if "identity" in config.losses.terms else None
     summaries = parts[1] if config.model.summary_weight > 0 else None
-    features = gather_features(engine(images, parts[0], summaries, labels, words), whole)
+    with BF16Backward() if config.backward == "bf16" else contextlib.nullcontext():
+        own_features = engine(images, parts[0], summaries, labels, words)
+    features = gather_features(own_features, whole)
     identities = gather_identities(own, whole)
     terms = loss_terms(features, identities, config.losses)
     engine.backward(scaled_loss(terms))
@@ -199,12 +208,20 @@ def _validate_and_keep_best(
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 
-def _checkpoint(engine: Any, progress: Progress, watch: Watch | None, *, last: bool) -> None:
+def _scratch(run: Run) -> Path:
+    """Where this worker's checkpoints lie until they are uploaded; what a killed one left there goes."""
+    place = Path(tempfile.gettempdir()) / f"ceca-{Path(run.run).name}-worker-{world()[0]}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    return place
+
+
+def _checkpoint(engine: Any, progress: Progress, watch: Watch | None, scratch: Path, *, last: bool) -> None:
     """Every rank writes its shard here; Ray Train brings them to the store while the next steps run.
 
     A checkpoint counts once all ranks' parts are there; the last one is waited for.
     """
-    folder = Path(tempfile.mkdtemp(prefix="ceca-checkpoint-"))
+    folder = Path(tempfile.mkdtemp(dir=scratch))
     save_checkpoint(engine, progress, folder)
     if watch is not None:
         watch.save()

@@ -1,7 +1,7 @@
 """CLIP's two towers, giving every token and how important it is (method: Encoders).
 
 Notable: any ViT CLIP of open_clip; the attention map is computed for one row of the last block only, all other
-attention is fused; texts are cut to the longest of the batch; captions and summaries share one pass.
+attention is fused; captions and summaries share one pass, in which padding enters nothing but the fused attention.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ceca.config import ModelConfig
 from ceca.errors import UserError
@@ -22,6 +23,10 @@ from ceca.errors import UserError
 TINY = Path(__file__).parent / "ceca-tiny.json"
 CONTEXT = 77  # tokens CLIP reads
 START, END, MASK = 49406, 49407, 49405  # as in IRRA, the rarest merge gives its id to the mask
+
+
+# Parameters of ZeRO 3 have other shapes when a pass is computed again, which the check would refuse.
+RECOMPUTE: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none"}
 
 
 class WeightsError(UserError):
@@ -78,8 +83,12 @@ class Backbone(nn.Module):
             raise UserError(f"backbone {config.backbone!r} does not pool by class and end token; choose another ViT-…")
         del clip.logit_scale
         clip.logit_bias = None
+        for module in clip.modules():
+            gelu = getattr(module, "gelu", None)  # of a block's MLP
+            if isinstance(gelu, open_clip.transformer.QuickGELU):
+                module.gelu = QuickGELU()
         self.clip = clip
-        self.recompute = False
+        self.recompute = False  # activations inside blocks: computed again in the backward pass, or kept
         self.width: int = clip.text_projection.shape[1]
 
     def encode_images(self, images: Tensor) -> Tokens:
@@ -89,10 +98,7 @@ class Backbone(nn.Module):
         start = visual.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([start, x], dim=1) + visual.positional_embedding
         x = visual.ln_pre(x)
-        for block in visual.transformer.resblocks[:-1]:
-            x = block(x)
-        summit_at = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        x, importance = _last_block(visual.transformer.resblocks[-1], x, summit_at, None)
+        x, importance = self._blocks(visual.transformer.resblocks, x, None)
         x = visual.ln_post(x) @ visual.proj
         present = torch.ones(x.shape[0], x.shape[1] - 1, dtype=torch.bool, device=x.device)
         return Tokens(x[:, 1:], importance[:, 1:], present, x[:, 0])
@@ -103,19 +109,60 @@ class Backbone(nn.Module):
         `present` marks the words; start, end and padding are not.
         """
         end = ids.argmax(dim=1)  # the end has the largest id
-        ids = ids[:, : int(end.max()) + 1] if ids.device.type == "cpu" else ids  # on a GPU, cut before the copy
+        # A device is not asked for lengths, which would wait for it: there, ids are cut before the copy, and padded.
+        here = ids.device.type == "cpu"
+        ids = trim(ids) if here else ids
         length = ids.shape[1]
-        x = self.clip.token_embedding(ids) + self.clip.positional_embedding[:length]
-        mask = self.clip.attn_mask[:length, :length].to(x.dtype)
-        for block in self.clip.transformer.resblocks[:-1]:
-            x = block(x, attn_mask=mask)
-        x, importance = _last_block(self.clip.transformer.resblocks[-1], x, end, mask)
-        x = self.clip.ln_final(x) @ self.clip.text_projection
         positions = torch.arange(length, device=ids.device)
+        x = self.clip.token_embedding(ids) + self.clip.positional_embedding[:length]
+        packing = Packing.of(positions <= end[:, None]) if here else None
+        x, importance = self._blocks(self.clip.transformer.resblocks, x, end, packing)
+        x = self.clip.ln_final(x) @ self.clip.text_projection
+        x = packing.unpack(x) if packing is not None else x
         words = (positions > 0) & (positions < end[:, None])
         # A text without a single word stands for itself by its end, so that pooling has something to pool.
         present = words | ((positions == end[:, None]) & ~words.any(dim=1, keepdim=True))
         return Tokens(x, importance, present, x[torch.arange(len(x), device=x.device), end])
+
+    def _blocks(
+        self, blocks: Any, x: Tensor, end: Tensor | None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Through a tower's blocks: [B, N, D] ([T, D] if packed) and the importance [B, N].
+
+        Texts (with their `end` [B]) look back only, and their importance is that for the end; images' is for the
+        class token.
+        """
+        x = packing.pack(x) if packing is not None else x
+        for block in blocks[:-1]:
+            if self.recompute and self.training:
+                x = checkpoint(
+                    _block, block, x, end is not None, packing, use_reentrant=False, determinism_check="none"
+                )
+            else:
+                x = _block(block, x, end is not None, packing)
+        return _last_block(blocks[-1], x, end, packing)
+
+
+class Packing(NamedTuple):
+    """Texts without their padding: the tokens that are there, one after the other."""
+
+    places: Tensor  # [T] in the flattened [B·L]
+    batch: int
+    length: int
+
+    @classmethod
+    def of(cls, there: Tensor) -> Packing:
+        """From [B, L] booleans."""
+        return cls(there.flatten().nonzero().squeeze(1), *there.shape)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, L, D] → [T, D]."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[T, D] → [B, L, D], zeros for padding."""
+        full = x.new_zeros(self.batch * self.length, x.shape[-1]).index_copy(0, self.places, x)
+        return full.view(self.batch, self.length, -1)
 
 
 def trim(ids: Tensor) -> Tensor:
@@ -123,25 +170,61 @@ def trim(ids: Tensor) -> Tensor:
     return ids[:, : int(ids.argmax(dim=1).max()) + 1]
 
 
-def _last_block(block: Any, x: Tensor, row: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A residual attention block, and the attention (mean over heads) of one row: [B, N, D], [B, N].
+def _block(block: Any, x: Tensor, causal: bool, packing: Packing | None) -> Tensor:
+    """A residual attention block, fused: [B, N, D] or packed [T, D] → the same."""
+    q, k, v = _heads(block, x, packing)
+    return _add(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=causal), packing)
 
-    Args:
-        x: [B, N, D]. row: [B] whose attention is wanted. mask: [N, N] added to the logits, or None.
-    """
-    attention = block.attn
-    batch, length, width = x.shape
-    heads = attention.num_heads
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = (part.view(batch, length, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))  # [B, H, N, d]
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    mixed = attention.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+def _last_block(block: Any, x: Tensor, end: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """The same, and the attention (mean over heads) of one row, [B, N]: the class token's, or the end's of texts."""
+    q, k, v = _heads(block, x, packing)
     with torch.no_grad():  # importance selects tokens; no gradient passes through a choice
-        index = row[:, None, None, None].expand(-1, heads, 1, q.shape[-1])
-        logits = (q.gather(2, index) @ k.transpose(2, 3)).squeeze(2) / q.shape[-1] ** 0.5  # [B, H, N]
-        if mask is not None:
-            logits = logits + mask[row][:, None, :]
-        importance = logits.float().softmax(dim=-1).mean(dim=1)
-    x = x + block.ls_1(mixed)
-    x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return x, importance
+        row = (
+            q[:, :, :1] if end is None else q.gather(2, end[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
+        )
+        logits = (row @ k.transpose(2, 3)).squeeze(2).float() / q.shape[-1] ** 0.5  # [B, H, N]
+        if end is not None:
+            behind = torch.arange(k.shape[2], device=k.device) > end[:, None]
+            logits = logits.masked_fill(behind[:, None], -torch.inf)
+        importance = logits.softmax(dim=-1).mean(dim=1)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=end is not None)
+    return _add(block, x, mixed, packing), importance
+
+
+def _heads(block: Any, x: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a block's attention, [B, H, N, d] each."""
+    attention = block.attn
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    qkv = packing.unpack(qkv) if packing is not None else qkv
+    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _add(block: Any, x: Tensor, mixed: Tensor, packing: Packing | None) -> Tensor:
+    """What attention found, [B, H, N, d], and then the MLP, added to a block's input."""
+    mixed = mixed.transpose(1, 2).flatten(2)
+    mixed = packing.pack(mixed) if packing is not None else mixed
+    x = x + block.ls_1(block.attn.out_proj(mixed))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+class QuickGELU(nn.Module):
+    """x·sigmoid(1.702x), OpenAI's activation, with one tensor kept for the backward pass and none between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _QuickGELU.apply(x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(a·x)/a, for which torch has the backward pass in one sweep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(1.702 * x, inplace=True).mul_(1 / 1.702)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient, 1.702 * x)

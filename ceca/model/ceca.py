@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ceca.config import ModelConfig
-from ceca.model.backbone import Backbone, Tokens
+from ceca.model.backbone import RECOMPUTE, Backbone, Tokens
 from ceca.model.irra import IRRAHeads, WordTask
 from ceca.model.mixer import MixerBlock, TokenEmbedding, select_tokens
 
@@ -117,9 +117,8 @@ class CECA(nn.Module):
     def _encode(self, tower: Callable[[Tensor], Tokens], inputs: Tensor) -> Tokens:
         if not (self.training and self.micro_batch and self.micro_batch < len(inputs)):
             return tower(inputs)
-        # The recomputed parameters of ZeRO 3 have other shapes between passes, which the check would refuse.
         parts = inputs.split(self.micro_batch)
-        return _join([checkpoint(tower, part, use_reentrant=False, determinism_check="none") for part in parts])
+        return _join([checkpoint(tower, part, **RECOMPUTE) for part in parts])
 
     def _match(self, image: Tokens, text: Tokens, summary: Tokens | None) -> Features:
         visual = image.summit if summary is None else self._combine(image.summit, summary.summit)

@@ -78,7 +78,7 @@ class IRRAHeads(nn.Module):
         there = text.present
         x = self.cross_attention(self.text_norm(text.tokens), self.image_norm(image.tokens), image.present)
         x = self.layers(x, src_key_padding_mask=~there)
-        hidden = x.flatten(0, 1)[task.places]
-        losses = F.cross_entropy(self.decoder(hidden).float(), task.targets, reduction="none")
+        rows, columns = task.places // task.ids.shape[1], task.places % task.ids.shape[1]
+        losses = F.cross_entropy(self.decoder(x[rows, columns]).float(), task.targets, reduction="none")
         sums = torch.zeros(len(x), 2, device=x.device)
-        return sums.index_add(0, task.places // task.ids.shape[1], torch.stack([losses, torch.ones_like(losses)], 1))
+        return sums.index_add(0, rows, torch.stack([losses, torch.ones_like(losses)], 1))

@@ -215,8 +215,7 @@ def load_model(store: Store, name: str, device: str | torch.device = "cpu") -> t
         StoreError: there is none of this name (the message lists those there are), or it is damaged.
     """
     published = require_model(store, name)
-    home, names = _locate(store, name)
-    weights = home.read_bytes(*names, published.digest, "model.safetensors")
+    weights = model_file(store, name, "model.safetensors")
     config = from_mapping(ModelConfig, published.config["model"], f"{published.uri} config.json")
     model = CECA(config)
     try:
@@ -224,6 +223,20 @@ def load_model(store: Store, name: str, device: str | torch.device = "cpu") -> t
     except Exception as error:
         raise StoreError(f"{published.uri} is damaged: {error}; train it again with --redo") from error
     return model.to(device).eval(), published
+
+
+def model_file(store: Store, name: str, file: str) -> bytes:
+    """One of the objects of a published model: its weights, `curve.parquet` and so on.
+
+    Raises:
+        StoreError: there is no such model, or it has no such object.
+    """
+    published = require_model(store, name)
+    home, names = _locate(store, name)
+    try:
+        return home.read_bytes(*names, published.digest, file)
+    except FileNotFoundError:
+        raise StoreError(f"{published.uri} has no {file}; train it again with --redo") from None
 
 
 def list_models(store: Store) -> list[str]:

@@ -25,7 +25,7 @@ METHODS = sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))
 
 
 def test_recipes_are_those_of_the_benchmarks_and_those_of_the_methods():
-    assert sorted(list_recipes()) == sorted([*BENCHMARKS, *METHODS])
+    assert sorted(list_recipes()) == sorted([*BENCHMARKS, "views", *METHODS])
     assert {"ceca", "clip", "irra", "rde"} <= set(METHODS)
 
 
@@ -99,7 +99,7 @@ def test_a_config_cannot_be_changed_after_its_checks():
     [
         ("train", {"epoch": 3}, "unknown key 'epoch'; valid keys: name, model"),
         ("train", {"model": {"bakbone": "x"}}, "train.model: unknown key 'bakbone'; valid keys: backbone"),
-        ("train", {"losses": {"terms": ["tal_globl"]}}, "'tal_global', 'tal_local', 'cawl', .* or 'agreement'"),
+        ("train", {"losses": {"terms": ["tal_globl"]}}, "'tal_global', 'tal_local', 'cawl', .* or 'words'"),
         ("dialogue", {"engine": "vlm"}, "'vllm', 'openai' or 'oracle'"),
         ("train", {"epochs": 0}, "epochs: .*greater than or equal to 1.*found 0"),
         ("train", {"losses": {"weight_range": [5, 0.2]}}, "weight_range must be"),
@@ -133,7 +133,9 @@ def test_a_recipe_that_cannot_be_used_says_why(tmp_path: Path, content: str, say
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ConfigError, match=r"recipes: agreement, ceca, clip, cuhk_pedes, .* tiny, several joined by"):
+    with pytest.raises(
+        ConfigError, match=r"recipes: agreement, ceca, clip, .* tiny, views, several joined by"
+    ):
         load_recipe("cuhk")
 
 

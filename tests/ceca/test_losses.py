@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceca.losses import (
-    agreement_loss,
     confidence_aware_weighting_loss,
     confidence_weights,
     contrastive_loss,
@@ -207,14 +206,3 @@ def test_similarity_distribution_matching_by_hand():
     # One identity: every match counts half, and equal similarities are what is wanted.
     flat = similarity_distribution_matching(torch.zeros(2, 2), torch.tensor([4, 4]), scale=50)
     torch.testing.assert_close(flat, torch.zeros(2), rtol=0, atol=1e-6)
-
-
-def test_agreement_by_hand_draws_summaries_of_one_identity_together_and_needs_two():
-    summary = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    found = agreement_loss(summary, torch.tensor([7, 7, 8]), scale=2.0)
-    alike = math.log(1 + math.exp(-2.0))  # -log softmax over the two others: cosines 1 and 0
-    torch.testing.assert_close(found, torch.tensor([alike, alike, 0.0]))
-    apart = summary.clone().requires_grad_()
-    agreement_loss(apart, torch.tensor([0, 1, 2]), scale=2.0).sum().backward()
-    assert apart.grad is not None
-    assert torch.isfinite(apart.grad).all()

@@ -50,16 +50,16 @@ def test_a_balanced_order_visits_every_pair_once_those_of_an_identity_a_group_at
 @given(people=identities, seed=st.integers(0, 50))
 def test_a_swapped_summary_is_of_another_image_of_the_same_identity_where_there_is_one(people, seed: int):
     images = np.arange(len(people)) // 2 * 10  # of two captions each, where both are of one person
-    partners = epoch_partners(people, images, seed, 0, 1.0)
+    partners = epoch_partners(people, images, seed, 0, 1.0, "summaries")
     for pair, partner in enumerate(partners):
         others = (people == people[pair]) & (images != images[pair])
         assert others[partner] if others.any() else partner == pair
-    assert np.array_equal(epoch_partners(people, images, seed, 0, 0.0), np.arange(len(people)))
+    assert np.array_equal(epoch_partners(people, images, seed, 0, 0.0, "captions"), np.arange(len(people)))
 
 
 def test_about_the_wanted_share_of_summaries_is_swapped_and_differently_every_epoch():
     people, images = np.arange(4000) // 8, np.arange(4000) // 2
-    partners = [epoch_partners(people, images, 3, epoch, 0.3) for epoch in (0, 1)]
+    partners = [epoch_partners(people, images, 3, epoch, 0.3, "captions") for epoch in (0, 1)]
     assert np.mean(partners[0] != np.arange(4000)) == pytest.approx(0.3, abs=0.03)
     assert not np.array_equal(*partners)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from ceca.dialogue.conversation import QUESTIONS
 from ceca.dialogue.tiny import make_tiny_vlm
 from ceca.store import Store
-from jobs.report import describe, report
+from jobs.report import describe, report_dialogues
 
 SMALL = ("--recipe", "tests/jobs/small.yaml")
 
@@ -119,7 +119,7 @@ def test_the_report_shows_images_of_different_people_with_caption_and_summary(to
     assert len({card.summary for card in cards}) == 6
     assert {card.summary for card in cards} <= summaries
     assert {card.caption for card in cards} <= captions
-    report("dialogues", data=(str(told),), picture=tmp_path / "dialogues.png")
+    report_dialogues(data=(str(told),), picture=tmp_path / "dialogues.png")
     with Image.open(tmp_path / "dialogues.png") as picture:
         assert picture.width > picture.height > 400
 

@@ -1,117 +1,226 @@
-"""Every ZeRO stage takes the step that one process without DeepSpeed takes; bf16 takes nearly the same."""
+"""N workers compute the loss, the gradients and the statistics of one, and take its steps, with every ZeRO stage.
+
+The one is plain PyTorch in this process; the workers are processes that meet over gloo and run DeepSpeed as training
+does. Three workers share eight samples unequally.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ceca.config import LossConfig, TrainConfig
+from ceca.config import LossConfig, ModelConfig, TrainConfig
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA
+from ceca.model.irra import WordTask
+from ceca.samples import share
 from ceca.training import gather_features, gather_identities, loss_terms, scaled_loss
+from ceca.transforms import draw, generator, hide_words
 from jobs.train_engine import deepspeed_config, whole_model
-from tests.ceca.test_exactness import BATCH, CAPTIONS, CONFIG, IDENTITIES, SUMMARIES
 
-WORKERS, STEPS, RATE = 2, 2, 0.05
-LOSSES = LossConfig(temperature=0.1, scale=5.0)
-MODES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+BATCH, STEPS, RATE = 8, 2, 0.05
+STAGES = (0, 1, 2, 3)
+CONFIG = ModelConfig(backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_dim=32)
+GLOBAL = ModelConfig(
+    backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_branch=False, summary_weight=0.0
+)
+METHODS = {
+    "ceca": (CONFIG, LossConfig()),
+    "irra": (GLOBAL, LossConfig(terms=("sdm", "identity", "words"))),
+}
+COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "brown")
+CAPTIONS = [
+    f"a {'man' if n % 2 else 'woman'} in a {colour} coat" + ", with a bag" * (n % 3) for n, colour in enumerate(COLOURS)
+]
+SUMMARIES = [f"{caption} and long {'black' if n % 3 else 'blond'} hair" for n, caption in enumerate(CAPTIONS)]
+IDENTITIES = torch.tensor([0, 1, 2, 0, 3, 1, 4, 5])  # some people lie on two workers
+
+# By number of workers: method, precision, ZeRO stage, micro-batch.
+CECA_STAGES = [("ceca", "fp32", stage, None) for stage in STAGES]
+EXACT = {
+    1: CECA_STAGES,
+    2: CECA_STAGES + [("ceca", "fp32", stage, 1) for stage in STAGES],
+    3: [(method, "fp32", stage, None) for method in METHODS for stage in (0, 3)],
+    4: CECA_STAGES,
+}
+BF16 = [("ceca", "bf16", stage, None) for stage in (1, 2, 3)]  # on two workers
+CASES = [
+    pytest.param((size, mode), id=f"{size}-workers-{'-'.join(map(str, mode))}")
+    for size in EXACT
+    for mode in EXACT[size]
+]
 
 
-def make_model() -> CECA:
+def name_of(mode: tuple[Any, ...]) -> str:
+    return "-".join(map(str, mode))
+
+
+def case_name(case: tuple[int, tuple[Any, ...]]) -> str:
+    return f"{case[0]}-workers-{name_of(case[1])}"
+
+
+def make_model(method: str, micro_batch: int | None = None) -> CECA:
     torch.manual_seed(0)
-    return CECA(CONFIG).train()
+    model = CECA(METHODS[method][0]).train()
+    if method == "irra":
+        model.add_heads(identities=6)
+    model.micro_batch = micro_batch
+    model.backbone.recompute = micro_batch is not None
+    return model
 
 
-def batch(step: int, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+def inputs(method: str, step: int, rows: slice) -> tuple[Any, ...]:
+    """What the model is called with: images, captions, summaries, labels, the task of hidden words."""
     images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(step))[rows]
-    captions, summaries = trim(tokenize(CAPTIONS[rows] + SUMMARIES[rows])).split(BATCH // size)
-    return images, captions, summaries, IDENTITIES[rows]
+    ids = trim(tokenize(CAPTIONS + SUMMARIES))
+    captions, summaries = ids[:BATCH][rows], ids[BATCH:][rows]
+    if method == "ceca":
+        return images, captions, summaries
+    task: WordTask = hide_words(captions, draw(BATCH, ids.shape[1], generator(step)).rows(rows), share=0.5)
+    return images, captions, None, IDENTITIES[rows], task
 
 
-def take_steps(precision: str, stage: int) -> dict[str, torch.Tensor]:
-    """Parameters after a few DeepSpeed steps of plain gradient descent, in which every gradient shows as it is."""
+def compute(call: Any, method: str, step: int, rank: int, size: int) -> dict[str, torch.Tensor]:
+    """The loss terms of a step; `call` is the model, or the engine around it."""
+    rows = share(rank, size, BATCH)
+    dtype = next(call.parameters()).dtype
+    images, *others = inputs(method, step, rows)
+    features = gather_features(call(images.to(dtype), *others), BATCH)
+    return loss_terms(features, gather_identities(IDENTITIES[rows], BATCH), METHODS[method][1])
+
+
+def take_steps(method: str, precision: str, stage: int, micro_batch: int | None) -> dict[str, torch.Tensor]:
+    """Losses and gradients of the first step, parameters and statistics after the last, of plain gradient descent."""
     import deepspeed
+    from deepspeed.utils import safe_get_full_grad
 
     rank, size = dist.get_rank(), dist.get_world_size()
+    model_config, losses = METHODS[method]
     config = TrainConfig(
-        model=CONFIG, losses=LOSSES, global_batch=BATCH, precision=precision, zero_stage=stage, workers=size
+        model=model_config, losses=losses, global_batch=BATCH, precision=precision, zero_stage=stage, workers=size
     )
     settings = deepspeed_config(config)
     if stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every parameter is partitioned
-    model = make_model()
+    model = make_model(method, micro_batch)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=RATE),
         config=settings,
         dist_init_required=False,
     )
+    found: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        images, captions, summaries, identities = batch(step, rank, size)
-        features = engine(images.to(next(engine.module.parameters()).dtype), captions, summaries)
-        terms = loss_terms(gather_features(features, BATCH), gather_identities(identities, BATCH), LOSSES)
+        terms = compute(engine, method, step, rank, size)
         engine.backward(scaled_loss(terms))
+        if step == 0:
+            found |= {f"loss {name}": value.detach() for name, value in terms.items()}
+            if precision == "fp32":
+                gradients = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+                found |= {f"gradient {name}": value.clone() for name, value in gradients.items() if value is not None}
         engine.step()
-    found = {name: value.detach().float().clone() for name, value in whole_model(engine).named_parameters()}
+    last = whole_model(engine)
+    found |= {f"after {name}": value.detach().float().clone() for name, value in last.named_parameters()}
+    found |= {f"statistic {name}": value.clone() for name, value in last.named_buffers() if "running" in name}
     engine.destroy()
     return found
 
 
-def work(rank: int, folder: str) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORKERS)}
+def work(rank: int, size: int, folder: str) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORKERS)
-    for precision, stage in MODES:
-        found = take_steps(precision, stage)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    for mode in EXACT[size] + (BF16 if size == 2 else []):
+        found = take_steps(*mode)
         if rank == 0:
-            torch.save(found, f"{folder}/{precision}-{stage}.pt")
+            torch.save(found, f"{folder}/{name_of(mode)}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def after(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The parameters each mode ends with, on two workers."""
-    folder = tmp_path_factory.mktemp("steps")
-    mp.spawn(work, args=(str(folder),), nprocs=WORKERS)
-    return folder
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Any], dict[str, torch.Tensor]]:
+    """What a mode came to on so many workers; all modes of a number of workers run in one group."""
+
+    @functools.cache
+    def run(size: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{size}-workers")
+        mp.spawn(work, args=(size, str(folder)), nprocs=size)
+        return folder
+
+    return lambda size, mode: torch.load(run(size) / f"{name_of(mode)}.pt", weights_only=True)
+
+
+def one_process(method: str) -> dict[str, torch.Tensor]:
+    """The same steps in one process of plain PyTorch."""
+    model = make_model(method)
+    found = {f"before {name}": value.detach().clone() for name, value in model.named_parameters()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=RATE)
+    for step in range(STEPS):
+        optimiser.zero_grad()
+        terms = compute(model, method, step, 0, 1)
+        scaled_loss(terms).backward()
+        if step == 0:
+            found |= {f"loss {name}": value.detach() for name, value in terms.items()}
+            found |= {f"gradient {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimiser.step()
+    found |= {f"after {name}": value.detach().clone() for name, value in model.named_parameters()}
+    return found | {f"statistic {name}": value.clone() for name, value in model.named_buffers() if "running" in name}
 
 
 @pytest.fixture(scope="module")
-def reference() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Parameters before and after the same steps in one process of plain PyTorch."""
-    model = make_model()
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimiser = torch.optim.SGD(model.parameters(), lr=RATE)
-    for step in range(STEPS):
-        images, captions, summaries, identities = batch(step, 0, 1)
-        optimiser.zero_grad()
-        scaled_loss(loss_terms(model(images, captions, summaries), identities, LOSSES)).backward()
-        optimiser.step()
-    return before, {name: value.detach().clone() for name, value in model.named_parameters()}
+def reference() -> dict[str, dict[str, torch.Tensor]]:
+    return {method: one_process(method) for method in METHODS}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_zero_stage_takes_the_steps_of_one_process(after: Path, reference, stage: int):
-    before, expected = reference
-    found = torch.load(after / f"fp32-{stage}.pt", weights_only=True)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        step = (value - before[name]).abs().max()
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-3 * float(step) + 1e-6), name
-    assert sum(not torch.equal(before[name], value) for name, value in expected.items()) > 50
+def of(found: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{kind} "): value for name, value in found.items() if name.startswith(f"{kind} ")}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_takes_nearly_the_same_steps_with_every_zero_stage(after: Path, reference, stage: int):
-    before, expected = reference
-    found = torch.load(after / f"bf16-{stage}.pt", weights_only=True)
-    step, exact = (torch.cat([(p[n] - before[n]).flatten() for n in before]) for p in (found, expected))
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_many_workers_compute_what_one_computes(results, reference, case):
+    found, mode = results(*case), case[1]
+    expected = reference[mode[0]]
+    for name, value in of(expected, "loss").items():
+        torch.testing.assert_close(of(found, "loss")[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    gradients, wanted = of(found, "gradient"), of(expected, "gradient")
+    assert gradients.keys() >= wanted.keys()
+    assert len(wanted) > 50
+    whole = torch.cat([value.flatten() for value in wanted.values()]).norm()
+    for name, value in wanted.items():
+        if value.norm() < 1e-6 * whole:  # zero but for rounding: a key's bias changes no attention
+            assert gradients[name].norm() < 1e-6 * whole, name
+            continue
+        # Relative to the parameter's own gradient, or to a thousandth of the whole where it is smaller.
+        scale = max(float(value.norm()), 1e-3 * float(whole))
+        assert float((gradients[name] - value).norm()) <= 1e-5 * scale, name
+    assert len(of(expected, "statistic")) == (4 if mode[0] == "ceca" else 0)
+    for name, value in of(expected, "statistic").items():
+        torch.testing.assert_close(of(found, "statistic")[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_every_zero_stage_takes_the_steps_of_one_process(results, reference, case):
+    after, expected = of(results(*case), "after"), reference[case[1][0]]
+    wanted, before = of(expected, "after"), of(expected, "before")
+    assert {name for name in wanted if not name.startswith("heads.")} <= after.keys()
+    for name, value in after.items():
+        step = (wanted[name] - before[name]).abs().max()
+        assert torch.allclose(value, wanted[name], rtol=0, atol=1e-3 * float(step) + 1e-6), name
+
+
+@pytest.mark.parametrize("mode", BF16, ids=name_of)
+def test_bf16_takes_nearly_the_same_steps(results, reference, mode):
+    found, expected = results(2, mode), reference["ceca"]
+    before = of(expected, "before")
+    step, exact = (torch.cat([(of(p, "after")[n] - before[n]).flatten() for n in before]) for p in (found, expected))
     assert torch.cosine_similarity(step, exact, dim=0) > 0.95  # eight bits of a gradient through 12 layers
     assert step.norm() / exact.norm() == pytest.approx(1, abs=0.03)
 

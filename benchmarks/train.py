@@ -1,0 +1,262 @@
+"""Samples per second and peak memory of a training step against a straightforward implementation, in one run.
+
+    python benchmarks/train.py                                        # ViT-B/16, 384x128, batch 64, fp32 on CPU
+    python benchmarks/train.py --device cuda --precision bf16         # where there is a GPU
+
+Each way takes the same steps (forward, losses, backward, Adam) over the same batch of drawn pedestrians from the same
+weights, in a process of its own:
+
+    straightforward  benchmarks/straightforward.py
+    ceca             the step as training takes it
+    ceca, bf16 back  the same with `--backward bf16`: fp32 forward, the gradient's matrix products in bf16
+    ceca, bf16       the same with `--precision bf16`, which the published recipes have
+
+The first step warms up. MFU is the work that the model needs (no padding, nothing computed twice) over what the machine
+could have done in that time, by the speed of a large matrix product in the same precision, measured here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.straightforward import Straightforward, total_loss
+from ceca.config import LossConfig, ModelConfig, OptimiserConfig, OracleConfig, TrainConfig
+from ceca.model.ceca import CECA
+from ceca.training import loss_terms, scaled_loss, step_flops
+
+ARMS = ("straightforward", "ceca", "ceca, bf16 back", "ceca, bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared, and on what."""
+
+    batch: int = 64
+    steps: int = 2
+    """Timed steps, after one that is not."""
+    backbone: str = "ViT-B-16-quickgelu"
+    height: int = 384
+    width: int = 128
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    peak_tflops: float | None = None
+    """Of the device in this precision; by default a large matrix product is timed."""
+    out: Path | None = None
+    """Also write the figures as JSON."""
+
+
+def main(settings: Settings) -> None:
+    arms = ARMS if settings.device == "cpu" and settings.precision == "fp32" else ARMS[:2]
+    with tempfile.TemporaryDirectory(prefix="ceca-benchmark-") as folder:
+        place = Path(folder)
+        tokens = prepare(settings, place)
+        peak = settings.peak_tflops or matrix_tflops(settings)
+        flops = step_flops(model_config(settings), settings.batch, tokens)
+        print(
+            f"batch {settings.batch}, {tokens / settings.batch / 2:.1f} tokens a text, {flops / 1e12:.2f} TFLOP a step"
+        )
+        print(f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}, peak {peak:.3f} TFLOP/s\n")
+        figures: dict[str, Any] = {}
+        for arm in arms:
+            print(f"{arm} …", flush=True)
+            command = [sys.executable, __file__, "--arm", arm, folder]
+            (place / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), default=str))
+            subprocess.run(command, check=True)
+            figures[arm] = json.loads((place / f"{arm}.json").read_text())
+        report(settings, figures, flops, peak)
+        if settings.out is not None:
+            settings.out.write_text(json.dumps({"flops": flops, "peak_tflops": peak, "arms": figures}, indent=1))
+
+
+def model_config(settings: Settings) -> ModelConfig:
+    heads = 4 if settings.backbone == "ceca-tiny" else 8
+    return ModelConfig(
+        backbone=settings.backbone, image_height=settings.height, image_width=settings.width, mixer_heads=heads
+    )
+
+
+def prepare(settings: Settings, place: Path) -> int:
+    """The batch and the weights, as files; the number of tokens of its texts."""
+    import asyncio
+
+    from ceca.datasets.drawn import draw_dataset
+    from ceca.datasets.images import decode_image
+    from ceca.dialogue.conversation import Subject, converse
+    from ceca.dialogue.oracle import OracleEngine
+    from ceca.model.backbone import tokenize
+    from ceca.transforms import normalize
+
+    people = max(2, settings.batch // 2)
+    split = (people, 0, 0)
+    draw_dataset(place / "drawn", identities=people, images_per_identity=2, split_identities=split, workers=1)
+    truth = json.loads((place / "drawn" / "attributes.json").read_text())
+    records = json.loads((place / "drawn" / "reid_raw.json").read_text())[: settings.batch]
+    engine = OracleEngine(OracleConfig(), truth["vocabulary"])
+    known = {image["path"]: image["attributes"] for image in truth["images"]}
+
+    def summary(path: str) -> str:
+        subject = Subject(path, b"", known[path])
+        return asyncio.run(converse(engine, subject, questions=5, answer_tokens=48, summary_tokens=128)).summary
+
+    pixels = [
+        decode_image((place / "drawn" / "imgs" / record["file_path"]).read_bytes(), settings.height, settings.width)
+        for record in records
+    ]
+    batch = {
+        "images": normalize(torch.from_numpy(np.stack(pixels))),
+        "captions": tokenize([record["captions"][0] for record in records]),
+        "summaries": tokenize([summary(record["file_path"]) for record in records]),
+        "identities": torch.tensor([record["id"] for record in records]),
+    }
+    torch.save(batch, place / "batch.pt")
+    torch.manual_seed(0)
+    torch.save(CECA(model_config(settings)).state_dict(), place / "weights.pt")
+    return int(sum((batch[name].argmax(dim=1) + 1).sum() for name in ("captions", "summaries")))
+
+
+def matrix_tflops(settings: Settings) -> float:
+    """Speed of a large matrix product, in TFLOP/s."""
+    size = 8192 if settings.device == "cuda" else 3072
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=settings.device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        wait(settings)
+        started = time.perf_counter()
+        a @ b
+        wait(settings)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds) / 1e12
+
+
+def wait(settings: Settings) -> None:
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_arm(arm: str, place: Path) -> None:
+    """Take the steps of one way and write down what they took."""
+    settings = Settings(**{k: v for k, v in json.loads((place / "settings.json").read_text()).items() if k != "out"})
+    batch = {k: v.to(settings.device) for k, v in torch.load(place / "batch.pt", weights_only=True).items()}
+    weights = torch.load(place / "weights.pt", weights_only=True)
+    before = memory(settings)
+    compute = straightforward_step if arm == "straightforward" else ceca_step
+    step = compute(settings, weights, batch, arm)
+    del weights
+    losses, seconds = [], []
+    for number in range(1 + settings.steps):
+        wait(settings)
+        started = time.perf_counter()
+        loss = step()
+        wait(settings)
+        seconds.append(time.perf_counter() - started)
+        losses.append(float(loss))
+        print(f"    step {number}: {seconds[-1]:.2f} s, loss {losses[-1]:.5f}", flush=True)
+    found = {"losses": losses, "seconds": seconds[1:], "memory": memory(settings), "memory_before": before}
+    (place / f"{arm}.json").write_text(json.dumps(found))
+
+
+def memory(settings: Settings) -> int:
+    """Most bytes that this process, or its GPU, has held."""
+    if settings.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ceca_step(settings: Settings, weights: dict[str, Any], batch: dict[str, Any], arm: str) -> Any:
+    """The step of jobs/train_worker.py: DeepSpeed around the model, without the data's part."""
+    os.environ |= {"DS_ACCELERATOR": settings.device, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    from ceca.model.backbone import trim
+    from ceca.model.precision import BF16Backward, keep_freed_memory
+    from jobs.train_engine import make_engine
+
+    if settings.device == "cpu":
+        keep_freed_memory()
+    torch.distributed.init_process_group(
+        "gloo" if settings.device == "cpu" else "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    precision = "bf16" if arm == "ceca, bf16" else settings.precision
+    rates = OptimiserConfig(new_learning_rate=1e-5, weight_decay=0, warmup_epochs=0)
+    config = TrainConfig(
+        model=model_config(settings), optimiser=rates, precision=precision, zero_stage=int(precision != "fp32"),
+        epochs=1000, gpus_per_worker=int(settings.device == "cuda"),
+    )  # fmt: skip
+    model = CECA(config.model).train()
+    model.load_state_dict(weights)
+    engine = make_engine(model, config, steps=1000)
+    # As the other way has it: one rate for all.
+    engine.lr_scheduler.base_lrs = [1e-5] * len(engine.lr_scheduler.base_lrs)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 1e-5
+    back = BF16Backward() if arm == "ceca, bf16 back" else contextlib.nullcontext()
+
+    def step() -> Any:
+        captions, summaries = trim(torch.cat([batch["captions"], batch["summaries"]])).chunk(2)
+        with back:
+            features = engine(batch["images"].to(next(engine.module.parameters()).dtype), captions, summaries)
+        loss = scaled_loss(loss_terms(features, batch["identities"], LossConfig()))
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step
+
+
+def straightforward_step(settings: Settings, weights: dict[str, Any], batch: dict[str, Any], arm: str) -> Any:
+    model = Straightforward(model_config(settings)).train()
+    model.load(weights)
+    model.to(settings.device)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-5)
+    low = torch.autocast(settings.device, torch.bfloat16, enabled=settings.precision == "bf16")
+
+    def step() -> Any:
+        with low:
+            features = model(batch["images"], batch["captions"], batch["summaries"])
+        loss = total_loss(features, batch["identities"], LossConfig())
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def report(settings: Settings, figures: dict[str, Any], flops: float, peak: float) -> None:
+    base = figures["straightforward"]
+    reference = statistics.mean(base["seconds"])
+    print(
+        f"\n{'':18}{'samples/s':>10}{'faster by':>11}{'peak memory':>13}{'MFU':>7}{'largest difference of a loss':>31}"
+    )
+    for arm, found in figures.items():
+        seconds = statistics.mean(found["seconds"])
+        pairs = zip(found["losses"], base["losses"], strict=True)
+        difference = max(abs(loss - wanted) / abs(wanted) for loss, wanted in pairs)
+        print(
+            f"{arm:18}{settings.batch / seconds:10.3f}{reference / seconds:10.2f}x{found['memory'] / 1e9:10.2f} GB"
+            f"{flops / seconds / 1e12 / peak:7.0%}{difference:31.1e}"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--arm"]:
+        run_arm(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main(tyro.cli(Settings))

@@ -1,0 +1,117 @@
+"""Compare: train several methods on one dataset, several seeds each, and print their table.
+
+    ceca compare --data s3://bucket/cuhk --recipe cuhk_pedes --methods clip irra rde ceca agreement --seeds 3
+
+A method is a recipe below ceca/recipes/methods, or a file of yours; with the benchmark's recipe on top it is trained as
+`<method>-<seed>`. What is published is not trained again, so the same command continues and adds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table as TextTable
+
+from ceca.commandline import load_recipe
+from ceca.config import EvaluateConfig, Split, TrainConfig, from_mapping
+from ceca.errors import UserError
+from ceca.report import draw_comparison
+from ceca.store import Store
+from jobs import stages
+from jobs.evaluate import METRICS, evaluate
+from jobs.train import train
+
+# Published figures on the test splits (method: Retrieval and evaluation): Rank-1 and, where it is known, mAP.
+PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
+    "cuhk_pedes": {"clip": (68.19, None), "irra": (73.38, 66.13), "rde": (75.94, 67.56), "ceca": (78.30, 65.9)},
+    "icfg_pedes": {"clip": (56.74, None), "irra": (63.46, 38.05), "rde": (67.68, 40.06), "ceca": (72.25, None)},
+    "rstpreid": {"clip": (54.05, None), "irra": (60.20, 47.17), "rde": (65.35, 50.88), "ceca": (71.40, None)},
+}
+
+
+def compare(
+    data: Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")],
+    recipe: Annotated[str, tyro.conf.arg(help="the benchmark's recipe, or several joined by +")],
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(help="recipes of methods, the rows of the table")] = (
+        "clip",
+        "irra",
+        "rde",
+        "ceca",
+        "agreement",
+    ),
+    seeds: Annotated[int, tyro.conf.arg(help="runs of each method, with seeds from 0")] = 3,
+    split: Annotated[Split, tyro.conf.arg(help="the split to compare on")] = "test",
+    picture: Annotated[Path | None, tyro.conf.arg(help="also draw the table (.png, .webp)")] = None,
+) -> dict[str, Any]:
+    """Train methods on a dataset, several seeds each, and print their table: mean ± deviation, percent."""
+    if seeds < 1 or not methods:
+        raise UserError(f"--seeds must be at least 1 and --methods name one, found {seeds} and {list(methods)}")
+    runs = [plan(method, recipe, seed, split) for method in methods for seed in range(seeds)]  # typos first
+    stages.connect()
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    for number, (method, training, evaluation) in enumerate(runs, 1):
+        stages.console.print(f"compare: {training.name} ({number} of {len(runs)})")
+        train(data, training)
+        found[method].append(evaluate(data, evaluation)["metrics"]["fused"])
+    store = Store(data)
+    rows = {method: summarise(results) for method, results in found.items()}
+    result = {"recipe": recipe, "split": split, "seeds": seeds, "methods": found, "summary": rows}
+    store.write_json(result, "comparisons", f"{recipe.replace('/', '_')}.json")
+    print_comparison(recipe, split, seeds, rows)
+    if picture is not None:
+        draw_comparison(rows, picture)
+        stages.console.print(f"compare: → {picture}")
+    return result
+
+
+def plan(method: str, recipe: str, seed: int, split: Split) -> tuple[str, TrainConfig, EvaluateConfig]:
+    """The training and the evaluation of one method with one seed."""
+    sections = load_recipe(f"{method}+{recipe}")
+    training: TrainConfig = from_mapping(TrainConfig, sections.get("train", {}), f"recipe {method}+{recipe}: train")
+    name = f"{Path(method).stem}-{seed}"
+    evaluation = from_mapping(EvaluateConfig, {**sections.get("evaluate", {}), "model": name, "split": split})
+    return method, dataclasses.replace(training, name=name, seed=seed), evaluation
+
+
+def summarise(results: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation (of the sample; 0 for one) of each metric."""
+    return {
+        key: (
+            statistics.mean(result[key] for result in results),
+            statistics.stdev(result[key] for result in results) if len(results) > 1 else 0.0,
+        )
+        for key in METRICS
+    }
+
+
+def print_comparison(recipe: str, split: str, seeds: int, rows: dict[str, dict[str, tuple[float, float]]]) -> None:
+    """A row per method; the best of each column stands out."""
+    table = TextTable(title=f"{recipe}, split {split}, {seeds} seeds: mean ± deviation, percent", title_justify="left")
+    table.add_column("method")
+    for heading in METRICS.values():
+        table.add_column(heading, justify="right")
+    published = PUBLISHED.get(recipe, {})
+    if published:
+        table.add_column("published Rank-1 (mAP)", justify="right")
+    best = {key: max(row[key][0] for row in rows.values()) for key in METRICS}
+    for method, row in rows.items():
+        cells = [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in row.values()]
+        marked = [
+            f"[bold]{cell}[/]" if row[key][0] == best[key] else cell for key, cell in zip(METRICS, cells, strict=True)
+        ]
+        known = published.get(method)
+        words = [f"{known[0]:.2f} ({known[1] or '–'})" if known else ""] if published else []
+        table.add_row(method, *marked, *words)
+    stages.console.print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    tyro.cli(compare, args=argv, prog="ceca compare")
+
+
+if __name__ == "__main__":
+    stages.entry(main)

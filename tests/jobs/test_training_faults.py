@@ -1,0 +1,181 @@
+"""Training loses a worker, a node, its driver, or finds another number of workers, and its loss curve stays.
+
+A cluster of its own: a head without workers and three nodes with room for one worker each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from ceca.model.weights import find_model
+from ceca.store import Store
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.timeout(600)
+
+SMALL = ("--recipe", "tests/jobs/small.yaml")
+# Checkpoints within epochs; a worker fills its node.
+TRAIN = (*SMALL, "--checkpoint-every", 2, "--log-every", 1, "--cpus-per-worker", 2, "--cpus-per-loader", 0.5)
+STEPS = 15  # three epochs of five
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    for _ in range(3):
+        made.add_node(num_cpus=3)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def start(cluster) -> Callable[..., subprocess.Popen]:
+    def command(stage: str, *arguments: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, f"jobs/{stage}.py", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, "RAY_ADDRESS": cluster.address, "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return command
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, drawn, tmp_path_factory) -> Path:
+    """A dataset with the model of an uninterrupted run on two workers."""
+    data = tmp_path_factory.mktemp("faults")
+    finish(start("ingest", "--recipe", "tiny", "--source", drawn, "--data", data))
+    finish(start("dialogue", "--recipe", "tiny", "--data", data))
+    finish(start("train", *TRAIN, "--data", data))
+    return data
+
+
+@pytest.fixture
+def dataset(undisturbed, tmp_path) -> Path:
+    """The same dataset without a model."""
+    shutil.copytree(undisturbed, tmp_path / "data", ignore=shutil.ignore_patterns("models"))
+    return tmp_path / "data"
+
+
+def curve(data: Path, name: str = "ceca") -> dict[str, np.ndarray]:
+    model = find_model(Store(str(data)), name)
+    assert model is not None
+    table = pq.read_table(data / "models" / name / model.digest / "curve.parquet")
+    assert table["step"].to_pylist() == list(range(1, STEPS + 1))
+    return {column: table[column].to_numpy() for column in ("loss", "tal_global", "tal_local", "cawl")}
+
+
+def assert_same_curve(data: Path, undisturbed: Path, tolerance: float) -> None:
+    found, expected = curve(data), curve(undisturbed)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, err_msg=name)
+
+
+def checkpoints(data: Path) -> int:
+    """How many checkpoints Ray Train counts as whole."""
+    for snapshot in data.glob("models/ceca/run-*/checkpoint_manager_snapshot.json"):
+        try:
+            return len(json.loads(snapshot.read_text())["checkpoint_results"])
+        except (ValueError, FileNotFoundError):
+            return 0
+    return 0
+
+
+def wait_for_a_checkpoint(data: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while checkpoints(data) == 0:
+        assert process.poll() is None, process.communicate()[0][-5000:]
+        assert time.monotonic() < deadline, "training does not get so far"
+        time.sleep(0.02)
+
+
+def training_workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+            found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def test_a_killed_worker_is_replaced_and_training_goes_on_from_its_checkpoint(start, undisturbed, dataset):
+    process = start("train", *TRAIN, "--data", dataset)
+    wait_for_a_checkpoint(dataset, process)
+    training_workers()[-1].send_signal(signal.SIGKILL)
+    output = finish(process)
+    assert re.search(r"ceca: resuming after (step \d of )?epoch \d", output)
+    assert_same_curve(dataset, undisturbed, 1e-6)
+
+
+def test_a_killed_node_is_replaced_by_another(cluster, start, undisturbed, dataset):
+    process = start("train", *TRAIN, "--data", dataset)
+    wait_for_a_checkpoint(dataset, process)
+    raylet = training_workers()[-1].ppid()
+    (lost,) = [node for node in cluster.worker_nodes if raylet_of(node) == raylet]
+    cluster.remove_node(lost, allow_graceful=False)
+    try:
+        output = finish(process)
+    finally:
+        cluster.add_node(num_cpus=3)
+    assert "ceca: resuming after" in output
+    assert_same_curve(dataset, undisturbed, 1e-6)
+
+
+def raylet_of(node: Any) -> int:
+    from ray._private import ray_constants
+
+    return node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid
+
+
+def kill_the_driver(start, dataset: Path) -> None:
+    process = start("train", *TRAIN, "--data", dataset)
+    wait_for_a_checkpoint(dataset, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert find_model(Store(str(dataset)), "ceca") is None
+
+
+def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturbed, dataset):
+    kill_the_driver(start, dataset)
+    assert "ceca: resuming after" in finish(start("train", *TRAIN, "--data", dataset))
+    assert_same_curve(dataset, undisturbed, 1e-6)
+    made, expected = find_model(Store(str(dataset)), "ceca"), find_model(Store(str(undisturbed)), "ceca")
+    assert made.digest == expected.digest
+    assert [record["epoch"] for record in made.training["history"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 1), (3, 1), (1, 3)])
+def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, dataset, workers: int, stage: int):
+    settings = () if stage == 1 else ("--zero-stage", stage)
+    process = start("train", *TRAIN, *settings, "--data", dataset)
+    wait_for_a_checkpoint(dataset, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    output = finish(start("train", *TRAIN, *settings, "--workers", workers, "--data", dataset))
+    assert f"from 2 workers to {workers}" in output
+    assert_same_curve(dataset, undisturbed, 1e-4)  # sums in another order
