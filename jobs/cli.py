@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "retrieval metrics of a model on a split",
     "index": "embed images → table gallery",
     "search": "find a person from a description, in this shell",
+    "weights": "bring in other programs' checkpoints, give CLIP's part to open_clip",
     "report": "pictures of what a stage has made",
     "serve": "the search service with its page",
 }

@@ -40,7 +40,7 @@ def load_clip_weights(backbone: Backbone, name: str, source: str) -> None:
     Raises:
         WeightsError: not found, not weights, or weights of another model.
     """
-    weights = _read_weights(name, source)
+    weights = read_weights(name, source)
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
     weights = {key: value.float() for key, value in weights.items() if key not in NOT_WEIGHTS}
     own = {key: value for key, value in backbone.clip.state_dict().items() if key not in NOT_WEIGHTS}
@@ -68,7 +68,15 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([start, resized.flatten(2).transpose(1, 2)[0]])
 
 
-def _read_weights(name: str, source: str) -> dict[str, Tensor]:
+def read_weights(name: str, source: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: safetensors, a plain torch file, or OpenAI's TorchScript archive.
+
+    Args:
+        name: the backbone's name, for tags. source: open_clip tag, local file or URI.
+
+    Raises:
+        WeightsError: not found, or something else than tensors is in it.
+    """
     path = _find_weights(name, source)
     try:
         if path.suffix == ".safetensors":
@@ -79,7 +87,8 @@ def _read_weights(name: str, source: str) -> dict[str, Tensor]:
             found = torch.jit.load(str(path), map_location="cpu").state_dict()
     except Exception as error:
         raise WeightsError(f"{source!r} cannot be read as weights ({type(error).__name__}: {error})") from error
-    found = found.get("state_dict", found)
+    for key in ("state_dict", "model"):  # where trainers keep weights beside the optimiser's state
+        found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise WeightsError(f"{source!r} holds something else than named weights")
     return found

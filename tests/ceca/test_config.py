@@ -133,9 +133,7 @@ def test_a_recipe_that_cannot_be_used_says_why(tmp_path: Path, content: str, say
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(
-        ConfigError, match=r"recipes: agreement, ceca, clip, .* tiny, views, several joined by"
-    ):
+    with pytest.raises(ConfigError, match=r"recipes: agreement, ceca, clip, .* tiny, views, several joined by"):
         load_recipe("cuhk")
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -84,30 +82,6 @@ def test_index_killed_and_started_again_ends_with_the_same_table(start, run, on_
     assert store.manifest("gallery") is None
     assert "continuing" in run("index", *SMALL, "--data", tmp_path).stdout
     assert digests(store, "gallery") == digests(on_disk, "gallery")
-
-
-def test_training_killed_after_a_checkpoint_resumes_from_it_and_ends_with_the_same_model(start, run, on_disk, tmp_path):
-    shutil.copytree(on_disk.root, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "models")
-    store = Store(str(tmp_path))
-    process = start("train", *SMALL, "--data", tmp_path)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if list((tmp_path / "models").glob("ceca/run-*/checkpoint_manager_snapshot.json")):
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, output[-3000:]
-    assert find_model(store, "ceca") is None
-
-    resumed = run("train", *SMALL, "--data", tmp_path)
-    assert "resuming after epoch" in resumed.stdout
-    model, undisturbed = find_model(store, "ceca"), find_model(on_disk, "ceca")
-    assert model is not None
-    assert undisturbed is not None
-    assert [record["epoch"] for record in model.training["history"]] == [1, 2, 3]
-    assert model.digest == undisturbed.digest
 
 
 @pytest.mark.slow

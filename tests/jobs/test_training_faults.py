@@ -132,11 +132,11 @@ def test_a_killed_worker_is_replaced_and_training_goes_on_from_its_checkpoint(st
     assert_same_curve(dataset, undisturbed, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_node_is_replaced_by_another(cluster, start, undisturbed, dataset):
     process = start("train", *TRAIN, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
-    raylet = training_workers()[-1].ppid()
-    (lost,) = [node for node in cluster.worker_nodes if raylet_of(node) == raylet]
+    lost = node_with(cluster, training_workers()[-1])
     cluster.remove_node(lost, allow_graceful=False)
     try:
         output = finish(process)
@@ -146,17 +146,20 @@ def test_a_killed_node_is_replaced_by_another(cluster, start, undisturbed, datas
     assert_same_curve(dataset, undisturbed, 1e-6)
 
 
-def raylet_of(node: Any) -> int:
-    from ray._private import ray_constants
+def node_with(cluster: Any, worker: psutil.Process) -> Any:
+    """The node on which a worker runs: its raylet is the worker's parent."""
+    raylet = worker.ppid()
+    found = [node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == raylet]
+    assert len(found) == 1
+    return found[0]
 
-    return node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process.pid
 
-
-def kill_the_driver(start, dataset: Path) -> None:
-    process = start("train", *TRAIN, "--data", dataset)
+def kill_the_driver(start, dataset: Path, *settings: object) -> None:
+    process = start("train", *TRAIN, *settings, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
     assert find_model(Store(str(dataset)), "ceca") is None
 
 
@@ -169,13 +172,25 @@ def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturb
     assert [record["epoch"] for record in made.training["history"]] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 1), (3, 1), (1, 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "stage"), [(1, 1), (3, 1), (1, 3), (3, 0)])
 def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, dataset, workers: int, stage: int):
-    settings = () if stage == 1 else ("--zero-stage", stage)
-    process = start("train", *TRAIN, *settings, "--data", dataset)
-    wait_for_a_checkpoint(dataset, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    settings = ("--zero-stage", stage)
+    kill_the_driver(start, dataset, *settings)
     output = finish(start("train", *TRAIN, *settings, "--workers", workers, "--data", dataset))
     assert f"from 2 workers to {workers}" in output
     assert_same_curve(dataset, undisturbed, 1e-4)  # sums in another order
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset):
+    process = start("train", *TRAIN, "--workers", 3, "--workers-min", 2, "--data", dataset)
+    wait_for_a_checkpoint(dataset, process)
+    lost = node_with(cluster, training_workers()[-1])
+    cluster.remove_node(lost, allow_graceful=False)
+    try:
+        output = finish(process)
+    finally:
+        cluster.add_node(num_cpus=3)
+    assert "from 3 workers to 2" in output
+    assert_same_curve(dataset, undisturbed, 1e-4)
