@@ -79,7 +79,10 @@ def main(settings: Settings) -> None:
             print(f"{arm} …", flush=True)
             command = [sys.executable, __file__, "--arm", arm, folder]
             (place / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), default=str))
-            subprocess.run(command, check=True)
+            finished = subprocess.run(command, check=False)
+            if finished.returncode:
+                print(f"    {arm} failed: does it fit in this machine's memory? Try a smaller --batch.", flush=True)
+                continue
             figures[arm] = json.loads((place / f"{arm}.json").read_text())
         report(settings, figures, flops, peak)
         if settings.out is not None:
@@ -155,6 +158,9 @@ def wait(settings: Settings) -> None:
 def run_arm(arm: str, place: Path) -> None:
     """Take the steps of one way and write down what they took."""
     settings = Settings(**{k: v for k, v in json.loads((place / "settings.json").read_text()).items() if k != "out"})
+    # An error here, before the machine kills whatever is largest.
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_DATA, (int(0.93 * physical),) * 2)
     batch = {k: v.to(settings.device) for k, v in torch.load(place / "batch.pt", weights_only=True).items()}
     weights = torch.load(place / "weights.pt", weights_only=True)
     before = memory(settings)
@@ -240,18 +246,20 @@ def straightforward_step(settings: Settings, weights: dict[str, Any], batch: dic
 
 
 def report(settings: Settings, figures: dict[str, Any], flops: float, peak: float) -> None:
-    base = figures["straightforward"]
-    reference = statistics.mean(base["seconds"])
+    base = figures.get("straightforward")
     print(
         f"\n{'':18}{'samples/s':>10}{'faster by':>11}{'peak memory':>13}{'MFU':>7}{'largest difference of a loss':>31}"
     )
     for arm, found in figures.items():
         seconds = statistics.mean(found["seconds"])
-        pairs = zip(found["losses"], base["losses"], strict=True)
-        difference = max(abs(loss - wanted) / abs(wanted) for loss, wanted in pairs)
+        ratio = difference = "–"
+        if base is not None:
+            ratio = f"{statistics.mean(base['seconds']) / seconds:.2f}x"
+            pairs = zip(found["losses"], base["losses"], strict=True)
+            difference = f"{max(abs(loss - wanted) / abs(wanted) for loss, wanted in pairs):.1e}"
         print(
-            f"{arm:18}{settings.batch / seconds:10.3f}{reference / seconds:10.2f}x{found['memory'] / 1e9:10.2f} GB"
-            f"{flops / seconds / 1e12 / peak:7.0%}{difference:31.1e}"
+            f"{arm:18}{settings.batch / seconds:10.3f}{ratio:>11}{found['memory'] / 1e9:10.2f} GB"
+            f"{flops / seconds / 1e12 / peak:7.0%}{difference:>31}"
         )
 
 

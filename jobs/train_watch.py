@@ -13,11 +13,34 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from ceca.config import TrainConfig, to_mapping
 from ceca.errors import UserError
 from ceca.store import Store
+from ceca.training import step_flops, world
+from jobs.train_data import TrainingSet
+
+# Dense bf16 and fp16 peak of a GPU by a part of its name, in TFLOP/s, as their makers give it.
+PEAK_TFLOPS = {
+    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65, "RTX 4090": 165,
+}  # fmt: skip
+
+
+def model_flops_utilisation(config: TrainConfig, samples: TrainingSet, samples_per_second: float) -> dict[str, float]:
+    """`mfu`: what the model needs over what the workers' GPUs could do; nothing on CPU, in fp32, or an unknown GPU."""
+    if not config.gpus_per_worker or config.precision == "fp32":
+        return {}
+    name = torch.cuda.get_device_name()
+    peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    if peak is None:
+        return {}
+    texts = [samples.caption] + ([samples.summary] if config.model.summary_weight else [])
+    tokens = sum(float((text > 0).sum(axis=1).mean()) for text in texts)
+    batch = config.global_batch
+    flops = step_flops(config.model, batch, round(tokens * batch)) / batch
+    return {"mfu": flops * samples_per_second / (world()[1] * config.gpus_per_worker * peak * 1e12)}
 
 
 class Watch:

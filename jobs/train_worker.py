@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ceca.config import TrainConfig
+from ceca.errors import UserError
 from ceca.model.backbone import trim
 from ceca.model.ceca import CECA, Features
 from ceca.model.precision import BF16Backward, keep_freed_memory
@@ -48,7 +49,7 @@ from jobs.train_engine import (
     whole_model,
 )
 from jobs.train_validate import validate
-from jobs.train_watch import Watch
+from jobs.train_watch import Watch, model_flops_utilisation
 
 SELECTED_BY = ("rank1", "mean_average_precision")
 
@@ -110,13 +111,15 @@ def _train(
         if watch is not None and (progress.steps % config.log_every == 0 or ends_epoch or watch.due()):
             _watch_step(watch, engine, progress, features, identities, config)
         if ends_epoch:
-            seconds, taken = time.perf_counter() - begun, progress.steps - first
+            seconds = time.perf_counter() - begun
+            rate = (progress.steps - first) * config.global_batch / seconds
             record = {
                 "epoch": epoch + 1,
                 **progress.curve.mean(steps),
                 "learning_rate": float(engine.get_lr()[0]),
-                "samples_per_second": taken * config.global_batch / seconds,
+                "samples_per_second": rate,
                 "input_wait": waited / seconds,
+                **model_flops_utilisation(config, ray.get(run.samples), rate),
             }
             record |= _validate_and_keep_best(engine, run, progress, epoch, device)
             progress.history.append(record)
@@ -222,7 +225,16 @@ def _checkpoint(engine: Any, progress: Progress, watch: Watch | None, scratch: P
     A checkpoint counts once all ranks' parts are there; the last one is waited for.
     """
     folder = Path(tempfile.mkdtemp(dir=scratch))
-    save_checkpoint(engine, progress, folder)
+    try:
+        save_checkpoint(engine, progress, folder)
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        free = shutil.disk_usage(scratch).free
+        if free > 2**26:
+            raise
+        raise UserError(
+            f"no room for a checkpoint in {scratch}: {free / 1e6:.0f} MB are left on its disk; make room there, or set "
+            "TMPDIR on the nodes to a larger one"
+        ) from error
     if watch is not None:
         watch.save()
     mode = ray.train.CheckpointUploadMode
