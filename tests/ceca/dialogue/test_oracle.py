@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ceca.config import OracleConfig
 from ceca.datasets.drawn import VOCABULARY
 from ceca.datasets.drawn.attributes import sample_person
+from ceca.datasets.drawn.body import VIEWS
 from ceca.dialogue.conversation import (
     QUESTIONS,
     SUMMARY_REQUEST,
@@ -21,7 +22,7 @@ from ceca.dialogue.conversation import (
     Subject,
     converse,
 )
-from ceca.dialogue.oracle import OracleEngine
+from ceca.dialogue.oracle import HIDDEN, OracleEngine
 
 WOMAN = {
     "gender": "woman", "hair_length": "long", "hair_colour": "brown", "hat": "cap", "hat_colour": "orange",
@@ -42,6 +43,33 @@ def talk(attributes: dict[str, str], image_id: str = "one", *, error_rate: float
     engine = OracleEngine(OracleConfig(error_rate=error_rate, seed=seed), VOCABULARY)
     subject = Subject(image_id, b"", attributes)
     return asyncio.run(converse(engine, subject, questions=5, answer_tokens=48, summary_tokens=128))
+
+
+def talk_of_view(view: str | None, questions: int = 5) -> Dialogue:
+    """A dialogue about WOMAN by an annotator that is wrong in all that her view hides and right elsewhere."""
+    engine = OracleEngine(OracleConfig(error_rate=0.0, hidden_error_rate=1.0), VOCABULARY)
+    subject = Subject("one", b"", WOMAN, view)
+    return asyncio.run(converse(engine, subject, questions=questions, answer_tokens=48, summary_tokens=128))
+
+
+def test_what_a_view_hides_is_reported_wrongly_at_a_rate_of_its_own():
+    truth = reported(talk(WOMAN))
+    assert reported(talk_of_view(None)) == truth
+    back, right = reported(talk_of_view("back")), reported(talk_of_view("right"))
+    assert {name for name in truth if back[name] != truth[name]} == {"gender", "upper_kind"}
+    assert {name for name in truth if right[name] != truth[name]} == {"shoes_colour"}
+
+
+def test_every_view_hides_something_that_another_shows():
+    assert set(HIDDEN) == set(VIEWS)
+    assert all(set(names) <= set(VOCABULARY) for names in HIDDEN.values())
+    assert not set.intersection(*map(set, HIDDEN.values()))
+
+
+def test_with_fewer_questions_a_summary_holds_no_more_than_was_asked():
+    made = talk_of_view(None, questions=2)
+    assert made.summary == " ".join(turn.answer for turn in made.turns)
+    assert "shoes" not in made.summary
 
 
 def said(made: Dialogue) -> str:
