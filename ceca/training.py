@@ -169,25 +169,27 @@ def step_flops(config: ModelConfig, batch: int, text_tokens: int) -> float:
         batch: samples. text_tokens: of their captions and summaries together, start and end included.
     """
     clip = open_clip.get_model_config(config.backbone)
-    vision, text = clip["vision_cfg"], clip["text_cfg"]
+    vision, text, width = clip["vision_cfg"], clip["text_cfg"], clip["embed_dim"]
     patch = vision["patch_size"]
     patches = (config.image_height // patch) * (config.image_width // patch)
-    forward = batch * (patches + 1) * _token_flops(vision["layers"], vision["width"], patches + 1)
-    forward += batch * patches * 2 * 3 * patch**2 * vision["width"]
     texts = batch * (2 if config.summary_weight else 1)
-    forward += text_tokens * _token_flops(text["layers"], text["width"], text_tokens / texts)
-    width = clip["embed_dim"]
-    tokens = batch * patches + text_tokens
-    forward += 2 * width * (batch * (patches + 1) * vision["width"] + text_tokens * text["width"])  # projections
+    length = text_tokens / texts
+    forward = 6 * batch * patches * patch**2 * vision["width"]
+    for tower, tokens, span in ((vision, batch * (patches + 1), patches + 1), (text, text_tokens, length)):
+        size = tower["width"]
+        block = (8 + 4 * tower.get("mlp_ratio", 4)) * size**2 + 4 * span * size
+        forward += tokens * (tower["layers"] * block + 2 * size * width)
     if config.local_branch:
-        mixer = 0 if config.mixer == "none" else _token_flops(1, width, patches) + 8 * width**2
-        forward += tokens * (mixer + 2 * (2 * width * config.local_dim + width**2))
+        own = batch * patches + text_tokens
+        forward += own * (4 * width * config.local_dim + 2 * width**2)
+        if config.mixer != "none":
+            forward += own * 16 * width**2 + 4 * width * (batch * patches**2 + text_tokens * length)
+        for side in ("image", "text") if config.summary_weight else ():
+            if config.mixer in (side, "bidirectional"):  # queries and outputs of own tokens, keys and values of others
+                ends = (batch * patches, batch * length) if side == "image" else (batch * length, batch * patches)
+                conditions = config.condition_ratio * ends[1]
+                forward += 4 * width**2 * (ends[0] + conditions) + 4 * width * ends[0] * conditions / batch
     return 3 * forward
-
-
-def _token_flops(layers: int, width: int, length: float) -> float:
-    """Of one token through transformer layers whose attention spans `length` tokens."""
-    return layers * (24 * width**2 + 4 * length * width)
 
 
 class Curve:

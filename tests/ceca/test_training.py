@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from ceca.config import LossConfig, ModelConfig, OptimiserConfig
 from ceca.losses import triplet_alignment_loss
+from ceca.model.backbone import tokenize
 from ceca.model.ceca import CECA, Features
 from ceca.samples import epoch_order, epoch_partners, share, shuffled_captions
-from ceca.training import better, cosine, loss_terms, parameter_groups, rate_factor
+from ceca.training import better, cosine, loss_terms, parameter_groups, rate_factor, step_flops
 
 SMALL = ModelConfig(backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_dim=32)
 
@@ -145,3 +148,17 @@ def test_a_better_epoch_has_a_higher_rank_1_or_the_same_and_a_higher_map():
     assert better({"rank1": 50.1, "map": 1.0}, best, keys)
     assert better({"rank1": 50.0, "map": 40.1}, best, keys)
     assert not better({"rank1": 49.9, "map": 99.0}, best, keys)
+
+
+def test_the_operations_of_a_step_are_those_that_torch_counts():
+    config = dataclasses.replace(SMALL, image_height=64, image_width=32)
+    model = CECA(config).train()
+    captions, summaries = (
+        tokenize(["a man in a red coat", "a woman"]),
+        tokenize(["a tall man in a coat", "a woman, alone"]),
+    )
+    tokens = int(sum((ids.argmax(dim=1) + 1).sum() for ids in (captions, summaries)))
+    with FlopCounterMode(display=False) as counter:
+        features = model(torch.randn(2, 3, 64, 32), captions, summaries)
+        sum(value.sum() for value in features if value is not None).backward()
+    assert step_flops(config, 2, tokens) == pytest.approx(counter.get_total_flops(), rel=0.1)
