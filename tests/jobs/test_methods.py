@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def ceca(*arguments: object) -> str:
     """Run a command of the product with a Ray of its own, as on one machine."""
     command = [str(Path(sys.executable).parent / "ceca"), *map(str, arguments)]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800, check=False)
+    environment = {**os.environ, "COLUMNS": "200"}  # tables as they are
+    finished = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=800, check=False
+    )
     output = finished.stdout + finished.stderr
     assert finished.returncode == 0, output[-6000:]
     return " ".join(output.split())
