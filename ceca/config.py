@@ -374,6 +374,8 @@ class EvaluateConfig:
     split: Split = "test"
     omega: Share = 0.3
     """ω: share of the local similarity in the fused one."""
+    neighbours: NonNegative = 0
+    """So many nearest images lend their embeddings to a gallery image's, so that views of one person agree."""
     rows_per_part: Positive = execution(2048)
     batch: Positive = execution(64)
     replicas: Positive = execution(1)

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ceca.model.backbone import tokenize, trim
-from ceca.model.ceca import CECA
+from ceca.model.ceca import CECA, fused_similarity
 from ceca.model.weights import load_model
 from ceca.store import Manifest, Store, StoreError
 
@@ -107,3 +108,33 @@ def check_same_model(manifest: Manifest, digest: str, uri: str) -> None:
 def embed_texts(model: CECA, texts: list[str], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Queries → normalised global [Q, D] and local [Q, E], fp32."""
     return model.embed_queries(trim(tokenize(texts)).to(device))
+
+
+def agree_with_neighbours(
+    gallery: tuple[Tensor, Tensor], neighbours: int, omega: float, *, weight: float = 0.5, chunk: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """Let views of one person agree: each image's embeddings take part of those of the images most like it.
+
+    e_i → normalise(e_i + weight · mean of e_j over the nearest j ≠ i), nearest by the fused similarity of all images.
+    No identity is looked at. What one view's summary misses, another's brings in (database-side augmentation).
+
+    Args:
+        gallery: normalised (global, local) embeddings, [N, ·] each. neighbours: how many, at least 1.
+        omega: ω of the similarity by which neighbours are found. chunk: images compared with all at once.
+
+    Returns:
+        Normalised (global, local) embeddings of the same shapes.
+    """
+    count = min(neighbours, len(gallery[0]) - 1)
+    if count < 1:
+        return gallery
+    found = [torch.empty_like(part) for part in gallery]
+    for start in range(0, len(gallery[0]), chunk):
+        rows = slice(start, start + chunk)
+        similarity = fused_similarity((gallery[0][rows], gallery[1][rows]), gallery, omega)
+        itself = torch.arange(start, start + len(similarity))
+        similarity[torch.arange(len(similarity)), itself] = -torch.inf
+        nearest = similarity.topk(count, dim=1).indices
+        for part, new in zip(gallery, found, strict=True):
+            new[rows] = F.normalize(part[rows] + weight * part[nearest].mean(dim=1), dim=1)
+    return found[0], found[1]

@@ -16,7 +16,7 @@ from rich.table import Table as TextTable
 from ceca import schema
 from ceca.commandline import parse_arguments
 from ceca.config import EvaluateConfig, to_mapping
-from ceca.gallery import matrix
+from ceca.gallery import agree_with_neighbours, matrix
 from ceca.metrics import retrieval_metrics
 from ceca.model.ceca import fused_similarity
 from ceca.model.weights import require_model
@@ -42,6 +42,8 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     pairs = [
         tuple(torch.from_numpy(matrix(table, name)) for name in ("global", "local")) for table in (queries, gallery)
     ]
+    if config.neighbours:
+        pairs[1] = agree_with_neighbours(pairs[1], config.neighbours, config.omega)  # type: ignore[arg-type]
     identities = [table["identity"].to_numpy() for table in (queries, gallery)]
     found = {}
     for name, omega in (("global", 0.0), ("local", 1.0), ("fused", config.omega)):
@@ -54,6 +56,7 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         "model_digest": model.digest,
         "split": config.split,
         "omega": config.omega,
+        "neighbours": config.neighbours,
         "queries": len(identities[0]),
         "gallery": len(identities[1]),
         "metrics": found,
