@@ -10,7 +10,7 @@ from ceca.gallery import agree_with_neighbours
 
 
 def unit(*rows: list[float]) -> torch.Tensor:
-    return F.normalize(torch.tensor(rows), dim=1)
+    return F.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
 
 
 def test_an_image_takes_half_of_its_nearest_by_the_fused_similarity():
