@@ -161,14 +161,34 @@ def load_checkpoint(engine: Any, folder: Path) -> Progress:
         engine.load_checkpoint(str(folder), tag=TAG)
         return progress
     with _universal(folder) as universal:
-        engine._config.load_universal_checkpoint = True
-        try:
-            engine.load_checkpoint(str(universal), tag=TAG)
-        finally:
-            engine._config.load_universal_checkpoint = False
+        _load_universal(engine, universal)
         if world()[1] > 1:
             torch.distributed.barrier()  # nobody clears the folder before all have read it
     return progress
+
+
+def _load_universal(engine: Any, folder: Path) -> None:
+    """Load a universal checkpoint, and what DeepSpeed leaves out of it.
+
+    It restores no buffers, which hold the statistics of the batch normalisation, and under ZeRO 3 gives every
+    parameter group the settings of the first and one tensor to count their steps, which then counts double.
+    """
+    groups = engine.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    engine._config.load_universal_checkpoint = True
+    try:
+        engine.load_checkpoint(str(folder), tag=TAG)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    for group, own, rate in zip(groups, settings, engine.lr_scheduler.get_last_lr(), strict=True):
+        group.update(own, lr=rate)
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    saved = torch.load(min((folder / TAG).glob("*model_states.pt")), map_location="cpu", weights_only=False)["module"]
+    for name, buffer in engine.module.named_buffers():
+        if name in saved:
+            buffer.copy_(saved[name])
 
 
 @contextlib.contextmanager
