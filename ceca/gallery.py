@@ -111,16 +111,23 @@ def embed_texts(model: CECA, texts: list[str], device: str | torch.device = "cpu
 
 
 def agree_with_neighbours(
-    gallery: tuple[Tensor, Tensor], neighbours: int, omega: float, *, weight: float = 0.5, chunk: int = 4096
+    gallery: tuple[Tensor, Tensor],
+    neighbours: int,
+    omega: float,
+    *,
+    weight: float = 0.5,
+    temperature: float = 0.1,
+    chunk: int = 4096,
 ) -> tuple[Tensor, Tensor]:
     """Let views of one person agree: each image's embeddings take part of those of the images most like it.
 
-    e_i → normalise(e_i + weight · mean of e_j over the nearest j ≠ i), nearest by the fused similarity of all images.
-    No identity is looked at. What one view's summary misses, another's brings in (database-side augmentation).
+    e_i → normalise(e_i + weight · Σ_j a_ij·e_j) over the nearest j ≠ i by the fused similarity S of all images, with a
+    the softmax of S/temperature over them, so that a stranger among them counts for less. No identity is looked at.
+    What one view's summary misses, another's brings in (database-side augmentation).
 
     Args:
         gallery: normalised (global, local) embeddings, [N, ·] each. neighbours: how many, at least 1.
-        omega: ω of the similarity by which neighbours are found. chunk: images compared with all at once.
+        omega: ω of S. weight: share of the neighbours. chunk: images compared with all at once.
 
     Returns:
         Normalised (global, local) embeddings of the same shapes.
@@ -134,7 +141,8 @@ def agree_with_neighbours(
         similarity = fused_similarity((gallery[0][rows], gallery[1][rows]), gallery, omega)
         itself = torch.arange(start, start + len(similarity))
         similarity[torch.arange(len(similarity)), itself] = -torch.inf
-        nearest = similarity.topk(count, dim=1).indices
+        values, nearest = similarity.topk(count, dim=1)
+        shares = weight * (values / temperature).softmax(dim=1)[..., None]
         for part, new in zip(gallery, found, strict=True):
-            new[rows] = F.normalize(part[rows] + weight * part[nearest].mean(dim=1), dim=1)
+            new[rows] = F.normalize(part[rows] + (shares * part[nearest]).sum(dim=1), dim=1)
     return found[0], found[1]

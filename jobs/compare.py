@@ -3,7 +3,8 @@
     ceca compare --data s3://bucket/cuhk --recipe cuhk_pedes --methods clip irra rde ceca agreement --seeds 3
 
 A method is a recipe below ceca/recipes/methods, or a file of yours; with the benchmark's recipe on top it is trained as
-`<method>-<seed>`. What is published is not trained again, so the same command continues and adds.
+`<method>-<seed>`. One that says nothing of training takes the models of `ceca`. What is published is not trained again,
+so the same command continues and adds.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def plan(method: str, recipe: str, seed: int, split: Split) -> tuple[str, TrainC
     """The training and the evaluation of one method with one seed."""
     sections = load_recipe(f"{method}+{recipe}")
     training: TrainConfig = from_mapping(TrainConfig, sections.get("train", {}), f"recipe {method}+{recipe}: train")
-    name = f"{Path(method).stem}-{seed}"
+    name = f"{Path(method).stem if 'train' in load_recipe(method) else 'ceca'}-{seed}"
     evaluation = from_mapping(EvaluateConfig, {**sections.get("evaluate", {}), "model": name, "split": split})
     return method, dataclasses.replace(training, name=name, seed=seed), evaluation
 

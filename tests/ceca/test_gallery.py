@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,13 @@ def test_the_local_similarity_decides_as_much_as_omega_says():
     near_whole, near_local = (agree_with_neighbours((whole, local), 1, omega)[0][0] for omega in (0.0, 1.0))
     torch.testing.assert_close(near_whole, F.normalize(whole[0] + 0.5 * whole[1], dim=0))
     torch.testing.assert_close(near_local, F.normalize(whole[0] + 0.5 * whole[2], dim=0))
+
+
+def test_nearer_neighbours_give_more_by_the_softmax_of_their_similarity():
+    whole = unit([1, 0], [3, 4], [4, 3])  # cosines 0.6 and 0.8 to the first
+    found, _ = agree_with_neighbours((whole, whole), 2, 0.3, weight=0.5, temperature=0.1)
+    near = 1 / (1 + math.exp(-2))  # exp(8) / (exp(8) + exp(6))
+    torch.testing.assert_close(found[0], F.normalize(whole[0] + 0.5 * (near * whole[2] + (1 - near) * whole[1]), dim=0))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
