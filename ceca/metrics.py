@@ -3,15 +3,29 @@
 Ties: among gallery images of equal similarity, those of other identities rank first. So a model that gives every
 image the same similarity scores worst and not best, and the order of a gallery never changes a figure.
 A query whose identity is not in the gallery counts as a miss in every metric: leaving it out would flatter.
+
+Notable: nothing but the similarities is sorted, for the rank of the k-th best match is k plus the number of strangers
+that are at least as similar; and never more than a strip of queries is compared with the gallery at a time, so that a
+million images are evaluated in bounded memory.
 """
 
+from __future__ import annotations
+
+import copy
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ArrayLike = np.ndarray | Tensor
+
+STRIP = 2**24  # similarities of a strip, 64 MB in fp32
+CHUNK = 2**20  # of which one thread ranks so many at a time
+AT = (1, 5, 10)
+PER_QUERY = ("rank1", "rank5", "rank10", "average_precision", "inverse_negative_penalty", "first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +45,35 @@ class RetrievalMetrics:
     def as_dict(self) -> dict[str, float]:
         return {**dataclasses.asdict(self), "rsum": self.rsum}
 
+    @classmethod
+    def of(cls, per_query: np.ndarray) -> RetrievalMetrics:
+        """The means of what `rank_embeddings` gives, [Q, 6]."""
+        return cls(*(float(value) for value in 100 * per_query[:, :5].mean(axis=0)))
+
+
+class Matches:
+    """Where the identity of each query is in the gallery."""
+
+    def __init__(self, query_identities: ArrayLike, gallery_identities: ArrayLike):
+        queries, gallery = _array(query_identities), _array(gallery_identities)
+        self.order = np.argsort(gallery, kind="stable")
+        self.start, end = (np.searchsorted(gallery[self.order], queries, side) for side in ("left", "right"))
+        self.count = end - self.start
+        self.queries, self.gallery = len(queries), len(gallery)
+
+    def of(self, rows: slice) -> Matches:
+        """The same for some of the queries."""
+        part = copy.copy(self)
+        part.start, part.count = self.start[rows], self.count[rows]
+        part.queries = len(part.start)
+        return part
+
+    def columns(self, rows: slice) -> np.ndarray:
+        """Gallery columns of these queries' matches, [q, K] with K the most that one has; -1 behind the last."""
+        start, count = self.start[rows, None], self.count[rows, None]
+        nth = np.arange(max(1, count.max(initial=0)))
+        return np.where(nth < count, self.order[np.minimum(start + nth, self.gallery - 1)], -1)
+
 
 def retrieval_metrics(
     similarity: ArrayLike, query_identities: ArrayLike, gallery_identities: ArrayLike, *, block: int = 256
@@ -40,43 +83,114 @@ def retrieval_metrics(
     Args:
         similarity: [Q, G], larger is more alike.
         query_identities: [Q]. gallery_identities: [G].
-        block: queries sorted at a time; it bounds memory and changes nothing else.
+        block: queries ranked at a time; it bounds memory and changes nothing else.
 
     Raises:
         ValueError: shapes do not fit, no query or gallery, or a similarity is not a number.
     """
     similarity = _array(similarity)
-    queries, gallery = _array(query_identities), _array(gallery_identities)
-    if similarity.shape != (len(queries), len(gallery)) or not similarity.size:
+    matches = Matches(query_identities, gallery_identities)
+    if similarity.shape != (matches.queries, matches.gallery) or not similarity.size:
         raise ValueError(
-            f"similarity must be [Q, G] = [{len(queries)}, {len(gallery)}] and not empty, "
+            f"similarity must be [Q, G] = [{matches.queries}, {matches.gallery}] and not empty, "
             f"found {list(similarity.shape)}"
         )
-    if np.isnan(similarity).any():
-        raise ValueError("similarity holds values that are not numbers (NaN): look at the embeddings")
-    per_query = [
-        _rank_queries(similarity[start : start + block], queries[start : start + block], gallery)
-        for start in range(0, len(queries), block)
+    parts = [
+        rank_strip(similarity[rows].astype(np.result_type(similarity, np.float32), order="C"), matches, rows)
+        for rows in _slices(matches.queries, block)
     ]
-    means = 100 * np.concatenate(per_query).mean(axis=0)
-    return RetrievalMetrics(*(float(value) for value in means))
+    return RetrievalMetrics.of(np.concatenate(parts))
 
 
-def _rank_queries(similarity: np.ndarray, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """[Q, 5]: found at rank 1, 5, 10, average precision, inverse negative penalty of every query."""
-    match = queries[:, None] == gallery[None, :]
-    # lexsort's last key decides first: by similarity, then matches behind the others.
-    order = np.lexsort((match, -similarity), axis=1)
-    hits = np.take_along_axis(match, order, axis=1)
-    found = np.cumsum(hits, axis=1)
-    positions = np.arange(1, len(gallery) + 1)
-    matches = found[:, -1]
-    average_precision = (found / positions * hits).sum(axis=1) / np.maximum(matches, 1)
-    last = np.where(hits, positions, 0).max(axis=1)  # position of the hardest match
-    inverse_penalty = matches / np.maximum(last, 1)
-    first = np.where(matches > 0, np.argmax(hits, axis=1) + 1, len(gallery) + 11)
-    ranks = [first <= k for k in (1, 5, 10)]
-    return np.stack([*ranks, average_precision, inverse_penalty], axis=1).astype(np.float64)
+def rank_embeddings(
+    queries: tuple[Tensor, Tensor],
+    gallery: tuple[Tensor, Tensor],
+    matches: Matches,
+    omegas: Sequence[float],
+    *,
+    only_first: bool = False,
+    strip: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[float, np.ndarray]:
+    """Rank every query over the whole gallery, for several ω in one pass over the embeddings.
+
+    A strip of queries at a time: its global and its local cosines are computed once and combined for each ω.
+
+    Args:
+        queries: normalised (global [Q, D], local [Q, E]), fp32. gallery: the same of G images.
+        omegas: shares of the local similarity. only_first: ranks alone; the last two figures of a query stay 0.
+        strip: queries compared at a time; it bounds memory and changes nothing else. progress: told of queries done.
+
+    Returns:
+        For each ω [Q, 6], columns `PER_QUERY`: found at rank 1, 5, 10, average precision, inverse negative penalty,
+        and the position of the first match (0: the gallery has none).
+
+    Raises:
+        ValueError: shapes do not fit, no query or gallery, or a similarity is not a number.
+    """
+    count, size = len(queries[0]), len(gallery[0])
+    if (count, size) != (matches.queries, matches.gallery) or not count or not size:
+        raise ValueError(
+            f"embeddings must be of {matches.queries} queries and {matches.gallery} images and not empty, "
+            f"found {count} and {size}"
+        )
+    found = {omega: np.zeros((count, len(PER_QUERY))) for omega in omegas}
+    strip = strip or max(16, STRIP // size)
+    cosines = [torch.empty(min(strip, count), size) for _ in range(2)]
+    fused = torch.empty_like(cosines[0])
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for rows in _slices(count, strip):
+            own = rows.stop - rows.start
+            for part, side, others in zip(cosines, queries, gallery, strict=True):
+                torch.mm(side[rows], others.T, out=part[:own])
+            for omega, ranked in found.items():
+                torch.lerp(cosines[0][:own], cosines[1][:own], omega, out=fused[:own])
+                similarity = fused[:own].numpy()
+
+                def rank(chunk: slice, similarity: np.ndarray = similarity, first: int = rows.start) -> np.ndarray:
+                    place = slice(first + chunk.start, first + chunk.stop)
+                    return rank_strip(similarity[chunk], matches, place, only_first=only_first)
+
+                ranked[rows] = np.concatenate(list(threads.map(rank, _slices(own, max(1, CHUNK // size)))))
+            if progress is not None:
+                progress(own)
+    return found
+
+
+def rank_strip(similarity: np.ndarray, matches: Matches, rows: slice, *, only_first: bool = False) -> np.ndarray:
+    """The figures `PER_QUERY` of some queries, [q, 6]; their similarities [q, G] are overwritten."""
+    columns = matches.columns(rows)
+    there = columns >= 0
+    found = np.where(there, np.take_along_axis(similarity, np.maximum(columns, 0), axis=1), -np.inf)
+    if only_first:
+        found, there = found.max(axis=1, keepdims=True), there[:, :1]
+    found = -np.sort(-found, axis=1)  # the best match first, absent ones last
+    similarity[np.nonzero(columns >= 0)[0], columns[columns >= 0]] = -np.inf  # strangers alone are left
+    if only_first:
+        ahead = (similarity >= found).sum(axis=1, keepdims=True)
+        unknown = np.isnan(similarity).any() or np.isnan(found).any()
+    else:
+        similarity.sort(axis=1)
+        ahead = similarity.shape[1] - torch.searchsorted(torch.from_numpy(similarity), torch.from_numpy(found)).numpy()
+        unknown = np.isnan(similarity[:, -1]).any() or np.isnan(found).any()
+    if unknown:
+        raise ValueError("similarity holds values that are not numbers (NaN): look at the embeddings")
+    nth = np.arange(1, found.shape[1] + 1)
+    position = np.where(there, nth + ahead, 0)  # of the n-th match, from 1
+    count = matches.count[rows]
+    first = position[:, 0]
+    figures = np.zeros((len(position), len(PER_QUERY)))
+    figures[:, :3] = [[0 < place <= k for k in AT] for place in first.tolist()]
+    if not only_first:
+        precision = np.divide(nth, position, out=np.zeros(position.shape), where=there)
+        figures[:, 3] = precision.sum(axis=1) / np.maximum(count, 1)
+        figures[:, 4] = count / np.maximum(position.max(axis=1), 1)
+    figures[:, 5] = first
+    return figures
+
+
+def _slices(count: int, step: int) -> Iterable[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _array(values: ArrayLike) -> np.ndarray:

@@ -214,3 +214,30 @@ def draw_training(
     figure.savefig(out, dpi=130)
     plt.close(figure)
     return out
+
+
+def draw_omega(curves: Mapping[str, Mapping[float, tuple[float, float]]], out: Path) -> Path:
+    """Write a picture of how Rank-1 and Rsum follow ω, the best of each curve marked.
+
+    Args:
+        curves: by name of a model, then by ω: Rank-1 in percent and Rsum.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, position, label in zip(axes, (0, 1), ("Rank-1, percent", "Rsum"), strict=True):
+        for name, points in curves.items():
+            omegas, values = list(points), [point[position] for point in points.values()]
+            best = max(range(len(values)), key=values.__getitem__)
+            (line,) = axis.plot(omegas, values, marker="o", markersize=3, linewidth=1.2, label=name)
+            axis.plot(omegas[best], values[best], marker="*", markersize=13, color=line.get_color())
+            words = f"{values[best]:.1f} at {omegas[best]:g}"
+            axis.annotate(
+                words, (omegas[best], values[best]), (0, 9), textcoords="offset points", ha="center", fontsize=8
+            )
+        axis.margins(y=0.15)
+        axis.set(xlabel="ω: global 0 … 1 local", ylabel=label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    return out

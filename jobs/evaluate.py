@@ -2,14 +2,19 @@
 
     python jobs/evaluate.py --data s3://bucket/cuhk --model ceca-vitb16 --split test
 
-Embeddings are computed on Ray workers and kept in fp32 below evaluations/, so that another ω costs no model.
+Embeddings are computed on Ray workers and kept in fp32 below evaluations/, so that another ω costs no model. Queries
+are compared with the gallery a strip at a time, on the cluster's CPUs where there are many.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
 import torch
 from rich.table import Table as TextTable
 
@@ -17,13 +22,15 @@ from ceca import schema
 from ceca.commandline import parse_arguments
 from ceca.config import EvaluateConfig, to_mapping
 from ceca.gallery import agree_with_neighbours, matrix
-from ceca.metrics import retrieval_metrics
-from ceca.model.ceca import fused_similarity
+from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_embeddings, rank_strip
 from ceca.model.weights import require_model
 from ceca.samples import list_images
 from ceca.store import Store, StoreError, version_of
 from jobs import stages
 from jobs.embed import EmbedWorker, cut, image_item, plan_images
+
+ALONE = 2**28  # similarities that this process computes without asking the cluster
+TASK_ROWS = 512  # queries of one task
 
 METRICS = {
     "rank1": "Rank-1",
@@ -35,21 +42,27 @@ METRICS = {
 }
 
 
+SIMILARITIES = ("global", "local", "fused")
+
+
 def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[str, Any]:
-    """Compute, print and store the metrics; the result is {"global": …, "local": …, "fused": …, "chance": …}."""
+    """Compute, print and store the metrics.
+
+    The result's `metrics` has a row for text→image by each similarity and by chance, `image_to_text` the same for the
+    other direction. The figures of every query are in a table beside it.
+    """
     store = Store(data)
     queries, gallery = embed_split(store, config, redo=redo)
-    pairs = [
-        tuple(torch.from_numpy(matrix(table, name)) for name in ("global", "local")) for table in (queries, gallery)
-    ]
-    if config.neighbours:
-        pairs[1] = agree_with_neighbours(pairs[1], config.neighbours, config.omega)  # type: ignore[arg-type]
-    identities = [table["identity"].to_numpy() for table in (queries, gallery)]
-    found = {}
-    for name, omega in (("global", 0.0), ("local", 1.0), ("fused", config.omega)):
-        similarity = fused_similarity(pairs[0], pairs[1], omega)  # type: ignore[arg-type]
-        found[name] = retrieval_metrics(similarity, *identities).as_dict()
-    found["chance"] = chance(*identities)
+    texts, images = compared(config, queries, gallery)
+    omegas = dict(zip(SIMILARITIES, (0.0, 1.0, config.omega), strict=True))
+    ranked = rank(texts, images, sorted(set(omegas.values())))
+    reverse = rank(images, texts, sorted(set(omegas.values())))
+
+    def means(found: dict[float, np.ndarray], asked: Embedded, there: Embedded) -> dict[str, dict[str, float]]:
+        rows = {name: RetrievalMetrics.of(found[omega]).as_dict() for name, omega in omegas.items()}
+        return {**rows, "chance": chance(asked.identities, there.identities)}
+
+    metrics, image_to_text = means(ranked, texts, images), means(reverse, images, texts)
     model = require_model(store, config.model)
     result = {
         "model": config.model,
@@ -57,18 +70,100 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         "split": config.split,
         "omega": config.omega,
         "neighbours": config.neighbours,
-        "queries": len(identities[0]),
-        "gallery": len(identities[1]),
-        "metrics": found,
+        "queries": len(texts.identities),
+        "gallery": len(images.identities),
+        "metrics": metrics,
+        "image_to_text": image_to_text,
         "made_from": model.made_from,
         "config": to_mapping(config),
     }
-    store.write_json(result, "evaluations", model.digest, f"{config.split}.json")
-    print_metrics(
-        f"{config.model} on {config.split}: {result['queries']:,} queries, {result['gallery']:,} images", found
+    name = result_name(config)
+    content = per_query_table(
+        queries,
+        store.read(store.current("captions", "ingest"), ["caption_id", "text"]),
+        {similarity: ranked[omega] for similarity, omega in omegas.items()},
     )
-    stages.console.print(f"evaluate: → {store.place('evaluations', model.digest, f'{config.split}.json')}")
+    store.write_bytes(content, "evaluations", model.digest, f"{name}.queries.parquet")
+    store.write_json(result, "evaluations", model.digest, f"{name}.json")
+    size = f"{result['queries']:,} queries, {result['gallery']:,} images"
+    print_metrics(f"{config.model} on {config.split}, text to image: {size}", metrics)
+    print_metrics(f"{config.model} on {config.split}, image to text", image_to_text)
+    stages.console.print(f"evaluate: → {store.place('evaluations', model.digest, f'{name}.json')}")
     return result
+
+
+def result_name(config: EvaluateConfig) -> str:
+    """What an evaluation's files are called below evaluations/<digest>/."""
+    return f"{config.split}-{config.neighbours}-neighbours" if config.neighbours else config.split
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """One side of a comparison: normalised (global [N, D], local [N, E]) embeddings and identities [N]."""
+
+    pair: tuple[torch.Tensor, torch.Tensor]
+    identities: np.ndarray
+
+
+def compared(config: EvaluateConfig, queries: pa.Table, gallery: pa.Table) -> tuple[Embedded, Embedded]:
+    """What an evaluation compares: texts and images, their views in agreement where that is configured."""
+    texts, images = (
+        Embedded(
+            (torch.from_numpy(matrix(table, "global")), torch.from_numpy(matrix(table, "local"))),
+            table["identity"].to_numpy(),
+        )
+        for table in (queries, gallery)
+    )
+    if config.neighbours:
+        pair = agree_with_neighbours(images.pair, config.neighbours, config.omega)
+        images = dataclasses.replace(images, pair=pair)
+    return texts, images
+
+
+def rank(queries: Embedded, gallery: Embedded, omegas: list[float]) -> dict[float, np.ndarray]:
+    """`rank_embeddings` in this process, or by tasks on the cluster where there is much to compare."""
+    matches = Matches(queries.identities, gallery.identities)
+    count, size = len(queries.identities), len(gallery.identities)
+    if count * size <= ALONE:
+        return rank_embeddings(queries.pair, gallery.pair, matches, omegas)
+    stages.connect()
+    shared = ray.put(([part.numpy() for part in gallery.pair], matches, omegas))  # read in place by every task
+    with stages.Track("evaluate", count, unit="queries") as track:
+        pending = {}
+        for start in range(0, count, TASK_ROWS):
+            rows = slice(start, min(start + TASK_ROWS, count))
+            pending[_rank_rows.remote(tuple(part[rows] for part in queries.pair), shared, rows)] = rows
+        parts = {}
+        while pending:
+            (done,), _ = ray.wait(list(pending), num_returns=1)
+            rows = pending.pop(done)
+            parts[rows.start] = ray.get(done)
+            track.advance(rows.stop - rows.start)
+    return {omega: np.concatenate([parts[start][omega] for start in sorted(parts)]) for omega in omegas}
+
+
+@ray.remote(num_cpus=1)
+def _rank_rows(queries: Any, shared: Any, rows: slice) -> dict[float, np.ndarray]:
+    torch.set_num_threads(1)
+    gallery, matches, omegas = shared
+    parts = [torch.from_numpy(part) for part in gallery]
+    return rank_embeddings(queries, (parts[0], parts[1]), matches.of(rows), omegas)
+
+
+def per_query_table(queries: pa.Table, captions: pa.Table, found: dict[str, np.ndarray]) -> bytes:
+    """A Parquet file with a row per caption: its words, and by each similarity the figures of `PER_QUERY`."""
+    words = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
+    columns = {
+        "caption_id": queries["caption_id"],
+        "identity": queries["identity"],
+        "text": pa.array([words.get(caption) for caption in queries["caption_id"].to_pylist()], pa.string()),
+    }
+    for similarity, figures in found.items():
+        for name, values in zip(PER_QUERY, figures.T, strict=True):
+            columns[f"{similarity}_{name}"] = pa.array(values, pa.float64())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
 
 
 def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> tuple[pa.Table, pa.Table]:
@@ -119,11 +214,19 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
     return store.read(manifests[f"{place}/queries"]), store.read(manifests[f"{place}/images"])
 
 
-def chance(query_identities: Any, gallery_identities: Any) -> dict[str, float]:
-    """What a random order of the gallery scores, estimated with a fixed seed."""
-    source = torch.Generator().manual_seed(0)
-    similarity = torch.rand(len(query_identities), len(gallery_identities), generator=source)
-    return retrieval_metrics(similarity, query_identities, gallery_identities).as_dict()
+def chance(query_identities: np.ndarray, gallery_identities: np.ndarray, most: int = 1000) -> dict[str, float]:
+    """What a random order of the gallery scores, estimated with a fixed seed from queries spread over all."""
+    source = np.random.default_rng(0)
+    asked = query_identities[np.linspace(0, len(query_identities) - 1, min(most, len(query_identities))).astype(int)]
+    matches = Matches(asked, gallery_identities)
+    size = len(gallery_identities)
+    step = max(1, STRIP // size)
+    parts = []
+    for start in range(0, len(asked), step):
+        rows = slice(start, min(start + step, len(asked)))
+        similarity = source.random((rows.stop - rows.start, size), np.float32)
+        parts.append(rank_strip(similarity, matches, rows))
+    return RetrievalMetrics.of(np.concatenate(parts)).as_dict()
 
 
 def print_metrics(title: str, found: dict[str, dict[str, float]]) -> None:

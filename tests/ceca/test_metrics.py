@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceca.metrics import retrieval_metrics
+from ceca.metrics import PER_QUERY, Matches, RetrievalMetrics, rank_embeddings, retrieval_metrics
 
 
 def metrics_by_loops(similarity, queries, gallery) -> list[float]:
@@ -57,6 +57,64 @@ def test_neither_blocks_nor_the_gallerys_order_matter(seed, block):
     assert values(retrieval_metrics(similarity, asked, there, block=block)) == pytest.approx(values(whole), abs=1e-9)
     shuffled = retrieval_metrics(similarity[:, order], asked, there[order])
     assert values(shuffled) == pytest.approx(values(whole), abs=1e-9)
+
+
+def embedded(random: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global and local embeddings on a coarse grid, so that sums are exact and ties many."""
+    return tuple(torch.from_numpy(random.integers(-2, 3, (rows, width)).astype(np.float32)) / 4 for width in (3, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    queries=st.integers(1, 9),
+    gallery=st.integers(1, 25),
+    people=st.integers(1, 6),
+    strip=st.integers(1, 12),
+)
+def test_embeddings_rank_as_their_fused_similarity_does_for_every_omega_and_strip(
+    seed, queries, gallery, people, strip
+):
+    random = np.random.default_rng(seed)
+    texts, images = embedded(random, queries), embedded(random, gallery)
+    asked, there = random.integers(0, people, queries), random.integers(0, people, gallery)
+    omegas = (0.0, 0.25, 0.5, 1.0)
+    found = rank_embeddings(texts, images, Matches(asked, there), omegas, strip=strip)
+    ranks = rank_embeddings(texts, images, Matches(asked, there), omegas, strip=strip, only_first=True)
+    for omega in omegas:
+        similarity = ((1 - omega) * texts[0] @ images[0].T + omega * texts[1] @ images[1].T).numpy()
+        expected = metrics_by_loops(similarity, asked, there)
+        assert values(RetrievalMetrics.of(found[omega])) == pytest.approx(expected, abs=1e-9)
+        assert values(RetrievalMetrics.of(ranks[omega]))[:3] == pytest.approx(expected[:3], abs=1e-9)
+        assert np.array_equal(ranks[omega][:, 5], found[omega][:, 5])
+
+
+def test_the_figures_of_a_query_name_the_position_of_its_first_match():
+    whole = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0]])
+    gallery = torch.tensor([[1.0, 0], [0.8, 0.6], [0.6, 0.8]]), torch.ones(3, 1)
+    (figures,) = rank_embeddings(whole, gallery, Matches([7], [1, 7, 7]), [0.0])[0.0]
+    expected = {"rank1": 0, "rank5": 1, "rank10": 1, "average_precision": (1 / 2 + 2 / 3) / 2}
+    expected |= {"inverse_negative_penalty": 2 / 3, "first": 2}
+    assert dict(zip(PER_QUERY, figures.tolist(), strict=True)) == pytest.approx(expected)
+
+
+def test_some_queries_rank_as_they_do_among_all():
+    random = np.random.default_rng(0)
+    texts, images = embedded(random, 10), embedded(random, 30)
+    matches = Matches(random.integers(0, 5, 10), random.integers(0, 5, 30))
+    whole = rank_embeddings(texts, images, matches, [0.3])[0.3]
+    part = rank_embeddings(tuple(side[4:7] for side in texts), images, matches.of(slice(4, 7)), [0.3])[0.3]
+    np.testing.assert_allclose(part, whole[4:7], rtol=1e-12)
+
+
+def test_embeddings_that_are_not_numbers_or_not_as_many_as_their_identities_are_refused():
+    texts, images = embedded(np.random.default_rng(0), 2), embedded(np.random.default_rng(1), 4)
+    with pytest.raises(ValueError, match="2 queries and 3 images"):
+        rank_embeddings(texts, images, Matches([1, 2], [1, 2, 3]), [0.3])
+    images[0][2, 0] = float("nan")
+    for only_first in (False, True):
+        with pytest.raises(ValueError, match="NaN"):
+            rank_embeddings(texts, images, Matches([1, 2], [1, 2, 3, 4]), [0.3], only_first=only_first)
 
 
 def test_a_model_that_cannot_tell_images_apart_scores_worst():

@@ -9,12 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
+from ceca.errors import UserError
 from ceca.gallery import Searcher
 from ceca.model.weights import find_model, load_model
 from ceca.store import Store
+from jobs import evaluate
+from jobs.report import report_omega, report_significance
 from tests.conftest import REPOSITORY
 from tests.jobs.test_stages import SMALL, digests, kill_after_some_units
 
@@ -58,6 +65,58 @@ def test_evaluation_compares_every_similarity_with_chance(on_disk):
     found = metrics(on_disk)
     assert set(found) == {"global", "local", "fused", "chance"}
     assert 0 < found["fused"]["rank1"] <= 100
+
+
+def test_the_figures_of_every_query_lie_beside_the_means_that_they_make(on_disk, drawn):
+    model = find_model(on_disk, "ceca")
+    place = ("evaluations", model.digest, "test.queries.parquet")
+    table = pq.read_table(pa.BufferReader(on_disk.read_bytes(*place)))
+    texts = {text for record in json.loads((drawn / "reid_raw.json").read_text()) for text in record["captions"]}
+    assert set(table["text"].to_pylist()) <= texts
+    for similarity, means in metrics(on_disk).items():
+        if similarity != "chance":
+            for mean, column in (("rank1", "rank1"), ("mean_average_precision", "average_precision")):
+                values = table[f"{similarity}_{column}"].to_numpy()
+                assert 100 * values.mean() == pytest.approx(means[mean]), (similarity, mean)
+    reverse = on_disk.read_json("evaluations", model.digest, "test.json")["image_to_text"]
+    assert set(reverse) == {"global", "local", "fused", "chance"}
+
+
+def test_the_omega_curve_has_the_figures_of_an_evaluation_and_a_picture(on_disk, tmp_path):
+    for picture in ("omega.png", "omega.svg"):
+        curve = report_omega(on_disk.uri, ("ceca",), picture=tmp_path / picture)["ceca"]
+        assert (tmp_path / picture).stat().st_size > 5000
+    assert list(curve) == pytest.approx([step / 10 for step in range(11)])
+    for omega, similarity in ((0.0, "global"), (0.3, "fused"), (1.0, "local")):
+        found = metrics(on_disk)[similarity]
+        assert curve[omega] == pytest.approx((found["rank1"], found["rsum"]))
+
+
+def test_a_model_does_not_differ_from_itself_and_one_that_was_not_evaluated_is_named(on_disk):
+    found = report_significance(on_disk.uri, ("ceca", "ceca"))
+    assert {(made.mean, made.p) for made in found.values()} == {(0.0, 1.0)}
+    with pytest.raises(UserError, match=r"test-3-neighbours.queries.parquet is not there; run `ceca evaluate"):
+        report_significance(on_disk.uri, ("ceca", "ceca"), neighbours=(0, 3))
+
+
+def test_queries_ranked_by_tasks_of_the_cluster_are_ranked_as_in_one_process(ray_cluster, monkeypatch):
+    source = np.random.default_rng(0)
+
+    def embedded(rows: int) -> evaluate.Embedded:
+        pair = tuple(torch.from_numpy(source.integers(-3, 4, (rows, 4)).astype(np.float32)) for _ in range(2))
+        return evaluate.Embedded(pair, source.integers(0, 9, rows))
+
+    texts, images = embedded(50), embedded(40)
+    alone = evaluate.rank(texts, images, [0.0, 0.5])
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.nodes.address)
+    monkeypatch.setattr(evaluate, "ALONE", 0)
+    monkeypatch.setattr(evaluate, "TASK_ROWS", 7)
+    try:
+        together = evaluate.rank(texts, images, [0.0, 0.5])
+    finally:
+        ray.shutdown()
+    for omega, figures in alone.items():
+        np.testing.assert_allclose(together[omega], figures, rtol=1e-12)
 
 
 def test_a_search_finds_gallery_images_of_the_test_split(on_disk):
