@@ -1,13 +1,17 @@
 """A gallery in memory and exact search over it.
 
 A gallery image is one row `[g/|g| , l/|l|]`; scaling only the query by (1-ω, ω) makes the fused similarity one
-inner product, so ω is chosen per query without another copy.
+inner product, so ω is chosen per query without another copy. Rows stay in fp16, the table's own precision.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +23,10 @@ from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
 from ceca.model.weights import load_model
 from ceca.store import Manifest, Store, StoreError
+from ceca.topk import gather
+from ceca.topk import top_k as find_best
+
+ROW_NORM = 2**0.5 * (1 + 2**-10)  # of two normalised halves, rounded to fp16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,44 +41,86 @@ class Hit:
 
 
 class Gallery:
-    """The rows of a gallery table: ids, identities, and embeddings [N, D + E]."""
+    """The rows of a gallery table: ids, identities, and embeddings in fp16 shards [n, D + E]."""
 
-    def __init__(self, ids: Sequence[str], identities: Sequence[int], embeddings: Tensor, global_dim: int):
+    def __init__(self, ids: Sequence[str], identities: Sequence[int], shards: Sequence[Tensor], global_dim: int):
         self.ids, self.identities = list(ids), list(identities)
-        self.embeddings, self.global_dim = embeddings, global_dim
+        self.shards, self.global_dim = list(shards), global_dim
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def search(self, query_global: Tensor, query_local: Tensor, *, omega: float, top_k: int) -> list[list[Hit]]:
+    def search(
+        self,
+        query_global: Tensor,
+        query_local: Tensor,
+        *,
+        omega: float | Sequence[float],
+        top_k: int,
+        allowed: Tensor | None = None,
+    ) -> list[list[Hit]]:
         """The best images for each query: normalised embeddings [Q, D], [Q, E] → Q lists of min(top_k, N) hits.
 
         Equal similarities come in the order of image ids.
+
+        Args:
+            omega: ω of all queries, or of each. allowed: [N] booleans, images that may be found; None: all.
         """
-        scaled = torch.cat([(1 - omega) * query_global, omega * query_local], dim=1).to(self.embeddings)
-        similarity = scaled @ self.embeddings.T
-        best = similarity.topk(min(top_k, len(self)), dim=1).indices
-        return [self._hits(query_global[q], query_local[q], similarity[q], rows) for q, rows in enumerate(best)]
+        local_share = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
+        scaled = torch.cat([(1 - local_share) * query_global.float(), local_share * query_local.float()], dim=1)
+        best = find_best(self.shards, scaled, top_k, row_norm=ROW_NORM, allowed=allowed)
+        return [
+            self._hits(query_global[q], query_local[q], similarity[rows >= 0], rows[rows >= 0])
+            for q, (similarity, rows) in enumerate(zip(best.similarity, best.row, strict=True))
+        ]
 
     def _hits(self, query_global: Tensor, query_local: Tensor, similarity: Tensor, rows: Tensor) -> list[Hit]:
-        chosen = self.embeddings[rows].float()
+        ascending, back = rows.sort()
+        chosen = gather(self.shards, ascending)[back.argsort()].float()
         global_parts = (chosen[:, : self.global_dim] @ query_global.float().to(chosen.device)).tolist()
         local_parts = (chosen[:, self.global_dim :] @ query_local.float().to(chosen.device)).tolist()
         hits = [
-            Hit(self.ids[row], self.identities[row], float(similarity[row]), global_part, local_part)
-            for row, global_part, local_part in zip(rows.tolist(), global_parts, local_parts, strict=True)
+            Hit(self.ids[row], self.identities[row], value, global_part, local_part)
+            for row, value, global_part, local_part in zip(
+                rows.tolist(), similarity.tolist(), global_parts, local_parts, strict=True
+            )
         ]
         return sorted(hits, key=lambda hit: (-hit.similarity, hit.image_id))
 
 
 def open_gallery(store: Store, device: str | torch.device = "cpu") -> tuple[Gallery, Manifest]:
-    """The current gallery of a dataset, in fp32 on a CPU and in fp16 on a GPU."""
+    """The current gallery of a dataset.
+
+    On a CPU its shards are files in a folder of this machine, mapped into memory: made once, shared by all processes.
+    """
     manifest = store.current("gallery", "index")
-    table = store.read(manifest)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    parts = [torch.from_numpy(matrix(table, name)).to(device, dtype) for name in ("global", "local")]
+    table = store.read(manifest, ["image_id", "identity"])
+    shards = [torch.from_numpy(_shard(store, manifest, part)) for part in range(len(manifest.parts))]
+    if torch.device(device).type != "cpu":
+        shards = [torch.cat(shards).to(device)]
     ids, identities = table["image_id"].to_pylist(), table["identity"].to_pylist()
-    return Gallery(ids, identities, torch.cat(parts, dim=1), parts[0].shape[1]), manifest
+    global_dim = store.read_part(manifest, 0, ["global"]).schema.field("global").type.list_size
+    return Gallery(ids, identities, shards, global_dim), manifest
+
+
+def _shard(store: Store, manifest: Manifest, part: int) -> np.ndarray:
+    """The embeddings of a part, fp16 [n, D + E], mapped from a file that is named for the part's digest."""
+    folder = Path(os.environ.get("CECA_CACHE") or Path(tempfile.gettempdir()) / f"ceca-{os.getuid()}") / "shards"
+    path = folder / f"{manifest.parts[part].sha256}.npy"
+    if not path.exists():
+        table = store.read_part(manifest, part, ["global", "local"])
+        rows = np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f"{uuid.uuid4().hex}.tmp"
+        try:
+            with aside.open("wb") as file:
+                np.save(file, rows)
+            aside.replace(path)
+        except OSError as error:
+            raise StoreError(f"cannot write {path} ({error}); set CECA_CACHE to a folder with room") from error
+        finally:
+            aside.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="c")  # nothing writes to it; torch warns of arrays that cannot be written
 
 
 def matrix(table: pa.Table, column: str) -> np.ndarray:

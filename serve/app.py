@@ -88,17 +88,13 @@ class GallerySearch:
         return await asyncio.to_thread(self._search, questions)
 
     def _search(self, questions: list[Question]) -> list[list[Hit]]:
-        alike: dict[tuple[float, int], list[int]] = {}
-        for position, question in enumerate(questions):
-            alike.setdefault((question.omega, question.top_k), []).append(position)
-        answers: list[list[Hit]] = [[] for _ in questions]
-        for (omega, top_k), positions in alike.items():
-            query_global = torch.from_numpy(np.stack([questions[i].global_embedding for i in positions]))
-            query_local = torch.from_numpy(np.stack([questions[i].local_embedding for i in positions]))
-            found = self.gallery.search(query_global, query_local, omega=omega, top_k=top_k)
-            for position, hits in zip(positions, found, strict=True):
-                answers[position] = hits
-        return answers
+        query_global, query_local = (
+            torch.from_numpy(np.stack([getattr(question, name) for question in questions]))
+            for name in ("global_embedding", "local_embedding")
+        )
+        most, omega = max(question.top_k for question in questions), [question.omega for question in questions]
+        found = self.gallery.search(query_global, query_local, omega=omega, top_k=most)
+        return [hits[: question.top_k] for question, hits in zip(questions, found, strict=True)]
 
 
 @serve.deployment(logging_config=QUIET)

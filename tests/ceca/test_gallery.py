@@ -1,14 +1,18 @@
-"""A gallery whose images take part of their neighbours' embeddings."""
+"""Searching a gallery in memory, and one whose images take part of their neighbours' embeddings."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ceca.gallery import agree_with_neighbours
+from ceca import schema
+from ceca.gallery import Gallery, agree_with_neighbours, open_gallery
+from ceca.store import Receipt, Store
 
 
 def unit(*rows: list[float]) -> torch.Tensor:
@@ -52,3 +56,59 @@ def test_a_gallery_of_one_image_has_nobody_to_ask():
     alone = (unit([1, 2]), unit([3, 4]))
     for new, old in zip(agree_with_neighbours(alone, 3, 0.3), alone, strict=True):
         assert torch.equal(new, old)
+
+
+# --- search -----------------------------------------------------------------------------------------------
+
+
+def random_pairs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return tuple(F.normalize(torch.randn(count, width, generator=source), dim=1) for width in (8, 16))
+
+
+def test_every_query_of_a_batch_has_its_own_omega_and_its_parts_make_its_similarity():
+    whole, local = random_pairs(50, 0)
+    rows = torch.cat([whole, local], dim=1).half()
+    gallery = Gallery([f"{n:03d}" for n in range(50)], range(50), rows.split(20), 8)
+    asked, omegas = random_pairs(3, 1), [0.0, 0.3, 1.0]
+    for q, hits in enumerate(gallery.search(*asked, omega=omegas, top_k=5)):
+        parts = [rows[:, :8].float() @ asked[0][q], rows[:, 8:].float() @ asked[1][q]]
+        fused = (1 - omegas[q]) * parts[0] + omegas[q] * parts[1]
+        best = fused.argsort(descending=True)[:5].tolist()
+        assert [hit.identity for hit in hits] == best
+        for hit, row in zip(hits, best, strict=True):
+            found = (hit.similarity, hit.global_similarity, hit.local_similarity)
+            assert found == pytest.approx((float(fused[row]), float(parts[0][row]), float(parts[1][row])), abs=1e-5)
+
+
+def test_a_filter_applies_before_the_best_are_taken():
+    whole, local = random_pairs(50, 0)
+    gallery = Gallery([f"{n:03d}" for n in range(50)], range(50), [torch.cat([whole, local], dim=1).half()], 8)
+    allowed = torch.arange(50) % 10 == 3
+    (hits,) = gallery.search(*random_pairs(1, 1), omega=0.3, top_k=10, allowed=allowed)
+    assert sorted(hit.identity for hit in hits) == [3, 13, 23, 33, 43]  # all that may be found, though 10 were wanted
+
+
+def test_a_gallery_opens_from_its_table_and_the_next_time_from_files_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
+    whole, local = random_pairs(30, 0)
+    columns = {
+        "image_id": [f"{n:03d}" for n in range(30)],
+        "identity": list(range(30)),
+        "split": ["test"] * 30,
+        "global": list(whole.numpy().astype(np.float16)),
+        "local": list(local.numpy().astype(np.float16)),
+        "model_digest": ["made-up"] * 30,
+    }
+    table = pa.table(columns, schema=schema.gallery(8, 16))
+    store = Store(str(tmp_path / "data"))
+    parts = [store.write_part("gallery", "v1", n, table.slice(start, 20)) for n, start in enumerate((0, 20))]
+    receipts = [Receipt({"gallery": part}) for part in parts]
+    store.publish("index", "v1", ("gallery",), receipts, made_from={"model": "made-up"}, config={}, notes={})
+    for _ in range(2):
+        gallery, _ = open_gallery(store)
+        assert [len(shard) for shard in gallery.shards] == [20, 10]
+        assert torch.equal(torch.cat(gallery.shards), torch.cat([whole, local], dim=1).half())
+        assert gallery.global_dim == 8
+        files = sorted((tmp_path / "cache" / "shards").iterdir())
+        assert [file.name for file in files] == sorted(f"{part.sha256}.npy" for part in parts)
