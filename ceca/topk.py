@@ -18,6 +18,7 @@ from torch import Tensor
 
 FEW = 3  # queries that are compared one by one
 BLOCK = 1024  # rows of a block that many queries share, 3 MB of 1,536 numbers
+GROUP = 64  # rows of which the largest similarity is looked at first
 RESCORED = 16_384  # rows compared again at a time
 HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 / 2, torch.float32: 0.0}
 
@@ -47,34 +48,43 @@ def top_k(shards: Sequence[Tensor], queries: Tensor, k: int, *, row_norm: float,
     k = min(k, count)
     coarse, error = _compare(shards, queries, row_norm)
     if allowed is not None:
-        coarse.masked_fill_(~allowed, -torch.inf)
-    least = coarse.topk(k, dim=1).values[:, -1]
-    found = [
-        _rescore(shards, query, torch.nonzero(row >= bound - 2 * slack).squeeze(1), row, k)
-        for query, row, bound, slack in zip(queries, coarse, least, error, strict=True)
-    ]
+        coarse[:, :count].masked_fill_(~allowed.to(coarse.device), -torch.inf)
+    # The k-th of the groups' largest is at most the k-th of all: a bound that needs no search through every row.
+    groups = coarse.view(len(queries), -1, GROUP)
+    largest = groups.amax(dim=2)
+    bound = torch.full_like(error, -torch.inf)
+    if largest.shape[1] >= k:
+        bound = largest.topk(k, dim=1).values[:, -1] - 2 * error
+    found = []
+    for query, own, most, least in zip(queries, groups, largest, bound, strict=True):
+        near = torch.nonzero(most >= least).squeeze(1)
+        inside = own[near]
+        wanted = torch.nonzero((inside >= least) & (inside > -torch.inf))
+        found.append(_rescore(shards, query, near[wanted[:, 0]] * GROUP + wanted[:, 1], k))
     return Best(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
 def _compare(shards: Sequence[Tensor], queries: Tensor, row_norm: float) -> tuple[Tensor, Tensor]:
-    """Inner products [Q, N] in low precision, and how far each query's may be off, [Q]."""
+    """Inner products in low precision, [Q, N] and -inf up to a whole number of groups; how far each is off, [Q]."""
     count = sum(len(shard) for shard in shards)
     device = shards[0].device
-    low = torch.float16 if len(queries) <= FEW or device.type != "cpu" else _matrix_precision()
+    one_by_one = device.type == "cpu" and len(queries) <= FEW
+    low = torch.float16 if one_by_one or device.type != "cpu" else _matrix_precision()
     asked = queries.to(device, low)
-    coarse = torch.empty(len(queries), count, dtype=torch.float32, device=device)
+    coarse = torch.empty(len(queries), -(-count // GROUP) * GROUP, device=device)
+    coarse[:, count:] = -torch.inf
+    convert = _Converter(shards[0].shape[1], low) if device.type == "cpu" and not one_by_one else None
     start = 0
     for shard in shards:
-        block = len(shard) if low is torch.float16 else BLOCK
-        for rows in shard.split(block) if len(shard) else ():
+        for rows in shard.split(len(shard) if convert is None else BLOCK) if len(shard) else ():
             part = coarse[:, start : start + len(rows)]
-            if device.type != "cpu":
-                part.copy_(asked @ rows.T)
-            elif low is torch.float16:
+            if convert is not None:
+                part.copy_((convert(rows) @ asked.T).T)
+            elif one_by_one:
                 for query, out in zip(asked, part, strict=True):
                     out.copy_(rows @ query)
             else:
-                part.copy_((rows.to(low) @ asked.T).T)
+                part.copy_(asked @ rows.T)
             start += len(rows)
     # Both factors are rounded and so is the result (rows are fp16 as they come); 1.1 for sums and subnormal numbers.
     unit = HALF_ULP[low]
@@ -83,9 +93,21 @@ def _compare(shards: Sequence[Tensor], queries: Tensor, row_norm: float) -> tupl
     return coarse, error.to(device)
 
 
-def _rescore(shards: Sequence[Tensor], query: Tensor, rows: Tensor, coarse: Tensor, k: int) -> tuple[Tensor, Tensor]:
+class _Converter:
+    """fp16 rows in another precision, by way of fp32, for torch has no fast way to bf16. Overwritten each time."""
+
+    def __init__(self, width: int, precision: torch.dtype):
+        self.wide = torch.empty(BLOCK, width)
+        self.narrow = self.wide if precision is torch.float32 else torch.empty(BLOCK, width, dtype=precision)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, W], n at most BLOCK."""
+        wide, narrow = self.wide[: len(rows)].copy_(rows), self.narrow[: len(rows)]
+        return wide if self.narrow is self.wide else narrow.copy_(wide)
+
+
+def _rescore(shards: Sequence[Tensor], query: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best k of these rows in fp32: similarities and rows, [k] each."""
-    rows = rows[torch.isfinite(coarse[rows])]
     query = query.to(rows.device)
     exact = torch.cat([gather(shards, part).float() @ query for part in rows.split(RESCORED)] or [query.new_empty(0)])
     order = torch.sort(exact, descending=True, stable=True).indices[:k]  # rows ascend, so ties do
@@ -112,10 +134,10 @@ def _matrix_precision() -> torch.dtype:
     rows, queries = torch.randn(BLOCK, 1536).half(), torch.randn(64, 1536)
 
     def seconds(precision: torch.dtype) -> float:
-        asked, taken = queries.to(precision), []
+        asked, convert, taken = queries.to(precision), _Converter(rows.shape[1], precision), []
         for _ in range(4):
             started = time.perf_counter()
-            rows.to(precision) @ asked.T
+            convert(rows) @ asked.T
             taken.append(time.perf_counter() - started)
         return min(taken)
 
