@@ -405,6 +405,9 @@ class ServeConfig:
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     omega: Share = 0.3
     """ω where a query names none."""
+    neighbours: NonNegative = 0
+    """So many nearest images lend their embeddings to an image's, so that views of one person agree; at its start the
+    service then compares all images with all, some minutes for 100,000 on a CPU."""
     top_k_limit: Annotated[int, Field(ge=10)] = 200
     """Most images that one query may ask for; one that does not say gets 10."""
     text_limit: Positive = 2000

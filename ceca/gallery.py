@@ -88,10 +88,14 @@ class Gallery:
         return sorted(hits, key=lambda hit: (-hit.similarity, hit.image_id))
 
 
-def open_gallery(store: Store, device: str | torch.device = "cpu") -> tuple[Gallery, Manifest]:
+def open_gallery(
+    store: Store, device: str | torch.device = "cpu", *, neighbours: int = 0, omega: float = 0.3
+) -> tuple[Gallery, Manifest]:
     """The current gallery of a dataset.
 
     On a CPU its shards are files in a folder of this machine, mapped into memory: made once, shared by all processes.
+    With `neighbours`, views of a person agree as in `agree_with_neighbours`; that compares all images with all and
+    keeps a copy of the rows.
     """
     manifest = store.current("gallery", "index")
     table = store.read(manifest, ["image_id", "identity"])
@@ -100,6 +104,9 @@ def open_gallery(store: Store, device: str | torch.device = "cpu") -> tuple[Gall
         shards = [torch.cat(shards).to(device)]
     ids, identities = table["image_id"].to_pylist(), table["identity"].to_pylist()
     global_dim = store.read_part(manifest, 0, ["global"]).schema.field("global").type.list_size
+    if neighbours:
+        whole, local = torch.cat(shards).float().split([global_dim, shards[0].shape[1] - global_dim], dim=1)
+        shards = [torch.cat(agree_with_neighbours((whole, local), neighbours, omega), dim=1).half()]
     return Gallery(ids, identities, shards, global_dim), manifest
 
 
@@ -132,8 +139,8 @@ def matrix(table: pa.Table, column: str) -> np.ndarray:
 class Searcher:
     """A model and a gallery made by it: text in, hits out. One process, no cluster."""
 
-    def __init__(self, store: Store, model: str = "", device: str | torch.device = "cpu"):
-        self.gallery, manifest = open_gallery(store, device)
+    def __init__(self, store: Store, model: str = "", device: str | torch.device = "cpu", *, neighbours: int = 0):
+        self.gallery, manifest = open_gallery(store, device, neighbours=neighbours)
         self.version = manifest.version
         self.model, published = load_model(store, model or manifest.notes["model"], device)
         self.model_digest = published.digest
@@ -189,8 +196,8 @@ def agree_with_neighbours(
     for start in range(0, len(gallery[0]), chunk):
         rows = slice(start, start + chunk)
         similarity = fused_similarity((gallery[0][rows], gallery[1][rows]), gallery, omega)
-        itself = torch.arange(start, start + len(similarity))
-        similarity[torch.arange(len(similarity)), itself] = -torch.inf
+        own = torch.arange(len(similarity), device=similarity.device)
+        similarity[own, start + own] = -torch.inf
         values, nearest = similarity.topk(count, dim=1)
         shares = weight * (values / temperature).softmax(dim=1)[..., None]
         for part, new in zip(gallery, found, strict=True):

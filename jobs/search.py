@@ -27,15 +27,19 @@ def search(
     model: Annotated[str, tyro.conf.arg(help="name or URI; default: the one that made the gallery")] = "",
     top_k: int = 10,
     omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
+    neighbours: Annotated[int, tyro.conf.arg(help="nearest images that lend an image their embeddings")] = 0,
     picture: Annotated[Path | None, tyro.conf.arg(help="also write the hits as a picture")] = None,
 ) -> None:
     """Find the images of a person from a description."""
     if not query.strip():
         raise UserError("the query is empty: describe the person in words")
-    if top_k < 1 or not 0 <= omega <= 1:
-        raise UserError(f"--top-k must be at least 1 and --omega between 0 and 1, found {top_k} and {omega}")
+    if top_k < 1 or not 0 <= omega <= 1 or neighbours < 0:
+        raise UserError(
+            "--top-k must be at least 1, --omega between 0 and 1 and --neighbours not negative, "
+            f"found {top_k}, {omega} and {neighbours}"
+        )
     store = Store(data)
-    searcher = Searcher(store, model)
+    searcher = Searcher(store, model, neighbours=neighbours)
     hits = searcher.search(query, omega=omega, top_k=top_k)
     rows = find_rows(store, hits)
     table = TextTable(title=query, title_justify="left")

@@ -74,7 +74,9 @@ class GallerySearch:
     """Holds the gallery and answers exactly; questions that wait at the same time share a pass over it."""
 
     def __init__(self, served: Served, config: ServeConfig):
-        self.gallery, manifest = open_gallery(Store(served.data), _device(config))
+        self.gallery, manifest = open_gallery(
+            Store(served.data), _device(config), neighbours=config.neighbours, omega=config.omega
+        )
         check_same_model(manifest, served.digest, served.model)
         if manifest.version != served.gallery:
             raise StoreError(

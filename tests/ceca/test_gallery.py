@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from ceca import schema
 from ceca.gallery import Gallery, agree_with_neighbours, open_gallery
-from ceca.store import Receipt, Store
+from ceca.store import Part, Receipt, Store
 
 
 def unit(*rows: list[float]) -> torch.Tensor:
@@ -89,26 +90,42 @@ def test_a_filter_applies_before_the_best_are_taken():
     assert sorted(hit.identity for hit in hits) == [3, 13, 23, 33, 43]  # all that may be found, though 10 were wanted
 
 
-def test_a_gallery_opens_from_its_table_and_the_next_time_from_files_of_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
-    whole, local = random_pairs(30, 0)
+def published(place: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[Store, list[Part]]:
+    """A dataset with a gallery of two parts."""
+    count = len(pair[0])
     columns = {
-        "image_id": [f"{n:03d}" for n in range(30)],
-        "identity": list(range(30)),
-        "split": ["test"] * 30,
-        "global": list(whole.numpy().astype(np.float16)),
-        "local": list(local.numpy().astype(np.float16)),
-        "model_digest": ["made-up"] * 30,
+        "image_id": [f"{n:03d}" for n in range(count)],
+        "identity": list(range(count)),
+        "split": ["test"] * count,
+        "global": list(pair[0].numpy().astype(np.float16)),
+        "local": list(pair[1].numpy().astype(np.float16)),
+        "model_digest": ["made-up"] * count,
     }
     table = pa.table(columns, schema=schema.gallery(8, 16))
-    store = Store(str(tmp_path / "data"))
+    store = Store(str(place))
     parts = [store.write_part("gallery", "v1", n, table.slice(start, 20)) for n, start in enumerate((0, 20))]
     receipts = [Receipt({"gallery": part}) for part in parts]
     store.publish("index", "v1", ("gallery",), receipts, made_from={"model": "made-up"}, config={}, notes={})
+    return store, parts
+
+
+def test_a_gallery_opens_from_its_table_and_the_next_time_from_files_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
+    pair = random_pairs(30, 0)
+    store, parts = published(tmp_path / "data", pair)
     for _ in range(2):
         gallery, _ = open_gallery(store)
         assert [len(shard) for shard in gallery.shards] == [20, 10]
-        assert torch.equal(torch.cat(gallery.shards), torch.cat([whole, local], dim=1).half())
+        assert torch.equal(torch.cat(gallery.shards), torch.cat(pair, dim=1).half())
         assert gallery.global_dim == 8
         files = sorted((tmp_path / "cache" / "shards").iterdir())
         assert [file.name for file in files] == sorted(f"{part.sha256}.npy" for part in parts)
+
+
+def test_views_agree_in_a_gallery_that_is_opened_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
+    pair = random_pairs(30, 0)
+    store, _ = published(tmp_path / "data", pair)
+    (rows,) = open_gallery(store, neighbours=3)[0].shards
+    torch.testing.assert_close(rows.float(), torch.cat(agree_with_neighbours(pair, 3, 0.3), dim=1), rtol=0, atol=2e-3)
+    assert not torch.equal(rows, torch.cat(open_gallery(store)[0].shards))
