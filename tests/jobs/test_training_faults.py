@@ -28,7 +28,7 @@ from ceca.model.weights import find_model
 from ceca.store import Store
 from tests.conftest import REPOSITORY
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMALL = ("--recipe", "tests/jobs/small.yaml")
 # Checkpoints within epochs; a worker fills its node.
@@ -142,7 +142,6 @@ def test_a_killed_worker_is_replaced_and_training_goes_on_from_its_checkpoint(st
     assert_same_curve(dataset, undisturbed, 1e-6)
 
 
-@pytest.mark.slow
 def test_a_killed_node_is_replaced_by_another(cluster, start, undisturbed, dataset):
     process = start("train", *TRAIN, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
@@ -182,7 +181,6 @@ def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturb
     assert [record["epoch"] for record in made.training["history"]] == [1, 2, 3]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "stage"), [(1, 1), (3, 1), (1, 3), (3, 0)])
 def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, dataset, workers: int, stage: int):
     settings = ("--zero-stage", stage)
@@ -193,7 +191,6 @@ def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, d
     torch.testing.assert_close(variances(dataset), variances(undisturbed), rtol=1e-4, atol=0)
 
 
-@pytest.mark.slow
 def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset):
     process = start("train", *TRAIN, "--workers", 3, "--workers-min", 2, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
