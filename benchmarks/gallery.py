@@ -37,6 +37,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.evaluate import most
+
 ARMS = ("reading", "ceca", "faiss fp16", "faiss fp32", "NumPy")
 WIDTHS = (512, 1024)
 BATCH, TOP_K, OMEGA = 64, 10, 0.3
@@ -124,12 +126,6 @@ def timed(call: Callable[[], Any], times: int = 9) -> float:
         call()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def most() -> int:
-    """Most bytes this process has held; getrusage would begin with what its parent held."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def ceca_search(folder: Path, queries: list[torch.Tensor]) -> Callable[[int], Any]:

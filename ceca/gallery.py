@@ -117,9 +117,9 @@ def _shard(store: Store, manifest: Manifest, part: int) -> np.ndarray:
     if not path.exists():
         table = store.read_part(manifest, part, ["global", "local"])
         rows = np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1)
-        folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"{uuid.uuid4().hex}.tmp"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as file:
                 np.save(file, rows)
             aside.replace(path)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -97,7 +97,7 @@ def retrieval_metrics(
         )
     parts = [
         rank_strip(similarity[rows].astype(np.result_type(similarity, np.float32), order="C"), matches, rows)
-        for rows in _slices(matches.queries, block)
+        for rows in slices(matches.queries, block)
     ]
     return RetrievalMetrics.of(np.concatenate(parts))
 
@@ -110,7 +110,6 @@ def rank_embeddings(
     *,
     only_first: bool = False,
     strip: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> dict[float, np.ndarray]:
     """Rank every query over the whole gallery, for several ω in one pass over the embeddings.
 
@@ -119,7 +118,7 @@ def rank_embeddings(
     Args:
         queries: normalised (global [Q, D], local [Q, E]), fp32. gallery: the same of G images.
         omegas: shares of the local similarity. only_first: ranks alone; the last two figures of a query stay 0.
-        strip: queries compared at a time; it bounds memory and changes nothing else. progress: told of queries done.
+        strip: queries compared at a time; it bounds memory and changes nothing else.
 
     Returns:
         For each ω [Q, 6], columns `PER_QUERY`: found at rank 1, 5, 10, average precision, inverse negative penalty,
@@ -139,7 +138,7 @@ def rank_embeddings(
     cosines = [torch.empty(min(strip, count), size) for _ in range(2)]
     fused = torch.empty_like(cosines[0])
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for rows in _slices(count, strip):
+        for rows in slices(count, strip):
             own = rows.stop - rows.start
             for part, side, others in zip(cosines, queries, gallery, strict=True):
                 torch.mm(side[rows], others.T, out=part[:own])
@@ -151,9 +150,7 @@ def rank_embeddings(
                     place = slice(first + chunk.start, first + chunk.stop)
                     return rank_strip(similarity[chunk], matches, place, only_first=only_first)
 
-                ranked[rows] = np.concatenate(list(threads.map(rank, _slices(own, max(1, CHUNK // size)))))
-            if progress is not None:
-                progress(own)
+                ranked[rows] = np.concatenate(list(threads.map(rank, slices(own, max(1, CHUNK // size)))))
     return found
 
 
@@ -162,10 +159,10 @@ def rank_strip(similarity: np.ndarray, matches: Matches, rows: slice, *, only_fi
     columns = matches.columns(rows)
     there = columns >= 0
     found = np.where(there, np.take_along_axis(similarity, np.maximum(columns, 0), axis=1), -np.inf)
+    similarity[np.nonzero(there)[0], columns[there]] = -np.inf  # strangers alone are left
     if only_first:
         found, there = found.max(axis=1, keepdims=True), there[:, :1]
     found = -np.sort(-found, axis=1)  # the best match first, absent ones last
-    similarity[np.nonzero(columns >= 0)[0], columns[columns >= 0]] = -np.inf  # strangers alone are left
     if only_first:
         ahead = (similarity >= found).sum(axis=1, keepdims=True)
         unknown = np.isnan(similarity).any() or np.isnan(found).any()
@@ -180,7 +177,7 @@ def rank_strip(similarity: np.ndarray, matches: Matches, rows: slice, *, only_fi
     count = matches.count[rows]
     first = position[:, 0]
     figures = np.zeros((len(position), len(PER_QUERY)))
-    figures[:, :3] = [[0 < place <= k for k in AT] for place in first.tolist()]
+    figures[:, :3] = (first[:, None] > 0) & (first[:, None] <= np.array(AT))
     if not only_first:
         precision = np.divide(nth, position, out=np.zeros(position.shape), where=there)
         figures[:, 3] = precision.sum(axis=1) / np.maximum(count, 1)
@@ -189,7 +186,8 @@ def rank_strip(similarity: np.ndarray, matches: Matches, rows: slice, *, only_fi
     return figures
 
 
-def _slices(count: int, step: int) -> Iterable[slice]:
+def slices(count: int, step: int) -> Iterable[slice]:
+    """Consecutive slices of at most `step` that cover so many rows."""
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 

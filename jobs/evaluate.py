@@ -22,7 +22,7 @@ from ceca import schema
 from ceca.commandline import parse_arguments
 from ceca.config import EvaluateConfig, to_mapping
 from ceca.gallery import agree_with_neighbours, matrix
-from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_embeddings, rank_strip
+from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_embeddings, rank_strip, slices
 from ceca.model.weights import require_model
 from ceca.samples import list_images
 from ceca.store import Store, StoreError, version_of
@@ -130,8 +130,7 @@ def rank(queries: Embedded, gallery: Embedded, omegas: list[float]) -> dict[floa
     shared = ray.put(([part.numpy() for part in gallery.pair], matches, omegas))  # read in place by every task
     with stages.Track("evaluate", count, unit="queries") as track:
         pending = {}
-        for start in range(0, count, TASK_ROWS):
-            rows = slice(start, min(start + TASK_ROWS, count))
+        for rows in slices(count, TASK_ROWS):
             pending[_rank_rows.remote(tuple(part[rows] for part in queries.pair), shared, rows)] = rows
         parts = {}
         while pending:
@@ -220,12 +219,10 @@ def chance(query_identities: np.ndarray, gallery_identities: np.ndarray, most: i
     asked = query_identities[np.linspace(0, len(query_identities) - 1, min(most, len(query_identities))).astype(int)]
     matches = Matches(asked, gallery_identities)
     size = len(gallery_identities)
-    step = max(1, STRIP // size)
-    parts = []
-    for start in range(0, len(asked), step):
-        rows = slice(start, min(start + step, len(asked)))
-        similarity = source.random((rows.stop - rows.start, size), np.float32)
-        parts.append(rank_strip(similarity, matches, rows))
+    parts = [
+        rank_strip(source.random((rows.stop - rows.start, size), np.float32), matches, rows)
+        for rows in slices(len(asked), max(1, STRIP // size))
+    ]
     return RetrievalMetrics.of(np.concatenate(parts)).as_dict()
 
 
