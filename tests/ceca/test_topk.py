@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,3 +67,22 @@ def test_rows_that_are_all_alike_are_all_compared_again():
     rows[39_999] = torch.tensor([0.5, 0.5, 0.5, 0.50048828125])
     found = top_k([rows], torch.full((5, 4), 0.5), 2, row_norm=1.01)
     assert found.row.tolist() == [[39_999, 0]] * 5
+
+
+def test_fp16_becomes_bf16_within_the_bound_that_is_counted_on():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = every[every.isfinite() & (every.abs() < 65_280)][None]
+    made = topk._convert(finite, torch.empty(finite.shape, dtype=torch.bfloat16)).float()
+    normal = finite.abs() >= 2.0**-14
+    relative = (made - finite.float()).abs() / finite.float().abs().clamp_min(2.0**-14)
+    assert relative[normal].max() <= topk.ROUNDING[torch.bfloat16]
+    assert (made - finite.float()).abs()[~normal].max() <= 2.0**-15
+
+
+def test_the_threads_of_a_search_leave_torchs_own_number_alone():
+    before = torch.get_num_threads()
+    rows, asked = made(2000, 8, 16, seed=1)
+    top_k([rows], asked, 3, row_norm=1.001)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == before
+    assert torch.get_num_threads() == before
