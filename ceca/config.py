@@ -389,6 +389,9 @@ class IndexConfig:
     model: str = "ceca"
     split: Split | None = "test"
     """Which images; none means all."""
+    only_missing: bool = False
+    """Embed only images that the published gallery lacks or that have another summary now, and keep its other rows.
+    An image's path is taken for its identity."""
     images_per_part: Positive = 2048
     batch: Positive = execution(64)
     replicas: Positive = execution(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ from torch import Tensor
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
 from ceca.model.weights import load_model
+from ceca.samples import removed_images
 from ceca.store import Manifest, Store, StoreError
 from ceca.topk import gather
 from ceca.topk import top_k as find_best
 
 ROW_NORM = 2**0.5 * (1 + 2**-10)  # of two normalised halves, rounded to fp16
+CACHED_DAYS = 30  # after which a shard that nobody opened is removed from this machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +44,22 @@ class Hit:
 
 
 class Gallery:
-    """The rows of a gallery table: ids, identities, and embeddings in fp16 shards [n, D + E]."""
+    """The rows of a gallery table: ids, identities, and embeddings in fp16 shards [n, D + E].
 
-    def __init__(self, ids: Sequence[str], identities: Sequence[int], shards: Sequence[Tensor], global_dim: int):
+    `present` [N] tells rows that may be found from those that were removed; None: all may.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        identities: Sequence[int],
+        shards: Sequence[Tensor],
+        global_dim: int,
+        present: Tensor | None = None,
+    ):
         self.ids, self.identities = list(ids), list(identities)
         self.shards, self.global_dim = list(shards), global_dim
+        self.present = present
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,8 +78,11 @@ class Gallery:
         Equal similarities come in the order of image ids.
 
         Args:
-            omega: ω of all queries, or of each. allowed: [N] booleans, images that may be found; None: all.
+            omega: ω of all queries, or of each. allowed: [N] booleans, images that may be found; None: all that are
+                present.
         """
+        if self.present is not None:
+            allowed = self.present if allowed is None else allowed & self.present
         local_share = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
         scaled = torch.cat([(1 - local_share) * query_global.float(), local_share * query_local.float()], dim=1)
         best = find_best(self.shards, scaled, top_k, row_norm=ROW_NORM, allowed=allowed)
@@ -99,22 +116,40 @@ def open_gallery(
     """
     manifest = store.current("gallery", "index")
     table = store.read(manifest, ["image_id", "identity"])
-    shards = [torch.from_numpy(_shard(store, manifest, part)) for part in range(len(manifest.parts))]
+    ids, identities = table["image_id"].to_pylist(), table["identity"].to_pylist()
+    removed = removed_images(store)
+    present = torch.tensor([image_id not in removed for image_id in ids])
+    shards = _shards(store, manifest)
     if torch.device(device).type != "cpu":
         shards = [torch.cat(shards).to(device)]
-    ids, identities = table["image_id"].to_pylist(), table["identity"].to_pylist()
     global_dim = store.read_part(manifest, 0, ["global"]).schema.field("global").type.list_size
     if neighbours:
-        whole, local = torch.cat(shards).float().split([global_dim, shards[0].shape[1] - global_dim], dim=1)
+        rows = torch.cat(shards)[present].float()
+        whole, local = rows.split([global_dim, rows.shape[1] - global_dim], dim=1)
         shards = [torch.cat(agree_with_neighbours((whole, local), neighbours, omega), dim=1).half()]
-    return Gallery(ids, identities, shards, global_dim), manifest
+        ids, identities = ([column[row] for row in present.nonzero()[:, 0].tolist()] for column in (ids, identities))
+        present = torch.ones(len(ids), dtype=torch.bool)
+    return Gallery(ids, identities, shards, global_dim, None if present.all() else present), manifest
 
 
-def _shard(store: Store, manifest: Manifest, part: int) -> np.ndarray:
-    """The embeddings of a part, fp16 [n, D + E], mapped from a file that is named for the part's digest."""
+def _shards(store: Store, manifest: Manifest) -> list[Tensor]:
+    """The embeddings of each part, fp16 [n, D + E], mapped from files that are named for the parts' digests."""
     folder = Path(os.environ.get("CECA_CACHE") or Path(tempfile.gettempdir()) / f"ceca-{os.getuid()}") / "shards"
+    try:
+        shards = [torch.from_numpy(_shard(store, manifest, part, folder)) for part in range(len(manifest.parts))]
+        for file in folder.iterdir():  # who has one of them mapped keeps what is in it
+            if time.time() - file.stat().st_mtime > CACHED_DAYS * 86_400:
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write in {folder} ({error}); set CECA_CACHE to a folder with room") from error
+    return shards
+
+
+def _shard(store: Store, manifest: Manifest, part: int, folder: Path) -> np.ndarray:
     path = folder / f"{manifest.parts[part].sha256}.npy"
-    if not path.exists():
+    try:
+        os.utime(path)  # used today
+    except FileNotFoundError:
         table = store.read_part(manifest, part, ["global", "local"])
         rows = np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1)
         aside = folder / f"{uuid.uuid4().hex}.tmp"
@@ -123,8 +158,6 @@ def _shard(store: Store, manifest: Manifest, part: int) -> np.ndarray:
             with aside.open("wb") as file:
                 np.save(file, rows)
             aside.replace(path)
-        except OSError as error:
-            raise StoreError(f"cannot write {path} ({error}); set CECA_CACHE to a folder with room") from error
         finally:
             aside.unlink(missing_ok=True)
     return np.load(path, mmap_mode="c")  # nothing writes to it; torch warns of arrays that cannot be written

@@ -69,6 +69,15 @@ def add_summaries(
     return told, missing
 
 
+def removed_images(store: Store) -> set[str]:
+    """The ids of images that no search may find any more, whatever a gallery still holds (`ceca remove`)."""
+    return {
+        image_id
+        for name in store.names("removed")
+        for image_id in (store.read_json("removed", name) or {"images": []})["images"]
+    }
+
+
 def make_pairs(store: Store, rows: list[ImageRow], captions: Manifest) -> pa.Table:
     """Every (image, caption) pair of these images, in the order of the captions table: schema PAIRS."""
     by_id = {row.image_id: row for row in rows}

@@ -173,6 +173,15 @@ class Store:
         except ValueError as error:
             raise StoreError(f"{self.place(*names)} is not valid JSON ({error}); remove it and run its stage") from None
 
+    def names(self, *names: str) -> list[str]:
+        """The objects in a folder that may not be there, sorted, without those that are being written aside."""
+        folder = self.path(*names)
+        with self._explained("list", *names):
+            if not self.fs.exists(folder):
+                return []
+            found = sorted(Path(path).name for path in self.fs.ls(folder, detail=False))
+        return [name for name in found if not name.endswith(".tmp")]
+
     def _explained(self, verb: str, *names: str) -> _Explained:
         return _Explained(f"cannot {verb} {self.place(*names)}")
 
@@ -281,13 +290,8 @@ class Store:
 
     def receipts(self, stage: str, version: str) -> dict[int, Receipt]:
         """The units of this version that are done."""
-        folder = self.path(".work", stage, version)
-        with self._explained("list", ".work", stage, version):
-            if not self.fs.exists(folder):
-                return {}
-            names = sorted(Path(path).name for path in self.fs.ls(folder, detail=False) if path.endswith(".json"))
         found = {}
-        for name in names:
+        for name in self.names(".work", stage, version):
             receipt = json.loads(self.read_bytes(".work", stage, version, name))
             found[int(Path(name).stem)] = Receipt(
                 parts={table: Part(**part) for table, part in receipt["parts"].items()},

@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "train several methods, several seeds each, and print their table",
     "evaluate": "retrieval metrics of a model on a split",
     "index": "embed images → table gallery",
+    "remove": "take images or people out of search",
     "search": "find a person from a description, in this shell",
     "weights": "bring in other programs' checkpoints, give CLIP's part to open_clip",
     "report": "pictures of what a stage has made",

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from ceca.datasets.images import mime_type
 from ceca.gallery import check_same_model
 from ceca.model.weights import require_model
-from ceca.samples import list_images
+from ceca.samples import list_images, removed_images
 from ceca.store import Manifest, Store, StoreError
 
 CACHE_BYTES = 64 * 1024 * 1024  # of encoded images in one ingress replica: a few thousand pedestrian crops
@@ -96,6 +96,7 @@ class Catalogue:
         self.images = _pinned(self.store, "images", served.images)
         gallery = _pinned(self.store, "gallery", served.gallery)
         ids = set(self.store.read(gallery, ["image_id"])["image_id"].to_pylist())
+        ids -= removed_images(self.store)
         rows = list_images(self.store, self.images)
         self.places = {row.image_id: (row.part, row.row) for row in rows if row.image_id in ids}
         self.summaries = self._read_summaries(served.dialogues, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,18 @@ def test_a_gallery_opens_from_its_table_and_the_next_time_from_files_of_this_mac
         assert gallery.global_dim == 8
         files = sorted((tmp_path / "cache" / "shards").iterdir())
         assert [file.name for file in files] == sorted(f"{part.sha256}.npy" for part in parts)
+
+
+def test_shards_that_nobody_opened_for_a_month_leave_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("CECA_CACHE", str(tmp_path))
+    store, parts = published(tmp_path / "data", random_pairs(30, 0))
+    open_gallery(store)
+    for name in ("forgotten.npy", f"{parts[0].sha256}.npy"):
+        (tmp_path / "shards" / name).touch()
+        os.utime(tmp_path / "shards" / name, (0, 0))
+    gallery, _ = open_gallery(store)
+    assert sorted(path.stem for path in (tmp_path / "shards").iterdir()) == sorted(part.sha256 for part in parts)
+    assert len(gallery) == 30
 
 
 def test_views_agree_in_a_gallery_that_is_opened_so(tmp_path, monkeypatch):
