@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 LOCK   ?= requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test drill lint lock clean
+.PHONY: help install demo serve test drill browser lint lock clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,11 +30,18 @@ serve: install  ## the search page on the demo's result
 	@test -e demo/data/gallery/manifest.json || { echo "error: no gallery in demo/data; run make demo first"; exit 1; }
 	$(BIN)/ceca serve --data demo/data
 
-test: install lint  ## lint, types and tests
+test: install lint browser  ## lint, types and tests
 	$(BIN)/python -m pytest
 
 drill: install  ## the slow tests: losing actors, nodes and jobs, ten thousand images, cache on and off
 	$(BIN)/python -m pytest -m slow
+
+# The pages are tested in a real browser; Debian's Chromium is installed where that can be done without asking.
+browser:  ## Chromium for the tests of the pages, where it is missing
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing Chromium …" && \
+		  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+		echo "no Chromium: the tests of the pages will be skipped (Debian: apt-get install chromium)"
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

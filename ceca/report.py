@@ -14,7 +14,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
+
+from ceca.errors import UserError
 
 HIT, MISS, UNKNOWN = "#1a9850", "#d73027", "#888888"
 
@@ -23,13 +27,15 @@ HIT, MISS, UNKNOWN = "#1a9850", "#d73027", "#888888"
 class RankedList:
     """A query and what was found for it, best first.
 
-    `identity` is the person described, or None where nobody knows; `images` and `identities` belong together.
+    `identity` is the person described, or None where nobody knows; `images` and `identities` belong together. `label`
+    says whose list it is where there are several for one query.
     """
 
     query: str
     identity: int | None
     images: Sequence[Image.Image]
     identities: Sequence[int]
+    label: str = ""
 
 
 def draw_ranked_lists(lists: Sequence[RankedList], out: Path, title: str = "") -> Path:
@@ -48,6 +54,7 @@ def draw_ranked_lists(lists: Sequence[RankedList], out: Path, title: str = "") -
             axis.set_axis_off()
         words = textwrap.fill(ranked.query, 30)
         row[0].text(0, 0.5, words, va="center", ha="left", fontsize=10, transform=row[0].transAxes)
+        row[0].text(0, 0.98, ranked.label, va="top", weight="bold", fontsize=10, transform=row[0].transAxes)
         for position, (image, identity) in enumerate(zip(ranked.images, ranked.identities, strict=True)):
             axis = row[position + 1]
             axis.set_axis_on()
@@ -60,9 +67,19 @@ def draw_ranked_lists(lists: Sequence[RankedList], out: Path, title: str = "") -
                 side.set(edgecolor=colour, linewidth=3.5)
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return _save(figure, out)
+
+
+def _save(figure: Figure, out: Path) -> Path:
+    """Write a figure in the kind that its name says; PNG and SVG where it says none."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    try:
+        for path in [out] if out.suffix else [out.with_suffix(".png"), out.with_suffix(".svg")]:
+            figure.savefig(path, dpi=130)
+    except ValueError as error:  # matplotlib names the kinds there are
+        raise UserError(f"cannot write {out}: {error}") from None
+    finally:
+        plt.close(figure)
     return out
 
 
@@ -186,9 +203,7 @@ def draw_comparison(rows: Mapping[str, Mapping[str, tuple[float, float]]], out: 
     axis.set(ylabel="percent", ylim=(0, 105))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, ncols=2, loc="upper left")
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-    return out
+    return _save(figure, out)
 
 
 def draw_training(
@@ -211,9 +226,7 @@ def draw_training(
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     left.legend(frameon=False)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-    return out
+    return _save(figure, out)
 
 
 def draw_omega(curves: Mapping[str, Mapping[float, tuple[float, float]]], out: Path) -> Path:
@@ -238,6 +251,64 @@ def draw_omega(curves: Mapping[str, Mapping[float, tuple[float, float]]], out: P
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-    return out
+    return _save(figure, out)
+
+
+def draw_statistics(
+    images_per_person: Sequence[int], words: Sequence[int], tokens: Sequence[int], limit: int, out: Path
+) -> Path:
+    """Write a picture of a dataset: images of a person, words of a caption, CLIP tokens of a summary.
+
+    Args:
+        limit: CLIP's context length, beyond which a summary is cut; marked.
+    """
+    panels = [("images of a person", images_per_person), ("words of a caption", words)]
+    if tokens:
+        panels.append(("CLIP tokens of a summary", tokens))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), layout="constrained", squeeze=False)
+    for axis, (label, values) in zip(axes[0], panels, strict=True):
+        low, high = min(values), max(values)
+        step = max(1, (high - low) // 40)
+        edges = [edge - 0.5 for edge in range(low, high + step + 1, step)]
+        axis.hist(values, bins=edges, color=ACCENT, edgecolor=PAPER, linewidth=0.5)
+        axis.set(xlabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+    if tokens:
+        axes[0, -1].axvline(limit, color=MISS, linewidth=1)
+        axes[0, -1].text(
+            limit, 0.98, f"{limit}: CLIP's length ", ha="right", va="top", fontsize=8, color=MISS,
+            transform=axes[0, -1].get_xaxis_transform(),
+        )  # fmt: skip
+    axes[0, 0].set(ylabel="how many")
+    return _save(figure, out)
+
+
+def draw_attributes(
+    confused: Mapping[str, tuple[float, float]], rank1: Mapping[str, tuple[float, int]], out: Path
+) -> Path:
+    """Write a picture of where a model errs.
+
+    Args:
+        confused: by attribute, how often the wrong first places have another value than the image described, and how
+            often any other person's image has; shares. rank1: by condition of the image described, Rank-1 in percent
+            and how many queries it is of.
+    """
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 1.2 + 0.28 * max(len(confused), len(rank1))), layout="constrained"
+    )
+    order = sorted(confused, key=lambda name: confused[name][0] / max(confused[name][1], 1e-9))
+    for place, name in enumerate(order):
+        wrong, anyone = (100 * share for share in confused[name])
+        left.barh(place, wrong, color=ACCENT, label="of wrong first places" if not place else None)
+        left.plot([anyone, anyone], [place - 0.4, place + 0.4], color=INK, label=None if place else "of any stranger")
+    left.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
+    left.set(xlabel="has another value than the person described, percent", xlim=(0, 100))
+    left.legend(frameon=False, loc="lower right", fontsize=8)
+    names = list(rank1)[::-1]
+    right.barh(range(len(names)), [rank1[name][0] for name in names], color=HIT)
+    right.set_yticks(range(len(names)), [f"{name} ({rank1[name][1]:,})" for name in names])
+    right.set(xlabel="Rank-1 of sentences about such images, percent", xlim=(0, 100))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, out)

@@ -4,14 +4,21 @@ ceca report dialogues --data s3://bucket/cuhk s3://bucket/rstp --picture dialogu
 ceca report training --data s3://bucket/cuhk --models ceca irra --picture training.png
 ceca report omega --data s3://bucket/cuhk --models ceca --picture omega.svg
 ceca report significance --data s3://bucket/cuhk --models rde ceca
+ceca report ranked --data s3://bucket/cuhk --models rde ceca --picture ranked.png
+ceca report attributes --data drawn --model ceca --picture attributes.png
+ceca report statistics --data s3://bucket/cuhk --picture statistics.png
+ceca report page --data s3://bucket/cuhk --folder report
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
@@ -20,14 +27,25 @@ from rich.table import Table as TextTable
 from ceca.config import EvaluateConfig, Split
 from ceca.datasets.images import open_image
 from ceca.errors import UserError
-from ceca.metrics import RetrievalMetrics
+from ceca.metrics import STRIP, RetrievalMetrics, slices
+from ceca.model.backbone import CONTEXT, count_tokens
+from ceca.model.ceca import fused_similarity
 from ceca.model.weights import model_file, require_model
-from ceca.report import Described, draw_dialogues, draw_omega, draw_training
+from ceca.report import (
+    Described,
+    RankedList,
+    draw_attributes,
+    draw_dialogues,
+    draw_omega,
+    draw_ranked_lists,
+    draw_statistics,
+    draw_training,
+)
 from ceca.samples import ImageRow, add_summaries, list_images
 from ceca.significance import Difference, paired_bootstrap
 from ceca.store import Store
 from jobs import stages
-from jobs.evaluate import compared, embed_split, rank, result_name
+from jobs.evaluate import Embedded, compared, embed_split, rank, result_name
 
 # What of a query is compared between runs, by its column.
 COMPARED = {"Rank-1": "rank1", "Rank-5": "rank5", "Rank-10": "rank10", "AP": "average_precision"}
@@ -50,7 +68,9 @@ def report_dialogues(
 def report_training(
     data: Annotated[str, tyro.conf.arg(help="dataset URI")],
     models: Annotated[tuple[str, ...], tyro.conf.arg(help="published models")] = ("ceca",),
-    picture: Annotated[Path, tyro.conf.arg(help="where to write it (.png, .jpg, .webp)")] = Path("training.png"),
+    picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path(
+        "training.png"
+    ),
 ) -> None:
     """The loss of every step and the validation of published models."""
     store = Store(data)
@@ -70,7 +90,7 @@ def report_omega(
     models: Annotated[tuple[str, ...], tyro.conf.arg(help="published models, or URIs of some")] = ("ceca",),
     split: Annotated[Split, tyro.conf.arg(help="the split to evaluate")] = "test",
     steps: Annotated[int, tyro.conf.arg(help="ω is 0, 1 and as many between as make so many steps")] = 10,
-    picture: Annotated[Path, tyro.conf.arg(help="where to write it (.png, .svg, .webp)")] = Path("omega.png"),
+    picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path("omega.png"),
 ) -> dict[str, dict[float, tuple[float, float]]]:
     """How Rank-1 and Rsum follow ω, from one pass over each model's embeddings."""
     if steps < 1 or not models:
@@ -122,6 +142,143 @@ def report_significance(
     return found
 
 
+def report_ranked(
+    data: Annotated[str, tyro.conf.arg(help="dataset URI")],
+    models: Annotated[tuple[str, ...], tyro.conf.arg(help="one or two published models")] = ("ceca",),
+    split: Annotated[Split, tyro.conf.arg(help="the split to search")] = "test",
+    omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
+    count: Annotated[int, tyro.conf.arg(help="sentences")] = 4,
+    top_k: Annotated[int, tyro.conf.arg(help="images of each list")] = 8,
+    seed: Annotated[int, tyro.conf.arg(help="chooses the sentences")] = 0,
+    picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path(
+        "ranked.png"
+    ),
+) -> list[RankedList]:
+    """Ranked lists of two models one above the other for the same sentences, hits framed."""
+    if not 1 <= len(models) <= 2 or count < 1 or top_k < 1:
+        raise UserError(f"--models takes one or two, --count and --top-k at least 1; found {models}, {count}, {top_k}")
+    store = Store(data)
+    sides = [compared(EvaluateConfig(), *embed_split(store, EvaluateConfig(model=m, split=split))) for m in models]
+    queries, gallery = embed_split(store, EvaluateConfig(model=models[0], split=split))
+    texts, images = sides[0]
+    # By the first places: sentences that exactly one model answers right come first, in a random order.
+    right = [images.identities[_best(*side, omega, 1)[:, 0]] == texts.identities for side in sides]
+    shuffled = np.random.default_rng(seed).permutation(len(texts.identities))
+    chosen = shuffled[np.argsort(right[0][shuffled] == right[-1][shuffled], kind="stable")][:count]
+    captions = store.read(store.current("captions", "ingest"), ["caption_id", "text"])
+    words = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
+    table = store.current("images", "ingest")
+    places = {row.image_id: (row.part, row.row) for row in list_images(store, table, split)}
+    lists = []
+    for query in sorted(chosen.tolist()):
+        for name, (asked, there) in zip(models, sides, strict=True):
+            best = _best(asked, there, omega, top_k, slice(query, query + 1))[0]
+            ids = gallery["image_id"].take(best).to_pylist()
+            encoded = store.take(table, [places[image_id] for image_id in ids], ["image"])["image"].to_pylist()
+            lists.append(
+                RankedList(
+                    words[queries["caption_id"][query].as_py()],
+                    int(texts.identities[query]),
+                    [open_image(content) for content in encoded],
+                    there.identities[best].tolist(),
+                    name if len(models) > 1 else "",
+                )
+            )
+    draw_ranked_lists(lists, picture)
+    stages.console.print(f"report: {count} sentences → {picture}")
+    return lists
+
+
+def _best(texts: Embedded, images: Embedded, omega: float, top_k: int, rows: slice | None = None) -> np.ndarray:
+    """Gallery columns of the best images of some queries (default: all), [q, k]."""
+    found = []
+    start, stop, _ = (rows or slice(None)).indices(len(texts.identities))
+    for part in slices(stop - start, max(1, STRIP // len(images.identities))):
+        side = slice(start + part.start, start + part.stop)
+        similarity = fused_similarity((texts.pair[0][side], texts.pair[1][side]), images.pair, omega)
+        found.append(similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices.numpy())
+    return np.concatenate(found)
+
+
+def report_attributes(
+    data: Annotated[str, tyro.conf.arg(help="URI of a dataset of drawn pedestrians, whose truth is known")],
+    model: Annotated[str, tyro.conf.arg(help="a published model, or the URI of one")] = "ceca",
+    split: Annotated[Split, tyro.conf.arg(help="the split to search")] = "test",
+    omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
+    picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path(
+        "attributes.png"
+    ),
+) -> dict[str, tuple[float, float]]:
+    """Which attributes a model's wrong first places get wrong, beside those of any stranger; Rank-1 by view."""
+    store = Store(data)
+    truth = store.manifest("attributes")
+    if truth is None:
+        raise UserError(f"{store.uri} has no table of attributes: this report is for drawn pedestrians")
+    queries, gallery = embed_split(store, EvaluateConfig(model=model, split=split))
+    texts, images = compared(EvaluateConfig(), queries, gallery)
+    drawn = {row["image_id"]: row for row in store.read(truth).to_pylist()}
+    asked = [drawn[caption_id.rpartition("-")[0]] for caption_id in queries["caption_id"].to_pylist()]
+    there = [drawn[image_id] for image_id in gallery["image_id"].to_pylist()]
+    first = _best(texts, images, omega, 1)[:, 0]
+    right = images.identities[first] == texts.identities
+    stranger = np.random.default_rng(0).integers(len(there), size=len(asked))
+    other = images.identities[stranger] != texts.identities
+    names = sorted({name for row in there for name, _ in row["attributes"]})
+    confused = {}
+    for name in names:
+        differs = [
+            np.array(
+                [_value(want, name) != _value(there[place], name) for want, place in zip(asked, found, strict=True)]
+            )
+            for found in (first, stranger)
+        ]
+        confused[name] = (float(differs[0][~right].mean()) if (~right).any() else 0.0, float(differs[1][other].mean()))
+    rank1 = {}
+    for kind, wanted in (("view", "view"), ("light", "lighting"), ("hidden in part", "occluded")):
+        values = np.array([str(row[wanted]).lower() for row in asked])
+        for value in sorted(set(values.tolist())):
+            rank1[f"{kind}: {value}"] = (100 * float(right[values == value].mean()), int((values == value).sum()))
+    draw_attributes(confused, rank1, picture)
+    stages.console.print(f"report: {(~right).sum()} of {len(right)} first places are wrong → {picture}")
+    return confused
+
+
+def _value(row: Mapping[str, Any], name: str) -> str | None:
+    return dict(row["attributes"]).get(name)
+
+
+def report_statistics(
+    data: Annotated[str, tyro.conf.arg(help="dataset URI")],
+    picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path(
+        "statistics.png"
+    ),
+) -> dict[str, list[int]]:
+    """People, images and captions of each split; how long captions and summaries are."""
+    store = Store(data)
+    tables = [
+        store.read(store.current(name, "ingest"), columns)
+        for name, columns in (("images", ["identity", "split"]), ("captions", ["split", "text"]))
+    ]
+    images, captions = (table.to_pydict() for table in tables)
+    people = Counter(images["identity"])
+    words = [len(text.split()) for text in captions["text"]]
+    dialogues = store.manifest("dialogues")
+    tokens: list[int] = []
+    if dialogues is not None and dialogues.rows:
+        tokens = [count_tokens(text) for text in store.read(dialogues, ["summary"])["summary"].to_pylist()]
+    draw_statistics(list(people.values()), words, tokens, CONTEXT, picture)
+    shown = TextTable(title=store.uri, title_justify="left")
+    for heading in ("split", "people", "images", "captions"):
+        shown.add_column(heading, justify="right" if heading != "split" else "left")
+    counts = {}
+    for split in dict.fromkeys(images["split"]):
+        own = [identity for identity, found in zip(images["identity"], images["split"], strict=True) if found == split]
+        counts[split] = [len(set(own)), len(own), captions["split"].count(split)]
+        shown.add_row(split, *(f"{number:,}" for number in counts[split]))
+    stages.console.print(shown)
+    return counts
+
+
 def describe(store: Store, count: int, seed: int) -> list[Described]:
     """Images of different people with a caption and the summary, chosen by `seed`."""
     images, captions = store.current("images", "ingest"), store.current("captions", "ingest")
@@ -150,11 +307,17 @@ def _title(uri: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from jobs.report_page import report_page  # it gathers what the functions above make
+
     kinds: dict[str, Any] = {
         "dialogues": report_dialogues,
         "training": report_training,
         "omega": report_omega,
         "significance": report_significance,
+        "ranked": report_ranked,
+        "attributes": report_attributes,
+        "statistics": report_statistics,
+        "page": report_page,
     }
     tyro.extras.subcommand_cli_from_dict(kinds, args=argv, prog="ceca report", description="Look at what a stage made.")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from cluster.object_store import S3Server, free_port, serve_s3
 
@@ -41,6 +43,20 @@ def s3_environment(s3: S3Server) -> Iterator[None]:
         for name, value in s3.environment().items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """Chromium without a window. For one test each: Playwright's loop and another's asyncio do not mix."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        missing = "no chromium or google-chrome on this machine; `make browser` installs one"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=quiet)
+        yield opened
+        opened.close()
 
 
 class RayCluster:

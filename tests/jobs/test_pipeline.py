@@ -25,7 +25,7 @@ from ceca.store import Receipt, Store
 from jobs import evaluate
 from jobs.index import SMALL_PARTS, reuse
 from jobs.remove import remove
-from jobs.report import report_omega, report_significance
+from jobs.report import report_attributes, report_omega, report_ranked, report_significance
 from tests.conftest import REPOSITORY
 from tests.jobs.test_stages import SMALL, digests, kill_after_some_units
 
@@ -121,6 +121,54 @@ def test_queries_ranked_by_tasks_of_the_cluster_are_ranked_as_in_one_process(ray
         ray.shutdown()
     for omega, figures in alone.items():
         np.testing.assert_allclose(together[omega], figures, rtol=1e-12)
+
+
+def test_the_report_is_one_page_whose_pictures_a_browser_shows(run, on_disk, browser, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(on_disk.root, data)
+    run("train", *SMALL, "--data", data, "--name", "<other>", "--epochs", 1)
+    folder = tmp_path / "report"
+    run("report", "page", "--data", data, "--folder", folder)
+
+    page, asked, errors = browser.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(f"file://{folder}/index.html")
+    assert not errors
+    assert [url for url in asked if not url.startswith("data:")] == [f"file://{folder}/index.html"]
+    pictures = page.evaluate("[...document.images].map(i => [i.alt, i.complete && i.naturalWidth])")
+    assert [name for name, width in pictures if width >= 400] == [name for name, _ in pictures]
+    assert len(pictures) == 6
+    headings = page.locator("h2").all_inner_texts()
+    assert {"Results", "Ranked lists", "Errors by attribute", "Training", "Dataset"} <= set(headings)
+    assert page.get_by_role("cell", name="<other>", exact=True).count() == 2  # escaped, in both directions
+    first = page.locator("table").first.locator("tr", has_text="ceca").first.locator("td").all_inner_texts()
+    fused = metrics(on_disk)["fused"]
+    assert first[1:3] == [f"{fused['rank1']:.2f}", f"{fused['rank5']:.2f}"]
+    for width in (390, 1200):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    figures = {path.name for path in folder.iterdir()}
+    names = ("omega", "ranked", "attributes", "training", "statistics")
+    assert figures >= {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+
+
+def test_ranked_lists_of_a_report_are_those_of_a_search(on_disk, tmp_path):
+    lists = report_ranked(on_disk.uri, count=3, top_k=4, picture=tmp_path / "ranked.png")
+    searcher = Searcher(on_disk)
+    for ranked in lists:
+        hits = searcher.search(ranked.query, omega=0.3, top_k=4)
+        assert [hit.identity for hit in hits] == list(ranked.identities)
+        assert len(ranked.images) == 4
+
+
+def test_wrong_first_places_differ_from_the_person_in_some_attribute(on_disk, tmp_path):
+    confused = report_attributes(on_disk.uri, picture=tmp_path / "attributes.svg")
+    assert {"gender", "upper_colour"} <= set(confused)
+    assert all(0 <= share <= 1 for both in confused.values() for share in both)
+    assert any(wrong > 0 for wrong, _ in confused.values())
+    with pytest.raises(UserError, match="cannot write"):
+        report_attributes(on_disk.uri, picture=tmp_path / "attributes.docx")
 
 
 def test_a_search_finds_gallery_images_of_the_test_split(on_disk):
