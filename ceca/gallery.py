@@ -7,11 +7,12 @@ inner product, so ω is chosen per query without another copy. Rows stay in fp16
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ceca.facets import Facets, open_facets
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
 from ceca.model.weights import load_model
@@ -173,16 +175,25 @@ class Searcher:
     """A model and a gallery made by it: text in, hits out. One process, no cluster."""
 
     def __init__(self, store: Store, model: str = "", device: str | torch.device = "cpu", *, neighbours: int = 0):
-        self.gallery, manifest = open_gallery(store, device, neighbours=neighbours)
-        self.version = manifest.version
+        self.store = store
+        self.gallery, self.manifest = open_gallery(store, device, neighbours=neighbours)
+        manifest = self.manifest
         self.model, published = load_model(store, model or manifest.notes["model"], device)
         self.model_digest = published.digest
         check_same_model(manifest, published.digest, published.uri)
         self.device = device
 
-    def search(self, query: str, *, omega: float, top_k: int) -> list[Hit]:
+    def search(
+        self, query: str, *, omega: float, top_k: int, where: Mapping[str, Sequence[str]] | None = None
+    ) -> list[Hit]:
+        """The best images, of those that have one of the values of every facet named in `where`."""
+        allowed = self.facets.where(where) if where else None
         embeddings = embed_texts(self.model, [query], self.device)
-        return self.gallery.search(*embeddings, omega=omega, top_k=top_k)[0]
+        return self.gallery.search(*embeddings, omega=omega, top_k=top_k, allowed=allowed)[0]
+
+    @functools.cached_property
+    def facets(self) -> Facets:
+        return open_facets(self.store, self.manifest, self.gallery.ids)
 
 
 def check_same_model(manifest: Manifest, digest: str, uri: str) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table as TextTable
 
 from ceca.datasets.images import open_image
 from ceca.errors import UserError
+from ceca.facets import parse_conditions
 from ceca.gallery import Hit, Searcher
 from ceca.report import RankedList, draw_ranked_lists
 from ceca.samples import ImageRow, list_images
@@ -28,6 +29,7 @@ def search(
     top_k: int = 10,
     omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
     neighbours: Annotated[int, tyro.conf.arg(help="nearest images that lend an image their embeddings")] = 0,
+    where: Annotated[tuple[str, ...], tyro.conf.arg(help="only such images: camera=c1,c2 hat=cap split=test")] = (),
     picture: Annotated[Path | None, tyro.conf.arg(help="also write the hits as a picture")] = None,
 ) -> None:
     """Find the images of a person from a description."""
@@ -40,7 +42,10 @@ def search(
         )
     store = Store(data)
     searcher = Searcher(store, model, neighbours=neighbours)
-    hits = searcher.search(query, omega=omega, top_k=top_k)
+    hits = searcher.search(query, omega=omega, top_k=top_k, where=parse_conditions(where))
+    if not hits:
+        stages.console.print("search: no image fulfils all conditions")
+        return
     rows = find_rows(store, hits)
     table = TextTable(title=query, title_justify="left")
     for heading in ("", "similarity", "global", "local", "identity", "image"):

@@ -6,6 +6,7 @@ Knows nothing of Ray: what it needs of the service is the protocol `Service`.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, Protocol
 
@@ -15,6 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ceca.config import ServeConfig
+from ceca.facets import FacetError
 from ceca.gallery import Hit
 from ceca.store import StoreError
 from serve.catalogue import Catalogue, Picture, Served
@@ -31,13 +33,15 @@ PAGE_HEADERS = {
 
 
 class SearchRequest(BaseModel):
-    """A description of a person, how many images are wanted, and ω (null: the service's own)."""
+    """A description of a person, how many images are wanted, ω (null: the service's own), and `where`: facets with the
+    values of which an image must have one."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     query: str
     top_k: Annotated[int, Field(ge=1)] = 10
     omega: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    where: Annotated[dict[str, Annotated[list[str], Field(min_length=1, max_length=100)]], Field(max_length=20)] = {}
 
     @field_validator("query")
     @classmethod
@@ -86,7 +90,7 @@ class Service(Protocol):
     served: Served
     catalogue: Catalogue
 
-    async def search(self, query: str, *, omega: float, top_k: int) -> list[Hit]: ...
+    async def search(self, query: str, *, omega: float, top_k: int, where: Mapping[str, list[str]]) -> list[Hit]: ...
 
     async def picture(self, image_id: str) -> Picture | None: ...
 
@@ -105,7 +109,11 @@ def make_api(service: Service, config: ServeConfig) -> FastAPI:
         started = time.perf_counter()
         _check_limits(request, config)
         omega = config.omega if request.omega is None else request.omega
-        hits = await service.search(request.query, omega=omega, top_k=request.top_k)
+        try:
+            hits = await service.search(request.query, omega=omega, top_k=request.top_k, where=request.where)
+        except FacetError as error:
+            problem = {"type": "value_error", "loc": ("body", "where"), "msg": str(error)}
+            raise RequestValidationError([problem]) from None
         return SearchResponse(
             query=request.query,
             omega=omega,
@@ -114,6 +122,12 @@ def make_api(service: Service, config: ServeConfig) -> FastAPI:
             took_ms=round((time.perf_counter() - started) * 1000, 2),
             hits=[_hit(hit, service.catalogue) for hit in hits],
         )
+
+    @api.get("/facets")
+    async def facets() -> dict[str, list[str]]:
+        """What `where` can name: facets and their values, of identities none, for there are too many."""
+        found = service.catalogue.facets
+        return {name: found.values(name) for name in found.columns if name != "identity"}
 
     @api.get("/images/{image_id}", response_class=Response)
     async def image(

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from ray.serve.schema import LoggingConfig
 from ceca.commandline import load_recipe
 from ceca.config import ServeConfig, from_mapping
 from ceca.errors import UserError
+from ceca.facets import open_facets
 from ceca.gallery import Hit, check_same_model, embed_texts, open_gallery
 from ceca.model.weights import load_model
 from ceca.store import Store, StoreError
@@ -32,17 +35,20 @@ from serve.api import make_api
 from serve.catalogue import Catalogue, Picture, Served, find_served
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+Conditions = tuple[tuple[str, tuple[str, ...]], ...]  # facets and values, so that a mask can be kept for it
+MASKS = 32  # of conditions asked last, a byte per image each
 INGRESS_REQUESTS = 512  # in flight on one ingress replica; more wait at the proxy
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """An embedded query: normalised [D] and [E], ω, and how many hits are wanted."""
+    """An embedded query: normalised [D] and [E], ω, how many hits are wanted, and of which images."""
 
     global_embedding: np.ndarray
     local_embedding: np.ndarray
     omega: float
     top_k: int
+    where: Conditions = ()
 
 
 @serve.deployment(logging_config=QUIET)
@@ -74,14 +80,15 @@ class GallerySearch:
     """Holds the gallery and answers exactly; questions that wait at the same time share a pass over it."""
 
     def __init__(self, served: Served, config: ServeConfig):
-        self.gallery, manifest = open_gallery(
-            Store(served.data), _device(config), neighbours=config.neighbours, omega=config.omega
-        )
+        store = Store(served.data)
+        self.gallery, manifest = open_gallery(store, _device(config), neighbours=config.neighbours, omega=config.omega)
         check_same_model(manifest, served.digest, served.model)
         if manifest.version != served.gallery:
             raise StoreError(
                 f"the gallery was {served.gallery} and is now {manifest.version}; start the service anew to serve it"
             )
+        facets = open_facets(store, manifest, self.gallery.ids)
+        self.mask = functools.lru_cache(MASKS)(lambda where: facets.where(dict(where)) if where else None)
         self.search.set_max_batch_size(config.batch)  # type: ignore[attr-defined]
         self.search.set_batch_wait_timeout_s(0.0)  # type: ignore[attr-defined]  # they come in the encoder's batches
 
@@ -90,13 +97,19 @@ class GallerySearch:
         return await asyncio.to_thread(self._search, questions)
 
     def _search(self, questions: list[Question]) -> list[list[Hit]]:
-        query_global, query_local = (
-            torch.from_numpy(np.stack([getattr(question, name) for question in questions]))
-            for name in ("global_embedding", "local_embedding")
-        )
-        most, omega = max(question.top_k for question in questions), [question.omega for question in questions]
-        found = self.gallery.search(query_global, query_local, omega=omega, top_k=most)
-        return [hits[: question.top_k] for question, hits in zip(questions, found, strict=True)]
+        found: list[list[Hit]] = [[] for _ in questions]
+        for where in {question.where for question in questions}:  # mostly one, and one pass over the gallery
+            places = [place for place, question in enumerate(questions) if question.where == where]
+            asked = [questions[place] for place in places]
+            query_global, query_local = (
+                torch.from_numpy(np.stack([getattr(question, name) for question in asked]))
+                for name in ("global_embedding", "local_embedding")
+            )
+            most, omega = max(question.top_k for question in asked), [question.omega for question in asked]
+            hits = self.gallery.search(query_global, query_local, omega=omega, top_k=most, allowed=self.mask(where))
+            for place, question, own in zip(places, asked, hits, strict=True):
+                found[place] = own[: question.top_k]
+        return found
 
 
 @serve.deployment(logging_config=QUIET)
@@ -108,13 +121,16 @@ class Ingress:
         self.served, self.config = served, config
         self.encoder, self.gallery = encoder, gallery
         self.catalogue = Catalogue(served)
+        self.facets = self.catalogue.facets
 
     def __serve_build_asgi_app__(self) -> Any:
         return make_api(self, self.config)
 
-    async def search(self, query: str, *, omega: float, top_k: int) -> list[Hit]:
+    async def search(self, query: str, *, omega: float, top_k: int, where: Mapping[str, list[str]]) -> list[Hit]:
+        self.facets.check(where)  # here, so that what does not exist is refused alone and not with its batch
+        conditions = tuple((name, tuple(values)) for name, values in sorted(where.items()))
         query_global, query_local = await self.encoder.encode.remote(query)
-        return await self.gallery.search.remote(Question(query_global, query_local, omega, top_k))
+        return await self.gallery.search.remote(Question(query_global, query_local, omega, top_k, conditions))
 
     async def picture(self, image_id: str) -> Picture | None:
         if image_id not in self.catalogue.places:

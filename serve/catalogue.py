@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 
 from ceca.datasets.images import mime_type
+from ceca.facets import open_facets
 from ceca.gallery import check_same_model
 from ceca.model.weights import require_model
 from ceca.samples import list_images, removed_images
@@ -95,8 +96,9 @@ class Catalogue:
         self.store = Store(served.data)
         self.images = _pinned(self.store, "images", served.images)
         gallery = _pinned(self.store, "gallery", served.gallery)
-        ids = set(self.store.read(gallery, ["image_id"])["image_id"].to_pylist())
-        ids -= removed_images(self.store)
+        listed = self.store.read(gallery, ["image_id"])["image_id"].to_pylist()
+        ids = set(listed) - removed_images(self.store)
+        self.facets = open_facets(self.store, gallery, sorted(ids))
         rows = list_images(self.store, self.images)
         self.places = {row.image_id: (row.part, row.row) for row in rows if row.image_id in ids}
         self.summaries = self._read_summaries(served.dialogues, ids)

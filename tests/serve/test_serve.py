@@ -80,9 +80,10 @@ def publish_people(store: Store, count: int) -> None:
         split = "train" if number == count - 1 else "test"
         common = {"image_id": image_id, "identity": number // 2, "split": split}
         place = {"width": 64, "height": 160, "source_path": f"{number:04d}.jpg"}
-        images.append({**common, **place, "camera": None, "image": draw_person(number)})
+        images.append({**common, **place, "camera": f"c{number % 3}", "image": draw_person(number)})
         captions.append({**common, "caption_id": schema.caption_id(image_id, 0), "text": summarize(number)})
         dialogues.append({"image_id": image_id, "turns": [], "summary": summarize(number), "model": "test"})
+        dialogues[-1] |= {"flags": [], "attributes": {"upper_colour": COLOURS[number % len(COLOURS)]}}
         dialogues[-1] |= {"prompt_version": "1", "generation_settings": "{}"}
         dialogues[-1] |= {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
     version = publish(store, "images", pa.Table.from_pylist(images, schema.IMAGES), "ingest", {}, {})
@@ -179,7 +180,7 @@ def test_search_equals_the_search_in_one_process(running: Running, omega: float)
         assert similarities(answer["hits"], kind) == pytest.approx([getattr(hit, kind) for hit in expected], abs=1e-5)
     assert answer["query"] == QUERY
     assert answer["omega"] == omega
-    assert answer["gallery"] == running.searcher.version
+    assert answer["gallery"] == running.searcher.manifest.version
     assert answer["model"] == f"tiny@{running.searcher.model_digest}"
     assert answer["took_ms"] > 0
 
@@ -203,6 +204,21 @@ def test_defaults_and_summaries(running: Running) -> None:
     for hit in answer["hits"]:
         assert hit["summary"] == summaries[hit["image_id"]]
         assert hit["image"] == f"/images/{hit['image_id']}"
+
+
+def test_conditions_apply_before_the_best_are_taken(running: Running) -> None:
+    colours = COLOURS[:2]
+    wanted = {
+        schema.image_id(f"{number:04d}.jpg")
+        for number in range(16)
+        if number % 3 == 1 and COLOURS[number % len(COLOURS)] in colours
+    }
+    hits = running.search(query=QUERY, top_k=12, where={"camera": ["c1"], "upper_colour": colours})["hits"]
+    assert {hit["image_id"] for hit in hits} == wanted
+    expected = running.searcher.search(QUERY, omega=0.3, top_k=12, where={"camera": ["c1"], "upper_colour": colours})
+    assert [hit["image_id"] for hit in hits] == [hit.image_id for hit in expected]
+    facets = running.client.get("/facets").json()
+    assert facets == {"split": ["test"], "camera": ["c0", "c1", "c2"], "upper_colour": sorted(COLOURS)}
 
 
 def test_images_are_the_bytes_that_came(running: Running) -> None:
@@ -243,6 +259,8 @@ def test_only_images_of_the_gallery_are_reachable(running: Running) -> None:
         ('{"query": "a man", "omega": Infinity}', "omega", ""),
         ('{"query": "a man", "omega": 1.01}', "omega", "less than or equal to 1"),
         ('{"query": "a man", "weight": 1}', "weight", "not permitted"),
+        ('{"query": "a man", "where": {"hat": ["cap"]}}', "where", "there are identity, split, camera, upper_colour"),
+        ('{"query": "a man", "where": {"camera": ["c9"]}}', "where", "there are c0, c1, c2"),
         ('{"query": "a man"', None, "JSON"),
     ],
 )
