@@ -376,6 +376,8 @@ class EvaluateConfig:
     """ω: share of the local similarity in the fused one."""
     neighbours: NonNegative = 0
     """So many nearest images lend their embeddings to a gallery image's, so that views of one person agree."""
+    rerank: NonNegative = 0
+    """So many best images of a sentence are ranked again by how much they look like the first five of them."""
     rows_per_part: Positive = execution(2048)
     batch: Positive = execution(64)
     replicas: Positive = execution(1)
@@ -411,6 +413,8 @@ class ServeConfig:
     neighbours: NonNegative = 0
     """So many nearest images lend their embeddings to an image's, so that views of one person agree; at its start the
     service then compares all images with all, some minutes for 100,000 on a CPU."""
+    rerank: NonNegative = 0
+    """So many best images of a query are ranked again by how much they look like the first five of them."""
     top_k_limit: Annotated[int, Field(ge=10)] = 200
     """Most images that one query may ask for; one that does not say gets 10."""
     text_limit: Positive = 2000

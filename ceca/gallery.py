@@ -25,6 +25,7 @@ from ceca.facets import Facets, open_facets
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
 from ceca.model.weights import load_model
+from ceca.rerank import rerank
 from ceca.samples import removed_images
 from ceca.store import Manifest, Store, StoreError
 from ceca.topk import gather
@@ -74,6 +75,7 @@ class Gallery:
         omega: float | Sequence[float],
         top_k: int,
         allowed: Tensor | None = None,
+        rerank_first: int = 0,
     ) -> list[list[Hit]]:
         """The best images for each query: normalised embeddings [Q, D], [Q, E] → Q lists of min(top_k, N) hits.
 
@@ -82,29 +84,55 @@ class Gallery:
         Args:
             omega: ω of all queries, or of each. allowed: [N] booleans, images that may be found; None: all that are
                 present.
+            rerank_first: so many best images are ranked again (`ceca.rerank`) and come before the others; `similarity`
+                of a hit is then what it was ranked by.
         """
         if self.present is not None:
             allowed = self.present if allowed is None else allowed & self.present
         local_share = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
         scaled = torch.cat([(1 - local_share) * query_global.float(), local_share * query_local.float()], dim=1)
-        best = find_best(self.shards, scaled, top_k, row_norm=ROW_NORM, allowed=allowed)
+        best = find_best(self.shards, scaled, max(top_k, rerank_first), row_norm=ROW_NORM, allowed=allowed)
         return [
-            self._hits(query_global[q], query_local[q], similarity[rows >= 0], rows[rows >= 0])
-            for q, (similarity, rows) in enumerate(zip(best.similarity, best.row, strict=True))
+            self._hits(
+                query_global[q],
+                query_local[q],
+                best.similarity[q][best.row[q] >= 0],
+                best.row[q][best.row[q] >= 0],
+                rerank_first=rerank_first,
+                omega=float(local_share[q]),
+            )[:top_k]
+            for q in range(len(query_global))
         ]
 
-    def _hits(self, query_global: Tensor, query_local: Tensor, similarity: Tensor, rows: Tensor) -> list[Hit]:
+    def _hits(
+        self,
+        query_global: Tensor,
+        query_local: Tensor,
+        similarity: Tensor,
+        rows: Tensor,
+        *,
+        rerank_first: int,
+        omega: float,
+    ) -> list[Hit]:
+        """The rows of one query as hits, by similarity and then by image id; those ranked again before the others."""
         ascending, back = rows.sort()
         chosen = gather(self.shards, ascending)[back.argsort()].float()
-        global_parts = (chosen[:, : self.global_dim] @ query_global.float().to(chosen.device)).tolist()
-        local_parts = (chosen[:, self.global_dim :] @ query_local.float().to(chosen.device)).tolist()
-        hits = [
-            Hit(self.ids[row], self.identities[row], value, global_part, local_part)
-            for row, value, global_part, local_part in zip(
-                rows.tolist(), similarity.tolist(), global_parts, local_parts, strict=True
-            )
-        ]
-        return sorted(hits, key=lambda hit: (-hit.similarity, hit.image_id))
+        parts = chosen[:, : self.global_dim], chosen[:, self.global_dim :]
+        if rerank_first and len(rows):
+            first = (parts[0][None, :rerank_first], parts[1][None, :rerank_first])
+            again = rerank(similarity[None, :rerank_first], first, omega)[0]
+            similarity = torch.cat([again, similarity[rerank_first:]])
+        global_parts, local_parts = (
+            (part @ query.float().to(part.device)).tolist()
+            for part, query in zip(parts, (query_global, query_local), strict=True)
+        )
+        found = zip(rows.tolist(), similarity.tolist(), global_parts, local_parts, strict=True)
+        hits = [Hit(self.ids[row], self.identities[row], *values) for row, *values in found]
+
+        def order(some: list[Hit]) -> list[Hit]:
+            return sorted(some, key=lambda hit: (-hit.similarity, hit.image_id))
+
+        return order(hits[:rerank_first]) + order(hits[rerank_first:])
 
 
 def open_gallery(
@@ -184,12 +212,19 @@ class Searcher:
         self.device = device
 
     def search(
-        self, query: str, *, omega: float, top_k: int, where: Mapping[str, Sequence[str]] | None = None
+        self,
+        query: str,
+        *,
+        omega: float,
+        top_k: int,
+        where: Mapping[str, Sequence[str]] | None = None,
+        rerank_first: int = 0,
     ) -> list[Hit]:
         """The best images, of those that have one of the values of every facet named in `where`."""
         allowed = self.facets.where(where) if where else None
         embeddings = embed_texts(self.model, [query], self.device)
-        return self.gallery.search(*embeddings, omega=omega, top_k=top_k, allowed=allowed)[0]
+        (hits,) = self.gallery.search(*embeddings, omega=omega, top_k=top_k, allowed=allowed, rerank_first=rerank_first)
+        return hits
 
     @functools.cached_property
     def facets(self) -> Facets:

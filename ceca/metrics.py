@@ -20,11 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceca.rerank import rerank
+
 ArrayLike = np.ndarray | Tensor
 
 STRIP = 2**24  # similarities of a strip, 64 MB in fp32
 CHUNK = 2**20  # of which one thread ranks so many at a time
 AT = (1, 5, 10)
+AHEAD = 4.0  # added to cosines, which brings an image before all that have nothing added
 PER_QUERY = ("rank1", "rank5", "rank10", "average_precision", "inverse_negative_penalty", "first")
 
 
@@ -109,6 +112,7 @@ def rank_embeddings(
     omegas: Sequence[float],
     *,
     only_first: bool = False,
+    rerank_first: int = 0,
     strip: int | None = None,
 ) -> dict[float, np.ndarray]:
     """Rank every query over the whole gallery, for several ω in one pass over the embeddings.
@@ -118,6 +122,7 @@ def rank_embeddings(
     Args:
         queries: normalised (global [Q, D], local [Q, E]), fp32. gallery: the same of G images.
         omegas: shares of the local similarity. only_first: ranks alone; the last two figures of a query stay 0.
+        rerank_first: so many best images of each query are ranked again (`ceca.rerank`) and stay before the others.
         strip: queries compared at a time; it bounds memory and changes nothing else.
 
     Returns:
@@ -144,6 +149,10 @@ def rank_embeddings(
                 torch.mm(side[rows], others.T, out=part[:own])
             for omega, ranked in found.items():
                 torch.lerp(cosines[0][:own], cosines[1][:own], omega, out=fused[:own])
+                if rerank_first:
+                    best = fused[:own].topk(min(rerank_first, size), dim=1)
+                    again = rerank(best.values, (gallery[0][best.indices], gallery[1][best.indices]), omega)
+                    fused[:own].scatter_(1, best.indices, again + AHEAD)
                 similarity = fused[:own].numpy()
 
                 def rank(chunk: slice, similarity: np.ndarray = similarity, first: int = rows.start) -> np.ndarray:

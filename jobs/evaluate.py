@@ -55,7 +55,7 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     queries, gallery = embed_split(store, config, redo=redo)
     texts, images = compared(config, queries, gallery)
     omegas = dict(zip(SIMILARITIES, (0.0, 1.0, config.omega), strict=True))
-    ranked = rank(texts, images, sorted(set(omegas.values())))
+    ranked = rank(texts, images, sorted(set(omegas.values())), config.rerank)
     reverse = rank(images, texts, sorted(set(omegas.values())))
 
     def means(found: dict[float, np.ndarray], asked: Embedded, there: Embedded) -> dict[str, dict[str, float]]:
@@ -70,6 +70,7 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         "split": config.split,
         "omega": config.omega,
         "neighbours": config.neighbours,
+        "rerank": config.rerank,
         "queries": len(texts.identities),
         "gallery": len(images.identities),
         "metrics": metrics,
@@ -94,7 +95,8 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
 
 def result_name(config: EvaluateConfig) -> str:
     """What an evaluation's files are called below evaluations/<digest>/."""
-    return f"{config.split}-{config.neighbours}-neighbours" if config.neighbours else config.split
+    ways = {"neighbours": config.neighbours, "reranked": config.rerank}
+    return "-".join([config.split, *(f"{count}-{way}" for way, count in ways.items() if count)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +122,16 @@ def compared(config: EvaluateConfig, queries: pa.Table, gallery: pa.Table) -> tu
     return texts, images
 
 
-def rank(queries: Embedded, gallery: Embedded, omegas: list[float]) -> dict[float, np.ndarray]:
+def rank(queries: Embedded, gallery: Embedded, omegas: list[float], rerank_first: int = 0) -> dict[float, np.ndarray]:
     """`rank_embeddings` in this process, or by tasks on the cluster where there is much to compare."""
     matches = Matches(queries.identities, gallery.identities)
     count, size = len(queries.identities), len(gallery.identities)
     if count * size <= ALONE:
-        return rank_embeddings(queries.pair, gallery.pair, matches, omegas)
+        return rank_embeddings(queries.pair, gallery.pair, matches, omegas, rerank_first=rerank_first)
     stages.connect()
-    shared = ray.put(([part.numpy() for part in gallery.pair], matches, omegas))  # read in place by every task
+    shared = ray.put(
+        ([part.numpy() for part in gallery.pair], matches, omegas, rerank_first)
+    )  # read in place by every task
     with stages.Track("evaluate", count, unit="queries") as track:
         pending = {}
         for rows in slices(count, TASK_ROWS):
@@ -144,9 +148,9 @@ def rank(queries: Embedded, gallery: Embedded, omegas: list[float]) -> dict[floa
 @ray.remote(num_cpus=1)
 def _rank_rows(queries: Any, shared: Any, rows: slice) -> dict[float, np.ndarray]:
     torch.set_num_threads(1)
-    gallery, matches, omegas = shared
+    gallery, matches, omegas, rerank_first = shared
     parts = [torch.from_numpy(part) for part in gallery]
-    return rank_embeddings(queries, (parts[0], parts[1]), matches.of(rows), omegas)
+    return rank_embeddings(queries, (parts[0], parts[1]), matches.of(rows), omegas, rerank_first=rerank_first)
 
 
 def per_query_table(queries: pa.Table, captions: pa.Table, found: dict[str, np.ndarray]) -> bytes:

@@ -114,12 +114,13 @@ def report_significance(
     models: Annotated[tuple[str, str], tyro.conf.arg(help="two evaluated models")],
     split: Annotated[Split, tyro.conf.arg(help="the split on which both were evaluated")] = "test",
     neighbours: Annotated[tuple[int, int], tyro.conf.arg(help="`--neighbours` of the two evaluations")] = (0, 0),
+    rerank: Annotated[tuple[int, int], tyro.conf.arg(help="`--rerank` of the two evaluations")] = (0, 0),
 ) -> dict[str, Difference]:
     """Whether the second of two models is better than the first: a paired bootstrap over the people asked for."""
     store = Store(data)
     tables = []
-    for name, near in zip(models, neighbours, strict=True):
-        file = f"{result_name(EvaluateConfig(split=split, neighbours=near))}.queries.parquet"
+    for name, near, again in zip(models, neighbours, rerank, strict=True):
+        file = f"{result_name(EvaluateConfig(split=split, neighbours=near, rerank=again))}.queries.parquet"
         place = ("evaluations", require_model(store, name).digest, file)
         try:
             tables.append(pq.read_table(pa.BufferReader(store.read_bytes(*place))).sort_by("caption_id"))

@@ -29,20 +29,21 @@ def search(
     top_k: int = 10,
     omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
     neighbours: Annotated[int, tyro.conf.arg(help="nearest images that lend an image their embeddings")] = 0,
+    rerank: Annotated[int, tyro.conf.arg(help="best images that are ranked again by the first five of them")] = 0,
     where: Annotated[tuple[str, ...], tyro.conf.arg(help="only such images: camera=c1,c2 hat=cap split=test")] = (),
     picture: Annotated[Path | None, tyro.conf.arg(help="also write the hits as a picture")] = None,
 ) -> None:
     """Find the images of a person from a description."""
     if not query.strip():
         raise UserError("the query is empty: describe the person in words")
-    if top_k < 1 or not 0 <= omega <= 1 or neighbours < 0:
+    if top_k < 1 or not 0 <= omega <= 1 or neighbours < 0 or rerank < 0:
         raise UserError(
-            "--top-k must be at least 1, --omega between 0 and 1 and --neighbours not negative, "
-            f"found {top_k}, {omega} and {neighbours}"
+            "--top-k must be at least 1, --omega between 0 and 1, --neighbours and --rerank not negative, "
+            f"found {top_k}, {omega}, {neighbours} and {rerank}"
         )
     store = Store(data)
     searcher = Searcher(store, model, neighbours=neighbours)
-    hits = searcher.search(query, omega=omega, top_k=top_k, where=parse_conditions(where))
+    hits = searcher.search(query, omega=omega, top_k=top_k, where=parse_conditions(where), rerank_first=rerank)
     if not hits:
         stages.console.print("search: no image fulfils all conditions")
         return

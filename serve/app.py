@@ -87,6 +87,7 @@ class GallerySearch:
             raise StoreError(
                 f"the gallery was {served.gallery} and is now {manifest.version}; start the service anew to serve it"
             )
+        self.rerank_first = config.rerank
         facets = open_facets(store, manifest, self.gallery.ids)
         self.mask = functools.lru_cache(MASKS)(lambda where: facets.where(dict(where)) if where else None)
         self.search.set_max_batch_size(config.batch)  # type: ignore[attr-defined]
@@ -106,7 +107,14 @@ class GallerySearch:
                 for name in ("global_embedding", "local_embedding")
             )
             most, omega = max(question.top_k for question in asked), [question.omega for question in asked]
-            hits = self.gallery.search(query_global, query_local, omega=omega, top_k=most, allowed=self.mask(where))
+            hits = self.gallery.search(
+                query_global,
+                query_local,
+                omega=omega,
+                top_k=most,
+                allowed=self.mask(where),
+                rerank_first=self.rerank_first,
+            )
             for place, question, own in zip(places, asked, hits, strict=True):
                 found[place] = own[: question.top_k]
         return found

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ceca import schema
 from ceca.gallery import Gallery, agree_with_neighbours, open_gallery
+from ceca.metrics import PER_QUERY, Matches, rank_embeddings
 from ceca.store import Part, Receipt, Store
 
 
@@ -89,6 +90,24 @@ def test_a_filter_applies_before_the_best_are_taken():
     allowed = torch.arange(50) % 10 == 3
     (hits,) = gallery.search(*random_pairs(1, 1), omega=0.3, top_k=10, allowed=allowed)
     assert sorted(hit.identity for hit in hits) == [3, 13, 23, 33, 43]  # all that may be found, though 10 were wanted
+
+
+def test_a_search_ranks_again_as_an_evaluation_does():
+    gallery_pair, asked = random_pairs(60, 0), random_pairs(4, 1)
+    rows = torch.cat(gallery_pair, dim=1).half()
+    halves = tuple(part.float() for part in rows.split([8, 16], dim=1))
+    gallery = Gallery([f"{n:03d}" for n in range(60)], range(60), rows.split(20), 8)
+    matches = Matches(np.arange(4), np.arange(60))
+    firsts = rank_embeddings(asked, halves, matches, [0.3], rerank_first=20)[0.3][:, PER_QUERY.index("first")]
+    answers = gallery.search(*asked, omega=0.3, top_k=60, rerank_first=20)
+    for q, hits in enumerate(answers):
+        assert [hit.identity for hit in hits].index(q) + 1 == firsts[q]
+    plain = gallery.search(*asked, omega=0.3, top_k=60)
+    assert {hit.image_id for hit in answers[0][:20]} == {hit.image_id for hit in plain[0][:20]}
+    assert [hit.image_id for hit in answers[0][20:]] == [hit.image_id for hit in plain[0][20:]]
+    assert [hit.image_id for hit in answers[0][:20]] != [hit.image_id for hit in plain[0][:20]]
+    few = gallery.search(*asked, omega=0.3, top_k=3, rerank_first=20)
+    assert few == [hits[:3] for hits in answers]
 
 
 def published(place: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[Store, list[Part]]:

@@ -145,3 +145,34 @@ def test_shapes_that_do_not_fit_are_refused():
         retrieval_metrics(np.zeros((3, 2)), [1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match="not empty"):
         retrieval_metrics(np.zeros((0, 3)), [], [1, 2, 3])
+
+
+def test_reranked_images_come_first_in_the_order_of_the_definition():
+    source = torch.Generator().manual_seed(0)
+    queries, gallery = (
+        tuple(torch.nn.functional.normalize(torch.randn(count, width, generator=source), dim=1) for width in (4, 6))
+        for count in (5, 30)
+    )
+    asked, there = np.arange(5) % 3, np.arange(30) % 3
+    matches, omega, most = Matches(asked, there), 0.3, 12
+    found = rank_embeddings(queries, gallery, matches, [omega], rerank_first=most)[omega]
+    between = (1 - omega) * gallery[0] @ gallery[0].T + omega * gallery[1] @ gallery[1].T
+    orders = []
+    for q in range(5):
+        s = (1 - omega) * gallery[0] @ queries[0][q] + omega * gallery[1] @ queries[1][q]
+        order = s.argsort(descending=True)
+        best, first = order[:most], order[:5]
+        weights = torch.exp(s[first] / 0.05) / torch.exp(s[first] / 0.05).sum()
+        again = torch.tensor(
+            [0.7 * s[i] + 0.3 * sum(w * between[j, i] for w, j in zip(weights, first, strict=True)) for i in best]
+        )
+        orders.append([*best[again.argsort(descending=True)].tolist(), *order[most:].tolist()])
+    for q, order in enumerate(orders):
+        hits = [place for place, column in enumerate(order, 1) if there[column] == asked[q]]
+        assert found[q][PER_QUERY.index("first")] == hits[0]
+        precision = sum(n / place for n, place in enumerate(hits, 1)) / len(hits)
+        assert found[q][PER_QUERY.index("average_precision")] == pytest.approx(precision)
+    assert np.array_equal(
+        rank_embeddings(queries, gallery, matches, [omega], rerank_first=0)[omega],
+        rank_embeddings(queries, gallery, matches, [omega])[omega],
+    )
