@@ -26,6 +26,7 @@ from jobs import evaluate
 from jobs.index import SMALL_PARTS, reuse
 from jobs.remove import remove
 from jobs.report import report_attributes, report_omega, report_ranked, report_significance
+from jobs.report_page import report_page
 from tests.conftest import REPOSITORY
 from tests.jobs.test_stages import SMALL, digests, kill_after_some_units
 
@@ -123,12 +124,12 @@ def test_queries_ranked_by_tasks_of_the_cluster_are_ranked_as_in_one_process(ray
         np.testing.assert_allclose(together[omega], figures, rtol=1e-12)
 
 
-def test_the_report_is_one_page_whose_pictures_a_browser_shows(run, on_disk, browser, tmp_path):
+def test_the_report_is_one_page_whose_pictures_a_browser_shows(on_disk, browser, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(on_disk.root, data)
-    run("train", *SMALL, "--data", data, "--name", "<other>", "--epochs", 1)
+    shutil.copytree(data / "models" / "ceca", data / "models" / "<other>")
     folder = tmp_path / "report"
-    run("report", "page", "--data", data, "--folder", folder)
+    report_page(str(data), folder=folder)
 
     page, asked, errors = browser.new_page(), [], []
     page.on("request", lambda request: asked.append(request.url))
@@ -216,6 +217,7 @@ def half_indexed(run, drawn, on_disk, tmp_path_factory) -> Path:
     return data
 
 
+@pytest.mark.slow
 def test_adding_images_writes_new_parts_only_and_a_kill_leaves_the_old_version(
     start, run, on_disk, half_indexed, tmp_path
 ):
@@ -237,6 +239,7 @@ def test_adding_images_writes_new_parts_only_and_a_kill_leaves_the_old_version(
     assert "lacks nothing" in run(*adding).stdout
 
 
+@pytest.mark.slow
 def test_removed_people_are_out_of_search_at_once_and_out_of_the_parts_after_the_next_index(run, on_disk, tmp_path):
     shutil.copytree(on_disk.root, tmp_path, dirs_exist_ok=True)
     store = Store(str(tmp_path))
@@ -261,6 +264,7 @@ def test_removed_people_are_out_of_search_at_once_and_out_of_the_parts_after_the
         remove(str(tmp_path), images=("nobody",))
 
 
+@pytest.mark.slow
 def test_an_image_with_another_summary_is_embedded_again_and_the_others_are_not(run, on_disk, tmp_path):
     shutil.copytree(on_disk.root, tmp_path, dirs_exist_ok=True)
     store = Store(str(tmp_path))
