@@ -408,6 +408,10 @@ class ServeConfig:
     """Name below the dataset URI or a URI of its own; empty takes the one that made the gallery."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    keys: str | None = None
+    """File of API keys (`python -m serve.access NAME` makes one). Needed where others can reach the service."""
+    open: bool = False
+    """Answer without keys although others can reach the service: where something before it asks who they are."""
     omega: Share = 0.3
     """ω where a query names none."""
     neighbours: NonNegative = 0

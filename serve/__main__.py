@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -26,6 +27,11 @@ def main(argv: list[str] | None = None) -> None:
     """Check the dataset, start Ray if there is none, deploy, and stay."""
     arguments = parse_arguments("serve", argv, prog="python -m serve")
     config: ServeConfig = arguments.config
+    if not (config.keys or config.open or _is_loopback(config.host)):
+        raise UserError(
+            f"others can reach {config.host}, and this searches for people: give --keys FILE "
+            "(`python -m serve.access NAME` makes a key), or --open where something before it asks who they are"
+        )
     served = find_served(arguments.data, config.model)
     if not os.environ.get("RAY_ADDRESS"):
         _check_port(config.host, config.port)
@@ -77,6 +83,13 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _reachable(host: str) -> str:

@@ -6,11 +6,11 @@ Knows nothing of Ray: what it needs of the service is the protocol `Service`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import FastAPI, Header, Path, Request
+from fastapi import APIRouter, FastAPI, Header, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -19,10 +19,14 @@ from ceca.config import ServeConfig
 from ceca.facets import FacetError
 from ceca.gallery import Hit
 from ceca.store import StoreError
+from serve.access import Gate, Refusal, audit, hashed
 from serve.catalogue import Catalogue, Picture, Served
 
 PAGE = FilePath(__file__).parent / "page.html"
 IMAGE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+OPEN = {("GET", "/"), ("GET", "/healthz"), ("POST", "/v1/session")}  # what needs no key: none tells of a person
+COOKIE = "ceca_key"
+BODY_LIMIT = 64 * 1024  # bytes; the longest query is a few thousand
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
@@ -52,6 +56,14 @@ class SearchRequest(BaseModel):
         if any("\ud800" <= character <= "\udfff" for character in query):  # JSON can spell it, UTF-8 cannot
             raise ValueError("the query holds half of a surrogate pair, which is not a character")
         return query
+
+
+class Session(BaseModel):
+    """A key, to be kept by the browser."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    key: Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class SearchHit(BaseModel):
@@ -95,17 +107,48 @@ class Service(Protocol):
     async def picture(self, image_id: str) -> Picture | None: ...
 
 
-def make_api(service: Service, config: ServeConfig) -> FastAPI:
-    """The FastAPI application over a service."""
+def make_api(service: Service, config: ServeConfig, gate: Gate) -> FastAPI:
+    """The FastAPI application over a service. All but `OPEN` needs a key where the gate has any."""
     served = service.served
     page = _page(config)
+    v1 = APIRouter(prefix="/v1")
     # FastAPI's own documentation pages load scripts from elsewhere; the description stays at /openapi.json.
     api = FastAPI(title="CECA person search", docs_url=None, redoc_url=None)
     api.add_exception_handler(RequestValidationError, _refuse)
     api.add_exception_handler(StoreError, _unavailable)
 
-    @api.post("/search")
-    async def search(request: SearchRequest) -> SearchResponse:
+    @api.middleware("http")
+    async def admit(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Before anything of a request is read: whose it is, and how long it says it is."""
+        route = (request.method, request.url.path.removeprefix(request.scope.get("root_path", "")))
+        request.state.who = "anyone"
+        if route not in OPEN:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.cookies.get(COOKIE)
+            admitted = gate.admit(given, "search")
+            if isinstance(admitted, Refusal):
+                audit("unknown", " ".join(route), admitted.status)
+                return _refused(admitted)
+            request.state.who = admitted.name if admitted else "anyone"
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > BODY_LIMIT or "transfer-encoding" in request.headers:
+            detail = f"send a Content-Length of at most {BODY_LIMIT} bytes"
+            return JSONResponse({"detail": detail}, status_code=413)
+        return await answer(request)
+
+    @v1.post("/session", status_code=204)
+    async def session(given: Session, request: Request) -> Response:
+        """For a browser, whose requests for pictures carry no key: keeps it in a cookie that no script reads."""
+        admitted = gate.admit(given.key, "search")
+        if isinstance(admitted, Refusal):
+            audit("unknown", "POST /v1/session", admitted.status)
+            return _refused(admitted)
+        response = Response(status_code=204)
+        secure = request.url.scheme == "https"
+        response.set_cookie(COOKIE, given.key, httponly=True, samesite="strict", secure=secure)
+        return response
+
+    @v1.post("/search")
+    async def search(request: SearchRequest, http: Request) -> SearchResponse:
         started = time.perf_counter()
         _check_limits(request, config)
         omega = config.omega if request.omega is None else request.omega
@@ -114,6 +157,8 @@ def make_api(service: Service, config: ServeConfig) -> FastAPI:
         except FacetError as error:
             problem = {"type": "value_error", "loc": ("body", "where"), "msg": str(error)}
             raise RequestValidationError([problem]) from None
+        found = [hit.image_id for hit in hits]
+        audit(http.state.who, "POST /v1/search", 200, query=hashed(request.query), where=request.where, images=found)
         return SearchResponse(
             query=request.query,
             omega=omega,
@@ -123,13 +168,13 @@ def make_api(service: Service, config: ServeConfig) -> FastAPI:
             hits=[_hit(hit, service.catalogue) for hit in hits],
         )
 
-    @api.get("/facets")
+    @v1.get("/facets")
     async def facets() -> dict[str, list[str]]:
         """What `where` can name: facets and their values, of identities none, for there are too many."""
         found = service.catalogue.facets
         return {name: found.values(name) for name in found.columns if name != "identity"}
 
-    @api.get("/images/{image_id}", response_class=Response)
+    @v1.get("/images/{image_id}", response_class=Response)
     async def image(
         image_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")],
         if_none_match: Annotated[str | None, Header()] = None,
@@ -150,7 +195,15 @@ def make_api(service: Service, config: ServeConfig) -> FastAPI:
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers=PAGE_HEADERS)
 
+    api.include_router(v1)
     return api
+
+
+def _refused(refusal: Refusal) -> JSONResponse:
+    headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(refusal.retry_after)
+    return JSONResponse({"detail": refusal.detail}, status_code=refusal.status, headers=headers)
 
 
 def _hit(hit: Hit, catalogue: Catalogue) -> SearchHit:
@@ -161,7 +214,7 @@ def _hit(hit: Hit, catalogue: Catalogue) -> SearchHit:
         global_similarity=hit.global_similarity,
         local_similarity=hit.local_similarity,
         summary=catalogue.summaries.get(hit.image_id),
-        image=f"/images/{hit.image_id}",
+        image=f"/v1/images/{hit.image_id}",
     )
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from ceca.facets import open_facets
 from ceca.gallery import Hit, check_same_model, embed_texts, open_gallery
 from ceca.model.weights import load_model
 from ceca.store import Store, StoreError
+from serve.access import AUDIT, Gate, Key, read_keys
 from serve.api import make_api
 from serve.catalogue import Catalogue, Picture, Served, find_served
 
@@ -125,14 +128,25 @@ class GallerySearch:
 class Ingress:
     """HTTP in front of the two; reads pictures from the images table in threads."""
 
-    def __init__(self, served: Served, config: ServeConfig, encoder: DeploymentHandle, gallery: DeploymentHandle):
-        self.served, self.config = served, config
+    def __init__(
+        self,
+        served: Served,
+        config: ServeConfig,
+        keys: tuple[Key, ...],
+        encoder: DeploymentHandle,
+        gallery: DeploymentHandle,
+    ):
+        self.served, self.config, self.keys = served, config, keys
         self.encoder, self.gallery = encoder, gallery
         self.catalogue = Catalogue(served)
         self.facets = self.catalogue.facets
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_api(self, self.config)
+        # Into the replica's log, which Ray keeps; where there are no keys, nobody is told from another.
+        AUDIT.handlers = [logging.StreamHandler() if self.keys else logging.NullHandler()]
+        AUDIT.setLevel(logging.INFO)
+        AUDIT.propagate = False
+        return make_api(self, self.config, Gate(self.keys, self.config.ingress_replicas))
 
     async def search(self, query: str, *, omega: float, top_k: int, where: Mapping[str, list[str]]) -> list[Hit]:
         self.facets.check(where)  # here, so that what does not exist is refused alone and not with its batch
@@ -165,11 +179,16 @@ def build(arguments: dict[str, Any]) -> Application:
             raise UserError(f"serve.app:build takes no {name!r}: set it in Ray Serve's http_options")
     section = (load_recipe(recipe).get("serve") or {}) if recipe else {}
     config = from_mapping(ServeConfig, {**section, **values}, "serve.app:build")
+    if not config.keys and not config.open:
+        raise UserError(
+            "serve.app:build needs keys=FILE (see serve/access.py), or open=true where nobody else reaches the service"
+        )
     return application(find_served(data, config.model), config)
 
 
 def application(served: Served, config: ServeConfig) -> Application:
     """The deployments of a service, bound together."""
+    keys = read_keys(Path(config.keys)) if config.keys else ()
     resources = {"num_cpus": config.cpus, "num_gpus": config.gpus}
     # Two batches at work or filling, so that a replica is never idle while others wait.
     shared: dict[str, Any] = {"ray_actor_options": resources, "max_ongoing_requests": 4 * config.batch}
@@ -184,7 +203,7 @@ def application(served: Served, config: ServeConfig) -> Application:
         ray_actor_options={"num_cpus": 0},  # it waits more than it works, and must fit beside the other two
         max_ongoing_requests=INGRESS_REQUESTS,
     )
-    return ingress.bind(served, config, encoder.bind(served, config), gallery.bind(served, config))
+    return ingress.bind(served, config, keys, encoder.bind(served, config), gallery.bind(served, config))
 
 
 def _device(config: ServeConfig) -> torch.device:

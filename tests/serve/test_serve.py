@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
 import io
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +23,9 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+import yaml
 from PIL import Image, ImageDraw
+from playwright.sync_api import Browser, Page, expect
 from ray import serve as ray_serve
 
 from ceca import schema
@@ -129,9 +135,10 @@ class Running:
     url: str
     client: httpx.Client
     searcher: Searcher
+    keys: dict[str, str]  # of a second application below /closed, which needs them
 
     def search(self, **body: object) -> dict:
-        response = self.client.post("/search", json=body)
+        response = self.client.post("/v1/search", json=body)
         assert response.status_code == 200, response.text
         return response.json()
 
@@ -151,16 +158,29 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
+KEYS = {"portal": ["search"], "loader": ["write"], "slow": ["search"]}
+
+
 @pytest.fixture(scope="module")
-def running(people: Store) -> Iterator[Running]:
+def running(people: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    keys = {name: f"{name}-secret-of-the-test" for name in KEYS}
+    entries = [
+        {"name": name, "sha256": hashlib.sha256(keys[name].encode()).hexdigest(), "scopes": scopes}
+        for name, scopes in KEYS.items()
+    ]
+    entries[-1]["per_minute"] = 2
+    file = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    file.write_text(yaml.safe_dump({"keys": entries}))
     port = free_port()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=QUIET)
         config = ServeConfig(top_k_limit=TOP_K_LIMIT, text_limit=TEXT_LIMIT)
         ray_serve.run(application(find_served(people.uri), config), route_prefix="/", logging_config=QUIET)
+        closed = application(find_served(people.uri), dataclasses.replace(config, keys=str(file)))
+        ray_serve.run(closed, name="closed", route_prefix="/closed", logging_config=QUIET)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            yield Running(people, f"http://127.0.0.1:{port}", client, Searcher(people))
+            yield Running(people, f"http://127.0.0.1:{port}", client, Searcher(people), keys)
     finally:
         ray_serve.shutdown()
         ray.shutdown()
@@ -203,7 +223,7 @@ def test_defaults_and_summaries(running: Running) -> None:
     summaries = {schema.image_id(f"{number:04d}.jpg"): summarize(number) for number in range(17)}
     for hit in answer["hits"]:
         assert hit["summary"] == summaries[hit["image_id"]]
-        assert hit["image"] == f"/images/{hit['image_id']}"
+        assert hit["image"] == f"/v1/images/{hit['image_id']}"
 
 
 def test_conditions_apply_before_the_best_are_taken(running: Running) -> None:
@@ -217,14 +237,14 @@ def test_conditions_apply_before_the_best_are_taken(running: Running) -> None:
     assert {hit["image_id"] for hit in hits} == wanted
     expected = running.searcher.search(QUERY, omega=0.3, top_k=12, where={"camera": ["c1"], "upper_colour": colours})
     assert [hit["image_id"] for hit in hits] == [hit.image_id for hit in expected]
-    facets = running.client.get("/facets").json()
+    facets = running.client.get("/v1/facets").json()
     assert facets == {"split": ["test"], "camera": ["c0", "c1", "c2"], "upper_colour": sorted(COLOURS)}
 
 
 def test_images_are_the_bytes_that_came(running: Running) -> None:
     for number in (0, 4, 15):
         content = draw_person(number)
-        response = running.client.get(f"/images/{schema.image_id(f'{number:04d}.jpg')}")
+        response = running.client.get(f"/v1/images/{schema.image_id(f'{number:04d}.jpg')}")
         assert response.status_code == 200
         assert response.content == content
         assert response.headers["content-type"] == mime_type(content) == f"image/{'png' if number == 4 else 'jpeg'}"
@@ -235,11 +255,11 @@ def test_images_are_the_bytes_that_came(running: Running) -> None:
 
 def test_only_images_of_the_gallery_are_reachable(running: Running) -> None:
     for unknown in (schema.image_id("nobody.jpg"), schema.image_id("0016.jpg")):  # the last is of the training split
-        response = running.client.get(f"/images/{unknown}")
+        response = running.client.get(f"/v1/images/{unknown}")
         assert response.status_code == 404
         assert unknown in response.json()["detail"]
-    assert running.client.get("/images/..%2Fimages-1%2Fmanifest.json").status_code in (404, 422)
-    assert running.client.get("/images/0").status_code == 422
+    assert running.client.get("/v1/images/..%2Fimages-1%2Fmanifest.json").status_code in (404, 422)
+    assert running.client.get("/v1/images/0").status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -265,7 +285,7 @@ def test_only_images_of_the_gallery_are_reachable(running: Running) -> None:
     ],
 )
 def test_what_is_not_valid_is_refused_with_a_reason(running: Running, body: str, field: str, says: str) -> None:
-    response = running.client.post("/search", content=body, headers={"Content-Type": "application/json"})
+    response = running.client.post("/v1/search", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 422
     (problem,) = response.json()["detail"]
     assert problem["loc"][0] == "body"
@@ -288,7 +308,7 @@ def test_many_at_once_get_what_each_gets_alone(running: Running) -> None:
 
     async def ask_all() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
-            return await asyncio.gather(*(client.post("/search", json=body) for body in asked))
+            return await asyncio.gather(*(client.post("/v1/search", json=body) for body in asked))
 
     for body, response in zip(asked, asyncio.run(ask_all()), strict=True):
         hits = response.json()["hits"]
@@ -313,8 +333,149 @@ def test_page_needs_nothing_from_elsewhere(running: Running) -> None:
     page = response.text
     assert not re.search(r"https?:|src\s*=\s*[\"']?//|@import|url\(|innerHTML|{{", page)
     assert f'data-top-k-limit="{TOP_K_LIMIT}"' in page
-    assert len(page.splitlines()) < 350
+    assert len(page.splitlines()) < 400
     assert running.client.get("/docs").status_code == 404  # FastAPI's own pages load scripts from elsewhere
+
+
+# --- keys -------------------------------------------------------------------------------------------------
+
+
+def requests_of(running: Running) -> list[tuple[str, str]]:
+    """A request of every route that the description lists, and of some that it does not."""
+    bearer = {"Authorization": f"Bearer {running.keys['portal']}"}
+    paths = running.client.get("/closed/openapi.json", headers=bearer).json()["paths"]
+    listed = [(method.upper(), path) for path, methods in paths.items() for method in methods]
+    filled = [(method, path.replace("{image_id}", schema.image_id("0000.jpg"))) for method, path in listed]
+    return [*filled, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("DELETE", "/v1/search"), ("POST", "/")]
+
+
+def test_every_route_is_closed_without_the_right_key_but_those_that_tell_nothing_of_a_person(running: Running) -> None:
+    asked = requests_of(running)
+    assert ("POST", "/v1/search") in asked
+    opened = []
+    for method, path in asked:
+        for key, status in ((None, 401), ("guessed", 401), (running.keys["loader"], 403)):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            response = running.client.request(method, f"/closed{path}", headers=headers, content="{")
+            if response.status_code != status:
+                opened.append((method, path))
+                break
+            assert response.json()["detail"]
+    assert sorted(opened) == [("GET", "/"), ("GET", "/healthz"), ("POST", "/v1/session")]
+
+
+def test_a_key_opens_and_a_session_opens_pictures_for_a_browser(running: Running) -> None:
+    bearer = {"Authorization": f"Bearer {running.keys['portal']}"}
+    found = running.client.post("/closed/v1/search", json={"query": QUERY, "top_k": 1}, headers=bearer).json()
+    picture = f"{running.url}/closed{found['hits'][0]['image']}"
+    with httpx.Client() as visitor:
+        assert visitor.get(picture).status_code == 401
+        assert visitor.post(f"{running.url}/closed/v1/session", json={"key": "guessed"}).status_code == 401
+        answer = visitor.post(f"{running.url}/closed/v1/session", json={"key": running.keys["portal"]})
+        assert answer.status_code == 204
+        cookie = answer.headers["set-cookie"].lower()
+        assert "httponly" in cookie
+        assert "samesite=strict" in cookie
+        assert visitor.get(picture).status_code == 200
+
+
+def test_a_key_has_a_limit_of_its_own(running: Running) -> None:
+    bearer = {"Authorization": f"Bearer {running.keys['slow']}"}
+    answers = [running.client.get("/closed/v1/facets", headers=bearer) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 31
+
+
+def test_who_searched_is_logged_and_the_words_are_not(running: Running) -> None:
+    words = "a woman with a very particular umbrella"
+    bearer = {"Authorization": f"Bearer {running.keys['portal']}"}
+    hits = running.client.post("/closed/v1/search", json={"query": words}, headers=bearer).json()["hits"]
+    running.client.get("/closed/v1/facets", headers={"Authorization": "Bearer guessed"})
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        text = "".join(file.read_text() for file in logs.glob("worker-*.err"))
+        lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"time"')]
+        mine = [line for line in lines if line.get("query") == hashlib.sha256(words.encode()).hexdigest()[:16]]
+        if mine and any(line["status"] == 401 for line in lines):
+            break
+        time.sleep(0.2)
+    assert mine[0]["who"] == "portal"
+    assert mine[0]["images"] == [hit["image_id"] for hit in hits]
+    assert any(line["status"] == 401 and line["action"] == "GET /v1/facets" for line in lines)
+    assert words not in text
+    assert not any(key in text for key in running.keys.values())
+
+
+@pytest.mark.parametrize("size", [64 * 1024 + 1, 10_000_000])
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(running: Running, size: int) -> None:
+    response = running.client.post("/v1/search", content=json.dumps({"query": "x" * size}))
+    assert response.status_code == 413
+    response = running.client.post("/v1/search", content=iter([b'{"query": "a man"}']))  # does not say how long it is
+    assert response.status_code == 413
+
+
+def test_others_are_not_let_in_by_mistake(people: Store) -> None:
+    process = start(people.uri, "--host", "0.0.0.0")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith("error: others can reach 0.0.0.0, and this searches for people: give --keys FILE")
+
+
+# --- the page in a browser --------------------------------------------------------------------------------
+
+
+LOADED = "document.images.length > 0 && [...document.images].every(image => image.complete && image.naturalWidth)"
+
+
+def wait_until(page: Page, expression: str, value: object = True) -> None:
+    """By asking again: the page's own policy forbids to evaluate strings in it, which Playwright would do to wait."""
+    deadline = time.monotonic() + 10
+    while (found := page.evaluate(expression)) != value:
+        assert time.monotonic() < deadline, f"{expression} is {found}"
+        time.sleep(0.05)
+
+
+def test_a_person_searches_with_the_page(running: Running, browser: Browser) -> None:
+    page, problems = browser.new_page(viewport={"width": 1200, "height": 2000}), []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(running.url)
+    expect(page.get_by_text("16 images")).to_be_visible()
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("/")
+    page.keyboard.type(QUERY)
+    page.keyboard.press("Enter")
+    cards = page.locator("#grid .card")
+    expect(cards).to_have_count(10)
+    expect(page.locator("#status")).to_contain_text("10 images, best first")
+    wait_until(page, LOADED)
+    expected = [hit.identity for hit in running.searcher.search(QUERY, omega=0.3, top_k=10)]
+    shown = "[...document.querySelectorAll('#grid .card')].map(card => Number(card.dataset.identity))"
+    assert page.evaluate(shown) == expected
+
+    page.locator("#omega").fill("1")
+    local = [hit.identity for hit in running.searcher.search(QUERY, omega=1.0, top_k=10)]
+    wait_until(page, shown, local)
+    cards.first.locator("summary").click()
+    expect(cards.first.locator("details p")).to_contain_text("A person in a")
+    page.go_back()  # to the empty search
+    page.set_viewport_size({"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert not problems
+
+
+def test_the_page_asks_for_the_key_that_a_service_needs(running: Running, browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 1200, "height": 2000})
+    page.goto(f"{running.url}/closed/")
+    page.get_by_role("button", name="red").first.click()
+    page.get_by_label("Key").fill("guessed")
+    page.get_by_role("button", name="Continue").click()
+    expect(page.get_by_text("This key is not known")).to_be_visible()
+    page.get_by_label("Key").fill(running.keys["portal"])
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("#grid .card")).to_have_count(10)
+    wait_until(page, LOADED)
 
 
 # --- starting ---------------------------------------------------------------------------------------------
@@ -341,9 +502,11 @@ def test_no_gallery_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_what_cannot_be_served_is_found_before_anything_is_deployed(people: Store, tmp_path: Path) -> None:
     publish_tiny(people, "other", seed=2)
     with pytest.raises(UserError, match="the gallery was made by model"):
-        build({"data": people.uri, "model": "other"})
+        build({"data": people.uri, "model": "other", "open": True})
     with pytest.raises(UserError, match=r"no published model 'absent'.*there: other, tiny"):
-        build({"data": people.uri, "model": "absent"})
+        build({"data": people.uri, "model": "absent", "open": True})
+    with pytest.raises(UserError, match="needs keys=FILE"):
+        build({"data": people.uri})
     with pytest.raises(UserError, match="needs data=URI"):
         build({})
     with pytest.raises(UserError, match="http_options"):
@@ -355,7 +518,7 @@ def test_what_cannot_be_served_is_found_before_anything_is_deployed(people: Stor
 
 
 def test_build_reads_strings_as_the_command_line_gives_them(people: Store) -> None:
-    built = build({"data": people.uri, "omega": "0.5", "batch": "8", "recipe": "tiny"})
+    built = build({"data": people.uri, "omega": "0.5", "batch": "8", "recipe": "tiny", "open": "true"})
     assert isinstance(built, ray_serve.Application)
 
 
@@ -366,7 +529,7 @@ def test_command_serves_until_it_is_interrupted(people: Store) -> None:
         assert process.stdout is not None
         lines = [process.stdout.readline().strip() for _ in range(2)]
         assert lines[1] == f"http://127.0.0.1:{port}", process.communicate(timeout=5)[1]
-        answer = httpx.post(f"{lines[1]}/search", json={"query": QUERY}, timeout=30)
+        answer = httpx.post(f"{lines[1]}/v1/search", json={"query": QUERY}, timeout=30)
         assert len(answer.json()["hits"]) == 10
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=30)
