@@ -33,6 +33,7 @@ from ceca.facets import open_facets
 from ceca.gallery import Hit, check_same_model, embed_texts, open_gallery
 from ceca.model.weights import load_model
 from ceca.store import Store, StoreError
+from ceca.topk import FEW
 from serve.access import AUDIT, Gate, Key, read_keys
 from serve.api import make_api
 from serve.catalogue import Catalogue, Picture, Served, find_served
@@ -93,6 +94,9 @@ class GallerySearch:
         self.rerank_first = config.rerank
         facets = open_facets(store, manifest, self.gallery.ids)
         self.mask = functools.lru_cache(MASKS)(lambda where: facets.where(dict(where)) if where else None)
+        widths = (self.gallery.global_dim, self.gallery.shards[0].shape[1] - self.gallery.global_dim)
+        probe = [torch.nn.functional.normalize(torch.randn(FEW + 1, width), dim=1) for width in widths]
+        self.gallery.search(*probe, omega=0.3, top_k=1)  # the first batch is slow, so it is not a user's
         self.search.set_max_batch_size(config.batch)  # type: ignore[attr-defined]
         self.search.set_batch_wait_timeout_s(0.0)  # type: ignore[attr-defined]  # they come in the encoder's batches
 
