@@ -5,7 +5,7 @@ ceca report training --data s3://bucket/cuhk --models ceca irra --picture traini
 ceca report omega --data s3://bucket/cuhk --models ceca --picture omega.svg
 ceca report significance --data s3://bucket/cuhk --models rde ceca
 ceca report ranked --data s3://bucket/cuhk --models rde ceca --picture ranked.png
-ceca report attributes --data drawn --model ceca --picture attributes.png
+ceca report attributes --data demo/data --model ceca --picture attributes.png
 ceca report statistics --data s3://bucket/cuhk --picture statistics.png
 ceca report page --data s3://bucket/cuhk --folder report
 """
