@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,11 +158,11 @@ def report_ranked(
     if not 1 <= len(models) <= 2 or count < 1 or top_k < 1:
         raise UserError(f"--models takes one or two, --count and --top-k at least 1; found {models}, {count}, {top_k}")
     store = Store(data)
-    sides = [compared(EvaluateConfig(), *embed_split(store, EvaluateConfig(model=m, split=split))) for m in models]
-    queries, gallery = embed_split(store, EvaluateConfig(model=models[0], split=split))
-    texts, images = sides[0]
+    tables = [embed_split(store, EvaluateConfig(model=name, split=split)) for name in models]
+    sides = [compared(EvaluateConfig(), *both) for both in tables]
+    queries, texts = tables[0][0], sides[0][0]
     # By the first places: sentences that exactly one model answers right come first, in a random order.
-    right = [images.identities[_best(*side, omega, 1)[:, 0]] == texts.identities for side in sides]
+    right = [there.identities[_best(asked, there, omega, 1)[:, 0]] == asked.identities for asked, there in sides]
     shuffled = np.random.default_rng(seed).permutation(len(texts.identities))
     chosen = shuffled[np.argsort(right[0][shuffled] == right[-1][shuffled], kind="stable")][:count]
     captions = store.read(store.current("captions", "ingest"), ["caption_id", "text"])
@@ -172,7 +171,8 @@ def report_ranked(
     places = {row.image_id: (row.part, row.row) for row in list_images(store, table, split)}
     lists = []
     for query in sorted(chosen.tolist()):
-        for name, (asked, there) in zip(models, sides, strict=True):
+        # Each model has a gallery of its own: one without summaries also embeds images that nobody was asked about.
+        for name, (asked, there), (_, gallery) in zip(models, sides, tables, strict=True):
             best = _best(asked, there, omega, top_k, slice(query, query + 1))[0]
             ids = gallery["image_id"].take(best).to_pylist()
             encoded = store.take(table, [places[image_id] for image_id in ids], ["image"])["image"].to_pylist()
@@ -217,35 +217,27 @@ def report_attributes(
         raise UserError(f"{store.uri} has no table of attributes: this report is for drawn pedestrians")
     queries, gallery = embed_split(store, EvaluateConfig(model=model, split=split))
     texts, images = compared(EvaluateConfig(), queries, gallery)
-    drawn = {row["image_id"]: row for row in store.read(truth).to_pylist()}
+    drawn = {row["image_id"]: {**row, "attributes": dict(row["attributes"])} for row in store.read(truth).to_pylist()}
     asked = [drawn[caption_id.rpartition("-")[0]] for caption_id in queries["caption_id"].to_pylist()]
     there = [drawn[image_id] for image_id in gallery["image_id"].to_pylist()]
     first = _best(texts, images, omega, 1)[:, 0]
     right = images.identities[first] == texts.identities
     stranger = np.random.default_rng(0).integers(len(there), size=len(asked))
     other = images.identities[stranger] != texts.identities
-    names = sorted({name for row in there for name, _ in row["attributes"]})
+    names = sorted({name for row in there for name in row["attributes"]})
     confused = {}
     for name in names:
-        differs = [
-            np.array(
-                [_value(want, name) != _value(there[place], name) for want, place in zip(asked, found, strict=True)]
-            )
-            for found in (first, stranger)
-        ]
+        wanted, has = (np.array([row["attributes"].get(name, "") for row in rows]) for rows in (asked, there))
+        differs = [wanted != has[found] for found in (first, stranger)]
         confused[name] = (float(differs[0][~right].mean()) if (~right).any() else 0.0, float(differs[1][other].mean()))
     rank1 = {}
-    for kind, wanted in (("view", "view"), ("light", "lighting"), ("hidden in part", "occluded")):
-        values = np.array([str(row[wanted]).lower() for row in asked])
+    for kind, column in (("view", "view"), ("light", "lighting"), ("hidden in part", "occluded")):
+        values = np.array([str(row[column]).lower() for row in asked])
         for value in sorted(set(values.tolist())):
             rank1[f"{kind}: {value}"] = (100 * float(right[values == value].mean()), int((values == value).sum()))
     draw_attributes(confused, rank1, picture)
     stages.console.print(f"report: {(~right).sum()} of {len(right)} first places are wrong → {picture}")
     return confused
-
-
-def _value(row: Mapping[str, Any], name: str) -> str | None:
-    return dict(row["attributes"]).get(name)
 
 
 def report_statistics(

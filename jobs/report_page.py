@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -187,10 +188,7 @@ def _dataset(figures: Figures, store: Store, data: str) -> list[str]:
 
     shown = figures.add("statistics", draw, "Images of a person, words of a caption, tokens of a summary")
     rows = [[split, *(f"{number:,}" for number in numbers)] for split, numbers in counts.items()]
-    rejects = store.rejects()
-    reasons: dict[tuple[str, str], int] = {}
-    for row in rejects.select(["stage", "reason"]).to_pylist():
-        reasons[row["stage"], row["reason"]] = reasons.get((row["stage"], row["reason"]), 0) + 1
+    reasons = Counter((row["stage"], row["reason"]) for row in store.rejects().to_pylist())
     rejected = [[stage, reason, f"{count:,}"] for (stage, reason), count in sorted(reasons.items())]
     parts = [table("What there is", ["split", "people", "images", "captions"], rows), shown]
     if rejected:
