@@ -58,8 +58,7 @@ def add_summaries(
             f"the dialogues in {store.uri} were made from images {dialogues.made_from.get('images')}, but "
             f"{images.version} are current; run the stage `dialogue` again"
         )
-    table = store.read(dialogues, ["image_id", "summary"])
-    summaries = dict(zip(table["image_id"].to_pylist(), table["summary"].to_pylist(), strict=True))
+    summaries = read_summaries(store, dialogues)
     told = [dataclasses.replace(row, summary=summaries[row.image_id]) for row in rows if row.image_id in summaries]
     missing = [
         Reject(row.image_id, "no_dialogue", f"{row.source_path} has no summary; see the rejects of the stage dialogue")
@@ -67,6 +66,12 @@ def add_summaries(
         if row.image_id not in summaries
     ]
     return told, missing
+
+
+def read_summaries(store: Store, dialogues: Manifest) -> dict[str, str]:
+    """The summary of each image by its id."""
+    table = store.read(dialogues, ["image_id", "summary"])
+    return dict(zip(table["image_id"].to_pylist(), table["summary"].to_pylist(), strict=True))
 
 
 def removed_images(store: Store) -> set[str]:

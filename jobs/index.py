@@ -19,7 +19,7 @@ from ceca.commandline import parse_arguments
 from ceca.config import IndexConfig, to_mapping
 from ceca.errors import UserError
 from ceca.model.weights import PublishedModel, require_model
-from ceca.samples import ImageRow, removed_images
+from ceca.samples import ImageRow, read_summaries, removed_images
 from ceca.store import Manifest, Receipt, Store, StoreError, version_of
 from jobs import stages
 from jobs.embed import EmbedWorker, cut, image_item, plan_images
@@ -111,7 +111,10 @@ def reuse(
         )
     valid = {row.image_id for row in rows}
     if earlier.made_from.get("dialogues") != made_from.get("dialogues"):
-        told = _earlier_summaries(store, earlier)
+        # Where that version of the dialogues is gone, nobody knows what the earlier images were told by.
+        version = earlier.made_from.get("dialogues")
+        dialogues = store.manifest("dialogues", version) if version else None
+        told = read_summaries(store, dialogues) if dialogues and dialogues.rows else {}
         valid = {row.image_id for row in rows if told.get(row.image_id) == row.summary}
     ids = store.read(earlier, ["image_id"])["image_id"].to_pylist() if earlier.rows else []
     taken: list[list[int]] = []  # of each part the rows that are valid
@@ -136,16 +139,6 @@ def reuse(
         room -= len(valid_rows)
     present = frozenset(image_id for image_id in ids if image_id in valid)
     return Reused([earlier.parts[number] for number in sorted(whole)], copies, present)
-
-
-def _earlier_summaries(store: Store, earlier: Manifest) -> dict[str, str]:
-    """What the earlier gallery's images were told by; nothing where that version of the dialogues is gone."""
-    version = earlier.made_from.get("dialogues")
-    dialogues = store.manifest("dialogues", version) if version else None
-    if dialogues is None or not dialogues.rows:
-        return {}
-    table = store.read(dialogues, ["image_id", "summary"])
-    return dict(zip(table["image_id"].to_pylist(), table["summary"].to_pylist(), strict=True))
 
 
 class IndexWorker:

@@ -143,7 +143,6 @@ class Ingress:
         self.served, self.config, self.keys = served, config, keys
         self.encoder, self.gallery = encoder, gallery
         self.catalogue = Catalogue(served)
-        self.facets = self.catalogue.facets
 
     def __serve_build_asgi_app__(self) -> Any:
         # Into the replica's log, which Ray keeps; where there are no keys, nobody is told from another.
@@ -153,7 +152,7 @@ class Ingress:
         return make_api(self, self.config, Gate(self.keys, self.config.ingress_replicas))
 
     async def search(self, query: str, *, omega: float, top_k: int, where: Mapping[str, list[str]]) -> list[Hit]:
-        self.facets.check(where)  # here, so that what does not exist is refused alone and not with its batch
+        self.catalogue.facets.check(where)  # here, so that what does not exist is refused alone and not with its batch
         conditions = tuple((name, tuple(values)) for name, values in sorted(where.items()))
         query_global, query_local = await self.encoder.encode.remote(query)
         return await self.gallery.search.remote(Question(query_global, query_local, omega, top_k, conditions))

@@ -15,7 +15,7 @@ from ceca.datasets.images import mime_type
 from ceca.facets import open_facets
 from ceca.gallery import check_same_model
 from ceca.model.weights import require_model
-from ceca.samples import list_images, removed_images
+from ceca.samples import list_images, read_summaries, removed_images
 from ceca.store import Manifest, Store, StoreError
 
 CACHE_BYTES = 64 * 1024 * 1024  # of encoded images in one ingress replica: a few thousand pedestrian crops
@@ -101,18 +101,12 @@ class Catalogue:
         self.facets = open_facets(self.store, gallery, sorted(ids))
         rows = list_images(self.store, self.images)
         self.places = {row.image_id: (row.part, row.row) for row in rows if row.image_id in ids}
-        self.summaries = self._read_summaries(served.dialogues, ids)
+        told = self.store.manifest("dialogues", served.dialogues) if served.dialogues else None
+        summaries = read_summaries(self.store, told) if told and told.rows else {}
+        self.summaries = {image_id: summary for image_id, summary in summaries.items() if image_id in ids}
         self._cache: OrderedDict[str, Picture] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
-
-    def _read_summaries(self, version: str | None, ids: set[str]) -> dict[str, str]:
-        manifest = self.store.manifest("dialogues", version) if version else None
-        if manifest is None or not manifest.rows:
-            return {}
-        table = self.store.read(manifest, ["image_id", "summary"])
-        pairs = zip(table["image_id"].to_pylist(), table["summary"].to_pylist(), strict=True)
-        return {image_id: summary for image_id, summary in pairs if image_id in ids}
 
     def cached(self, image_id: str) -> Picture | None:
         """A picture if it is at hand; never blocks for long."""
