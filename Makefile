@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 LOCK   ?= requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test drill browser lint lock clean
+.PHONY: help install demo serve test drill long browser lint lock clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,11 @@ serve: install  ## the search page on the demo's result
 test: install lint browser  ## lint, types and tests
 	$(BIN)/python -m pytest
 
-drill: install  ## the slow tests: losing actors, nodes and jobs, ten thousand images, cache on and off
-	$(BIN)/python -m pytest -m slow
+drill: install  ## the slow tests: losing actors, nodes, heads and jobs, a bad object store, many images
+	$(BIN)/python -m pytest -m "slow and not long" --durations=40
+
+long: install  ## the slow tests for which CI has no time
+	$(BIN)/python -m pytest -m long
 
 # The pages are tested in a real browser; Debian's Chromium is installed where that can be done without asking.
 browser:  ## Chromium for the tests of the pages, where it is missing
