@@ -14,6 +14,7 @@ tables are published when every unit has.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -22,7 +23,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +103,12 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         # Listings are never cached: another process may have published a second ago. Checksums of the protocol only
         # where it needs them: some servers send the whole object's with a range of it, and parts have digests of ours.
         checksums = ("request_checksum_calculation", "response_checksum_validation")
-        options = {"use_listings_cache": False, "config_kwargs": dict.fromkeys(checksums, "when_required")}
+        # The endpoint is found by itself, too; named, it tells fsspec's instances apart, which it keeps by options.
+        options = {
+            "use_listings_cache": False,
+            "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
+            "config_kwargs": dict.fromkeys(checksums, "when_required"),
+        }
     try:
         fs, path = fsspec.core.url_to_fs(uri, **options)
     except (ValueError, ImportError) as error:
@@ -182,6 +188,18 @@ class Store:
             found = sorted(Path(path).name for path in self.fs.ls(folder, detail=False))
         return [name for name in found if not name.endswith(".tmp")]
 
+    def walk(self, *names: str) -> list[str]:
+        """Every object below a folder, also those being written aside, by its path below the dataset, sorted."""
+        with self._explained("list", *names):
+            found = self.fs.find(self.path(*names))
+        return sorted(path[len(self.root) + 1 :] for path in found)
+
+    @contextlib.contextmanager
+    def open(self, *names: str) -> Iterator[Any]:
+        """An object to read from a range at a time; errors as in `read_bytes`."""
+        with self._explained("read", *names), self.fs.open(self.path(*names), "rb") as file:
+            yield file
+
     def _explained(self, verb: str, *names: str) -> _Explained:
         return _Explained(f"cannot {verb} {self.place(*names)}")
 
@@ -233,13 +251,15 @@ class Store:
 
     def read(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table, in order. For tables that fit in memory; images are read by part."""
-        parts = []
-        for part in manifest.parts:
-            with self._explained("read", manifest.table, part.path), self._open(manifest, part) as file:
-                parts.append(pq.read_table(file, columns=columns))
-        if not parts:
+        if not manifest.parts:
             raise StoreError(f"table {manifest.table!r} in {self.uri} is empty; see its rejects")
-        return pa.concat_tables(parts)
+        return pa.concat_tables([self.read_columns(manifest, n, columns) for n in range(len(manifest.parts))])
+
+    def read_columns(self, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns of one part, fetching those alone and so without a look at the part's digest."""
+        part = manifest.parts[number]
+        with self.open(manifest.table, part.path) as file:
+            return pq.read_table(file, columns=columns)
 
     def take(
         self, manifest: Manifest, rows: Sequence[tuple[int, int]], columns: Sequence[str] | None = None
@@ -252,7 +272,7 @@ class Store:
         for part, wanted in by_part.items():
             groups = sorted({row // ROW_GROUP for row in wanted})
             source = manifest.parts[part]
-            with self._explained("read", manifest.table, source.path), self._open(manifest, source) as file:
+            with self.open(manifest.table, source.path) as file:
                 table = pq.ParquetFile(file).read_row_groups(groups, columns=columns)
             starts = {group: position * ROW_GROUP for position, group in enumerate(groups)}
             for row in wanted:
@@ -260,9 +280,6 @@ class Store:
             offset += table.num_rows
             tables.append(table)
         return pa.concat_tables(tables).take([place_of[part, row] for part, row in rows])
-
-    def _open(self, manifest: Manifest, part: Part) -> Any:
-        return self.fs.open(self.path(manifest.table, part.path), "rb")
 
     def rejects(self) -> pa.Table:
         """The rejected rows of every stage's current version."""
@@ -277,9 +294,7 @@ class Store:
 
     def write_part(self, table: str, version: str, number: int, rows: pa.Table) -> Part:
         """Write one part aside; nobody reads it before a manifest names it."""
-        sink = io.BytesIO()
-        pq.write_table(rows, sink, row_group_size=ROW_GROUP, compression=_compression(rows.schema))
-        content = sink.getvalue()
+        content = encode(rows)
         path = f"{version}/part-{number:05d}.parquet"
         self.write_bytes(content, table, path)
         return Part(path, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
@@ -340,7 +355,15 @@ class Store:
         """Remove a folder or object that may not be there."""
         with self._explained("remove", *names):
             if self.fs.exists(self.path(*names)):
-                self.fs.rm(self.path(*names), recursive=True)
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    self.fs.rm(self.path(*names), recursive=True)
+
+
+def encode(rows: pa.Table) -> bytes:
+    """A part's content: Parquet in row groups of ROW_GROUP, by which `Store.take` finds a row."""
+    sink = io.BytesIO()
+    pq.write_table(rows, sink, row_group_size=ROW_GROUP, compression=_compression(rows.schema))
+    return sink.getvalue()
 
 
 def _compression(schema: pa.Schema) -> str | dict[str, str]:
@@ -367,7 +390,11 @@ class _Explained:
                 return False  # to the reader, a missing object is an answer
             advice = "check that the bucket or folder exists"
         elif isinstance(error, PermissionError):
-            advice = "check the permissions, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://"
+            # S3 says no more than 403 to what it is asked first, also where a clock is wrong.
+            advice = (
+                "check the permissions; for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "and that the clock of this machine is right"
+            )
         elif isinstance(error, OSError) and error.errno == 28:
             advice = "the disk is full: free some space and start the same command again, finished work is kept"
         elif isinstance(error, OSError | pa.ArrowException) or type(error).__module__.startswith(
