@@ -420,21 +420,48 @@ class ServeConfig:
     rerank: NonNegative = 0
     """So many best images of a query are ranked again by how much they look like the first five of them."""
     top_k_limit: Annotated[int, Field(ge=10)] = 200
-    """Most images that one query may ask for; one that does not say gets 10."""
+    """Most images that one query may reach, page by page; one that does not say gets 10."""
     text_limit: Positive = 2000
     """Longest query in characters."""
+    image_bytes_limit: Positive = 8 * 1024 * 1024
+    """Largest image that is sent, in bytes."""
+    image_pixels_limit: Positive = 16_000_000
+    """And in pixels, which are counted before anything is decoded."""
     batch: Positive = 32
     """Queries that are embedded together at most."""
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.002
     """How long a query waits for others to fill its batch."""
     ingress_replicas: Positive = 1
+    ingress_replicas_max: Positive | None = None
+    """With it, this deployment grows with its load and shrinks without; so for the others."""
     encoder_replicas: Positive = 1
+    encoder_replicas_max: Positive | None = None
+    shards: Positive = 1
+    """Shares that the gallery is cut into, each with replicas of its own; every query asks one replica of each."""
     search_replicas: Positive = 1
-    """Each holds the whole gallery."""
-    cpus: Positive = 1
-    """CPUs, and torch threads, of one encoder or search replica."""
+    """Of each share of the gallery."""
+    search_replicas_max: Positive | None = None
+    cpus: Positive | None = None
+    """CPUs, and torch threads, of one encoder or search replica; without it 1 on a cluster, and on a machine whose Ray
+    this command starts all there are, at most 8: replicas wait for each other more than they work at the same time."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one encoder or search replica; a share such as 0.5 lets both use one GPU, 0 runs on CPUs."""
+    queue: Positive = 256
+    """Requests at work or waiting on one ingress replica; one more is answered 503, to come again in a second."""
+    timeout_s: PositiveFloat = 20.0
+    """After which a request is answered 503."""
+    follow_s: PositiveFloat = 5.0
+    """Seconds between looks for a newer gallery, for images added and removed, each followed without a restart."""
+    engine_url: str = ""
+    """Where the `openai` engine that describes added images is; empty: where it was for the dataset's dialogues."""
+
+    def __post_init__(self) -> None:
+        for name in ("ingress", "encoder", "search"):
+            least, most = getattr(self, f"{name}_replicas"), getattr(self, f"{name}_replicas_max")
+            if most is not None and most < least:
+                raise ValueError(f"{name}_replicas_max {most} must be at least {name}_replicas {least}")
+        if self.neighbours and self.shards > 1:
+            raise ValueError("neighbours compares all images with all, so it needs shards 1")
 
 
 # --- from a mapping, a recipe, a command line -------------------------------------------------------------

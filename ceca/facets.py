@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from ceca.edition import Edition
 from ceca.errors import UserError
-from ceca.store import Manifest, Store
+from ceca.schema import NOBODY
 
 SHOWN = 20  # values that an error names
 
@@ -59,9 +60,15 @@ class Facets:
             FacetError: as in `check`.
         """
         self.check(conditions)
+        return self.mask(conditions)
+
+    def mask(self, conditions: Mapping[str, Sequence[str]]) -> Tensor:
+        """`where` over a share of a gallery, in which a value that exists may not be."""
         allowed = torch.ones(self.count, dtype=torch.bool)
         for name, wanted in conditions.items():
-            column = self.columns[name]
+            column = self.columns.get(name)
+            if column is None:
+                return torch.zeros(self.count, dtype=torch.bool)
             codes = [code for code, value in enumerate(column.dictionary.to_pylist()) if value in wanted]
             found = pc.is_in(column.indices, pa.array(codes, column.indices.type))  # null is in nothing
             allowed &= torch.from_numpy(found.to_numpy(zero_copy_only=False))
@@ -83,22 +90,28 @@ def parse_conditions(words: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def open_facets(store: Store, gallery: Manifest, image_ids: Sequence[str]) -> Facets:
-    """The facets of these images of a gallery, from the versions of the tables that it was made from."""
-    table = store.read(gallery, ["image_id", "identity", "split"])
-    ids = pa.array(image_ids, pa.string())
+def open_facets(edition: Edition, image_ids: Sequence[str]) -> Facets:
+    """The facets of these images of an edition, from the tables that it was made from."""
+    store, ids = edition.store, pa.array(image_ids, pa.string())
+    added = edition.read_added(["image_id", "identity", "split", "camera", "attributes"])
+
+    def whole(table: pa.Table, *columns: str) -> pa.Table:
+        """These columns of a table and of what was added."""
+        return pa.concat_tables([part.select(["image_id", *columns]) for part in (table, *added)])
+
+    indexed = whole(store.read(edition.manifest("gallery"), ["image_id", "identity", "split"]), "identity", "split")
+    identity = _aligned(ids, indexed, "identity")
     columns = {
-        "identity": _aligned(ids, table, "identity").cast(pa.string()),
-        "split": _aligned(ids, table, "split"),
+        "identity": pc.if_else(pc.equal(identity, NOBODY), None, identity).cast(pa.string()),
+        "split": _aligned(ids, indexed, "split"),
+        "camera": _aligned(
+            ids, whole(store.read(edition.manifest("images"), ["image_id", "camera"]), "camera"), "camera"
+        ),
     }
-    images = store.manifest("images", gallery.made_from.get("images"))
-    if images is not None and images.rows:
-        columns["camera"] = _aligned(ids, store.read(images, ["image_id", "camera"]), "camera")
-    dialogues = (
-        store.manifest("dialogues", gallery.made_from["dialogues"]) if "dialogues" in gallery.made_from else None
-    )
-    if dialogues is not None and dialogues.rows:
-        told = _aligned(ids, store.read(dialogues, ["image_id", "attributes"]), "attributes")
+    dialogues = edition.told()
+    if dialogues is not None:
+        table = whole(store.read(dialogues, ["image_id", "attributes"]), "attributes")
+        told = _aligned(ids, table, "attributes")
         for name in sorted(pc.unique(told.keys).to_pylist()):
             columns[name] = pc.map_lookup(told, name, "first")
     known = {name: column.dictionary_encode() for name, column in columns.items() if column.null_count < len(ids)}

@@ -21,29 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ceca.edition import Edition, find_edition, read_added
+from ceca.errors import UserError
 from ceca.facets import Facets, open_facets
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
-from ceca.model.weights import load_model
-from ceca.rerank import rerank
-from ceca.samples import removed_images
-from ceca.store import Manifest, Store, StoreError
+from ceca.model.weights import load_weights
+from ceca.ranking import Candidates, Hit, rank
+from ceca.store import Manifest, Store, StoreError, version_of
 from ceca.topk import gather
 from ceca.topk import top_k as find_best
+from ceca.transforms import normalize
 
 ROW_NORM = 2**0.5 * (1 + 2**-10)  # of two normalised halves, rounded to fp16
 CACHED_DAYS = 30  # after which a shard that nobody opened is removed from this machine
-
-
-@dataclasses.dataclass(frozen=True)
-class Hit:
-    """One answer: the image, its identity, and the similarities it was ranked by."""
-
-    image_id: str
-    identity: int
-    similarity: float
-    global_similarity: float
-    local_similarity: float
 
 
 class Gallery:
@@ -87,100 +78,181 @@ class Gallery:
             rerank_first: so many best images are ranked again (`ceca.rerank`) and come before the others; `similarity`
                 of a hit is then what it was ranked by.
         """
+        found = self.candidates(
+            query_global,
+            query_local,
+            omega=omega,
+            top_k=max(top_k, rerank_first),
+            allowed=allowed,
+            with_rows=rerank_first > 0,
+        )
+        omegas = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global)).tolist()
+        return [
+            rank([own], top_k=top_k, omega=one, rerank_first=rerank_first, global_dim=self.global_dim)
+            for own, one in zip(found, omegas, strict=True)
+        ]
+
+    def candidates(
+        self,
+        query_global: Tensor,
+        query_local: Tensor,
+        *,
+        omega: float | Sequence[float],
+        top_k: int,
+        allowed: Tensor | None = None,
+        with_rows: bool = False,
+    ) -> list[Candidates]:
+        """The best images for each query, for `rank` to put in order; arguments as of `search`."""
+        if not self.shards:  # a share of nothing
+            nothing = np.zeros(0, dtype=np.float32)
+            no_rows = np.zeros((0, query_global.shape[1] + query_local.shape[1]), np.float16) if with_rows else None
+            return [Candidates([], [], nothing, nothing, nothing, no_rows) for _ in query_global]
         if self.present is not None:
             allowed = self.present if allowed is None else allowed & self.present
         local_share = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
         scaled = torch.cat([(1 - local_share) * query_global.float(), local_share * query_local.float()], dim=1)
-        best = find_best(self.shards, scaled, max(top_k, rerank_first), row_norm=ROW_NORM, allowed=allowed)
-        return [
-            self._hits(
-                query_global[q],
-                query_local[q],
-                best.similarity[q][best.row[q] >= 0],
-                best.row[q][best.row[q] >= 0],
-                rerank_first=rerank_first,
-                omega=float(local_share[q]),
-            )[:top_k]
-            for q in range(len(query_global))
-        ]
-
-    def _hits(
-        self,
-        query_global: Tensor,
-        query_local: Tensor,
-        similarity: Tensor,
-        rows: Tensor,
-        *,
-        rerank_first: int,
-        omega: float,
-    ) -> list[Hit]:
-        """The rows of one query as hits, by similarity and then by image id; those ranked again before the others."""
-        ascending, back = rows.sort()
-        chosen = gather(self.shards, ascending)[back.argsort()].float()
-        parts = chosen[:, : self.global_dim], chosen[:, self.global_dim :]
-        if rerank_first and len(rows):
-            first = (parts[0][None, :rerank_first], parts[1][None, :rerank_first])
-            again = rerank(similarity[None, :rerank_first], first, omega)[0]
-            similarity = torch.cat([again, similarity[rerank_first:]])
-        global_parts, local_parts = (
-            (part @ query.float().to(part.device)).tolist()
-            for part, query in zip(parts, (query_global, query_local), strict=True)
-        )
-        found = zip(rows.tolist(), similarity.tolist(), global_parts, local_parts, strict=True)
-        hits = [Hit(self.ids[row], self.identities[row], *values) for row, *values in found]
-
-        def order(some: list[Hit]) -> list[Hit]:
-            return sorted(some, key=lambda hit: (-hit.similarity, hit.image_id))
-
-        return order(hits[:rerank_first]) + order(hits[rerank_first:])
+        best = find_best(self.shards, scaled, top_k, row_norm=ROW_NORM, allowed=allowed)
+        found = []
+        for q in range(len(query_global)):
+            there = best.row[q] >= 0
+            rows, similarity = best.row[q][there], best.similarity[q][there]
+            ascending, back = rows.sort()
+            chosen = gather(self.shards, ascending)[back.argsort()]
+            parts = chosen.float().split([self.global_dim, chosen.shape[1] - self.global_dim], dim=1)
+            global_similarity, local_similarity = (
+                (part @ query.float().to(part.device)).cpu().numpy()
+                for part, query in zip(parts, (query_global[q], query_local[q]), strict=True)
+            )
+            numbers = rows.tolist()
+            found.append(
+                Candidates(
+                    [self.ids[row] for row in numbers],
+                    [self.identities[row] for row in numbers],
+                    similarity.cpu().numpy(),
+                    global_similarity,
+                    local_similarity,
+                    chosen.cpu().numpy() if with_rows else None,
+                )
+            )
+        return found
 
 
 def open_gallery(
-    store: Store, device: str | torch.device = "cpu", *, neighbours: int = 0, omega: float = 0.3
-) -> tuple[Gallery, Manifest]:
-    """The current gallery of a dataset.
+    edition: Edition,
+    device: str | torch.device = "cpu",
+    *,
+    neighbours: int = 0,
+    omega: float = 0.3,
+    share: tuple[int, int] = (0, 1),
+) -> Gallery:
+    """The gallery of an edition, or the part of it that a replica holds.
 
-    On a CPU its shards are files in a folder of this machine, mapped into memory: made once, shared by all processes.
-    With `neighbours`, views of a person agree as in `agree_with_neighbours`; that compares all images with all and
-    keeps a copy of the rows.
+    On a CPU its shards are files in a folder of this machine, mapped into memory: made once, used by all processes.
+
+    Args:
+        neighbours: views of a person agree as in `agree_with_neighbours`; that compares all images with all and keeps
+            a copy of the rows. omega: ω of that.
+        share: (number, of how many): of the shards that are a share's, in turn.
     """
-    manifest = store.current("gallery", "index")
-    table = store.read(manifest, ["image_id", "identity"])
-    ids, identities = table["image_id"].to_pylist(), table["identity"].to_pylist()
-    removed = removed_images(store)
-    present = torch.tensor([image_id not in removed for image_id in ids])
-    shards = _shards(store, manifest)
-    if torch.device(device).type != "cpu":
+    number, shares = share
+    manifest, store = edition.manifest("gallery"), edition.store
+    sources: list[_Part | _Added] = [_Part(store, manifest, part) for part in range(len(manifest.parts))]
+    sources += [_Added(edition, name) for name in edition.added]
+    if neighbours and shares > 1:
+        raise UserError("neighbours compares all images with all, so the gallery cannot be shared out: leave one out")
+    ids: list[str] = []
+    identities: list[int] = []
+    seen: set[str] = set()
+    present: list[bool] = []
+    for source in sources[number::shares]:
+        table = source.describe(["image_id", "identity"])
+        names = table["image_id"].to_pylist()
+        # While objects of `added` are joined into one, an image is in both for a moment.
+        present += [name not in edition.removed_ids and name not in seen for name in names]
+        seen.update(names)
+        ids += names
+        identities += table["identity"].to_pylist()
+    shards = _open_shards(sources[number::shares], _cache(store), {source.digest for source in sources})
+    global_dim = edition.global_dim
+    if torch.device(device).type != "cpu" and shards:
         shards = [torch.cat(shards).to(device)]
-    global_dim = store.read_part(manifest, 0, ["global"]).schema.field("global").type.list_size
+    there = torch.tensor(present, dtype=torch.bool)
     if neighbours:
-        rows = torch.cat(shards)[present].float()
+        rows = torch.cat(shards)[there].float()
         whole, local = rows.split([global_dim, rows.shape[1] - global_dim], dim=1)
         shards = [torch.cat(agree_with_neighbours((whole, local), neighbours, omega), dim=1).half()]
-        ids, identities = ([column[row] for row in present.nonzero()[:, 0].tolist()] for column in (ids, identities))
-        present = torch.ones(len(ids), dtype=torch.bool)
-    return Gallery(ids, identities, shards, global_dim, None if present.all() else present), manifest
+        ids, identities = ([column[row] for row in there.nonzero()[:, 0].tolist()] for column in (ids, identities))
+        there = torch.ones(len(ids), dtype=torch.bool)
+    return Gallery(ids, identities, shards, global_dim, None if there.all() else there)
 
 
-def _shards(store: Store, manifest: Manifest) -> list[Tensor]:
-    """The embeddings of each part, fp16 [n, D + E], mapped from files that are named for the parts' digests."""
-    folder = Path(os.environ.get("CECA_CACHE") or Path(tempfile.gettempdir()) / f"ceca-{os.getuid()}") / "shards"
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of the gallery's table."""
+
+    store: Store
+    manifest: Manifest
+    number: int
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.parts[self.number].sha256
+
+    def describe(self, columns: list[str]) -> pa.Table:
+        return self.store.read_columns(self.manifest, self.number, columns)
+
+    def read(self, columns: list[str]) -> pa.Table:
+        return self.store.read_part(self.manifest, self.number, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    """An object of what was added."""
+
+    edition: Edition
+    name: str
+
+    @property
+    def digest(self) -> str:
+        return Path(self.name).stem
+
+    def read(self, columns: list[str]) -> pa.Table:
+        return read_added(self.edition.store, self.edition.digest, self.name, columns)
+
+    describe = read
+
+
+def _cache(store: Store) -> Path:
+    """The folder of this machine for a dataset's shards."""
+    place = Path(os.environ.get("CECA_CACHE") or Path(tempfile.gettempdir()) / f"ceca-{os.getuid()}")
+    return place / "shards" / version_of(store.uri)
+
+
+def _open_shards(sources: Sequence[_Part | _Added], folder: Path, current: set[str]) -> list[Tensor]:
+    """The embeddings of each source, fp16 [n, D + E], mapped from files that are named for the sources' digests.
+
+    Other files of this dataset go, for they hold images that were removed; those of other datasets when nobody has
+    opened them for a month. Who has one of them mapped keeps what is in it.
+    """
     try:
-        shards = [torch.from_numpy(_shard(store, manifest, part, folder)) for part in range(len(manifest.parts))]
-        for file in folder.iterdir():  # who has one of them mapped keeps what is in it
-            if time.time() - file.stat().st_mtime > CACHED_DAYS * 86_400:
+        shards = [torch.from_numpy(_shard(source, folder)) for source in sources]
+        for file in folder.parent.glob("*/*.npy"):
+            mine = file.parent == folder and file.stem not in current
+            if mine or time.time() - file.stat().st_mtime > CACHED_DAYS * 86_400:
                 file.unlink(missing_ok=True)
+    except FileNotFoundError:
+        raise  # an object that was replaced
     except OSError as error:
         raise StoreError(f"cannot write in {folder} ({error}); set CECA_CACHE to a folder with room") from error
     return shards
 
 
-def _shard(store: Store, manifest: Manifest, part: int, folder: Path) -> np.ndarray:
-    path = folder / f"{manifest.parts[part].sha256}.npy"
+def _shard(source: _Part | _Added, folder: Path) -> np.ndarray:
+    path = folder / f"{source.digest}.npy"
     try:
         os.utime(path)  # used today
     except FileNotFoundError:
-        table = store.read_part(manifest, part, ["global", "local"])
+        table = source.read(["global", "local"])
         rows = np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1)
         aside = folder / f"{uuid.uuid4().hex}.tmp"
         try:
@@ -203,12 +275,9 @@ class Searcher:
     """A model and a gallery made by it: text in, hits out. One process, no cluster."""
 
     def __init__(self, store: Store, model: str = "", device: str | torch.device = "cpu", *, neighbours: int = 0):
-        self.store = store
-        self.gallery, self.manifest = open_gallery(store, device, neighbours=neighbours)
-        manifest = self.manifest
-        self.model, published = load_model(store, model or manifest.notes["model"], device)
-        self.model_digest = published.digest
-        check_same_model(manifest, published.digest, published.uri)
+        self.edition = find_edition(store, model)
+        self.gallery = open_gallery(self.edition, device, neighbours=neighbours)
+        self.model = load_weights(store, self.edition.model, self.edition.digest, device)
         self.device = device
 
     def search(
@@ -228,22 +297,26 @@ class Searcher:
 
     @functools.cached_property
     def facets(self) -> Facets:
-        return open_facets(self.store, self.manifest, self.gallery.ids)
-
-
-def check_same_model(manifest: Manifest, digest: str, uri: str) -> None:
-    """A query may only meet vectors of the model that embeds it."""
-    if manifest.made_from["model"] != digest:
-        raise StoreError(
-            f"the gallery was made by model {manifest.made_from['model']}, but {uri} is {digest}; "
-            "run the stage `index` with this model"
-        )
+        return open_facets(self.edition, self.gallery.ids)
 
 
 @torch.inference_mode()
 def embed_texts(model: CECA, texts: list[str], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Queries → normalised global [Q, D] and local [Q, E], fp32."""
     return model.embed_queries(trim(tokenize(texts)).to(device))
+
+
+@torch.inference_mode()
+def embed_images(
+    model: CECA, pixels: Sequence[np.ndarray], summaries: list[str] | None, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Decoded images, uint8 [H, W, 3] each → normalised global [N, D] and local [N, E].
+
+    With their summaries as a gallery has them, without as a query.
+    """
+    images = normalize(torch.from_numpy(np.stack(pixels)).to(device))
+    told = None if summaries is None else trim(tokenize(summaries)).to(device)
+    return model.embed_gallery(images, told)
 
 
 def agree_with_neighbours(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from ceca.dialogue.attributes import PERSON, Choices
 from ceca.store import Manifest, Reject, Store, StoreError
 
 PAIRS = pa.schema(
@@ -74,11 +76,22 @@ def read_summaries(store: Store, dialogues: Manifest) -> dict[str, str]:
     return dict(zip(table["image_id"].to_pylist(), table["summary"].to_pylist(), strict=True))
 
 
-def removed_images(store: Store) -> set[str]:
-    """The ids of images that no search may find any more, whatever a gallery still holds (`ceca remove`)."""
+def read_vocabulary(store: Store) -> Choices:
+    """What structured answers choose from: the dataset's own vocabulary, or the usual one."""
+    attributes = store.manifest("attributes")
+    if attributes is None:
+        return PERSON
+    return {name: tuple(values) for name, values in attributes.notes["vocabulary"].items()}
+
+
+def removed_images(store: Store, names: Sequence[str] | None = None) -> set[str]:
+    """The ids of images that no search may find any more, whatever a gallery still holds (`ceca remove`).
+
+    `names` are the objects below removed/ that count; None: all there are.
+    """
     return {
         image_id
-        for name in store.names("removed")
+        for name in (store.names("removed") if names is None else names)
         for image_id in (store.read_json("removed", name) or {"images": []})["images"]
     }
 

@@ -9,6 +9,7 @@ import hashlib
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
+NOBODY = -1  # identity of an image of which nobody said whose it is
 _FP16 = pa.float16()
 
 IMAGES = pa.schema(
@@ -83,6 +84,13 @@ def gallery(global_dim: int, local_dim: int, precision: pa.DataType = _FP16) -> 
             pa.field("model_digest", pa.string(), nullable=False),
         ]
     )
+
+
+def added(global_dim: int, local_dim: int) -> pa.Schema:
+    """Schema of an image that was added alone: everything that is known of it in one row. Without an identity, -1."""
+    told = [DIALOGUES.field(name) for name in ("turns", "summary", "attributes", "flags")]
+    embedded = [gallery(global_dim, local_dim).field(name) for name in ("global", "local")]
+    return pa.schema([*IMAGES, *told, pa.field("dialogue_model", pa.string(), nullable=False), *embedded])
 
 
 def queries(global_dim: int, local_dim: int, precision: pa.DataType = _FP16) -> pa.Schema:

@@ -23,7 +23,9 @@ COMMANDS = {
     "weights": "bring in other programs' checkpoints, give CLIP's part to open_clip",
     "report": "pictures of what a stage has made",
     "serve": "the search service with its page",
+    "cluster": "a Ray cluster of several nodes on this machine: up, status, down",
 }
+PROGRAMS = {"serve": "serve", "cluster": "cluster.local"}  # of which jobs know nothing
 
 
 def main() -> None:
@@ -37,8 +39,8 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"error: no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    if name == "serve":  # another program: jobs know nothing of the service
-        os.execv(sys.executable, [sys.executable, "-m", "serve", *rest])
+    if name in PROGRAMS:
+        os.execv(sys.executable, [sys.executable, "-m", PROGRAMS[name], *rest])
     stages.entry(lambda: importlib.import_module(f"jobs.{name}").main(rest))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from rich.table import Table as TextTable
 
+from ceca.catalogue import Catalogue
 from ceca.datasets.drawn import contact_sheet
 from ceca.gallery import Searcher
 from ceca.report import draw_ranked_lists
@@ -70,13 +71,14 @@ def _answer_searches(store: Store, picture: Path, count: int, seed: int) -> Path
     pairs = make_pairs(store, list_images(store, images, "test"), store.current("captions", "ingest"))
     chosen = np.random.default_rng(seed).choice(pairs.num_rows, size=min(count, pairs.num_rows), replace=False)
     searcher = Searcher(store)
+    catalogue = Catalogue(searcher.edition)
     lists = []
     for row in sorted(chosen.tolist()):
         query, identity = pairs["caption"][row].as_py(), pairs["identity"][row].as_py()
         hits = searcher.search(query, omega=0.3, top_k=8)
         ranks = [rank for rank, hit in enumerate(hits, 1) if hit.identity == identity]
         stages.console.print(f"search: “{query}” → right at rank {', '.join(map(str, ranks)) or 'none of 8'}")
-        lists.append(ranked_list(store, query, identity, hits))
+        lists.append(ranked_list(catalogue, query, identity, hits))
     return draw_ranked_lists(lists, picture)
 
 

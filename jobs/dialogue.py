@@ -8,15 +8,15 @@ published table lacks. `--published FILE` imports dialogues that the authors pub
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from ceca.commandline import parse_arguments
 from ceca.config import DialogueConfig, to_mapping
-from ceca.dialogue.attributes import PERSON, Choices
 from ceca.dialogue.conversation import PROMPT_VERSION
 from ceca.errors import UserError
-from ceca.samples import ImageRow, list_images
+from ceca.samples import ImageRow, list_images, read_vocabulary
 from ceca.schema import SCHEMA_VERSION
 from ceca.store import Manifest, Receipt, Store, version_of
 from jobs import stages
@@ -37,9 +37,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         return import_published(store, config, images, rows, redo=redo)
     made_from = {"images": images.version}
     attributes = store.manifest("attributes")
-    vocabulary: Choices | None = None
-    if attributes is not None:
-        vocabulary = {name: tuple(values) for name, values in attributes.notes["vocabulary"].items()}
+    vocabulary = read_vocabulary(store)
     if config.engine == "oracle":
         if attributes is None:
             raise UserError(
@@ -51,8 +49,10 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
             f"dialogue: the oracle is a simulated annotator that knows the truth and errs in "
             f"{config.oracle.error_rate:.0%} of attributes; its summaries say nothing about a multimodal model"
         )
-    choices = (vocabulary or PERSON) if config.attributes else None
+    choices = vocabulary if config.attributes else None
     settings = to_mapping(config, results_only=True)
+    vllm = dataclasses.replace(config.vllm, gpus=stages.gpus_there(config.vllm.gpus))
+    computing = dataclasses.replace(config, vllm=vllm)
     kept: list[Receipt] = []
     if config.only_missing:
         earlier = store.current("dialogues")
@@ -77,7 +77,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         arguments={
             "uri": store.uri,
             "images": images,
-            "config": to_mapping(config),
+            "config": to_mapping(computing),
             "vocabulary": vocabulary,
             "choices": choices,
             "canaries": [[row.part, row.row, row.image_id] for row in canaries],

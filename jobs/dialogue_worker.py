@@ -44,7 +44,7 @@ class DialogueWorker:
         uri: str,
         images: Manifest,
         config: dict[str, Any],
-        vocabulary: Choices | None,
+        vocabulary: Choices,
         choices: Choices | None,
         canaries: list[Any],
     ):

@@ -2,28 +2,41 @@
 
     python jobs/draw.py --data build/drawn --identities 360
 
-Runs on this machine alone; the folder is local.
+Drawn on this machine alone; where the folder is a URI (s3://…), copied there afterwards.
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from ceca.commandline import parse_arguments
 from ceca.config import DrawConfig
 from ceca.datasets.drawn import DrawnStatistics, draw_dataset
 from ceca.errors import UserError
+from ceca.store import filesystem
 from jobs import stages
 
 
 def draw(folder: str, config: DrawConfig) -> DrawnStatistics:
     """Draw what is missing of a dataset; a folder that is complete stays as it is."""
-    if "://" in folder:
-        raise UserError(f"pedestrians are drawn into a local folder, not {folder}; ingest takes them to the store")
+    if "://" not in folder:
+        return _draw(Path(folder), config, folder)
+    with tempfile.TemporaryDirectory(prefix="ceca-draw-") as place:
+        made = _draw(Path(place), config, folder)
+        fs, root = filesystem(folder)
+        if folder.startswith("s3://") and not fs.exists(root.split("/")[0]):
+            fs.mkdir(root.split("/")[0])
+        files = [path for path in Path(place).rglob("*") if path.is_file()]
+        fs.put([str(file) for file in files], [f"{root}/{file.relative_to(place).as_posix()}" for file in files])
+    return made
+
+
+def _draw(folder: Path, config: DrawConfig, shown: str) -> DrawnStatistics:
     with stages.Track("draw", config.identities * config.images_per_identity, unit="images") as track:
         try:
             made = draw_dataset(
-                Path(folder),
+                folder,
                 seed=config.seed,
                 identities=config.identities,
                 images_per_identity=config.images_per_identity,
@@ -36,7 +49,7 @@ def draw(folder: str, config: DrawConfig) -> DrawnStatistics:
         except ValueError as error:
             raise UserError(str(error)) from error
     images = ", ".join(f"{count:,} {split}" for split, count in made.images.items())
-    stages.console.print(f"draw: {images} images, {made.captions:,} captions → {folder}")
+    stages.console.print(f"draw: {images} images, {made.captions:,} captions → {shown}")
     return made
 
 

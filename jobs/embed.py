@@ -12,12 +12,11 @@ import pyarrow as pa
 import torch
 
 from ceca.datasets.images import ImageError, decode_image
-from ceca.gallery import embed_texts
-from ceca.model.backbone import tokenize, trim
-from ceca.model.weights import PublishedModel, load_model
+from ceca.gallery import embed_images, embed_texts
+from ceca.model.published import PublishedModel
+from ceca.model.weights import load_model
 from ceca.samples import ImageRow, add_summaries, list_images
 from ceca.store import Manifest, Reject, Store
-from ceca.transforms import normalize
 from jobs import stages
 
 
@@ -90,7 +89,10 @@ class EmbedWorker:
         kept = [(item, pixels) for item, pixels in zip(items, decoded, strict=True) if not isinstance(pixels, Reject)]
         if not kept:
             return stages.Output({}, rejects)
-        embeddings = [self._embed_batch(batch) for batch in cut(kept, self.batch)]
+        embeddings = [
+            embed_images(self.model, [pixels for _, pixels in batch], [item[5] for item, _ in batch], self.device)
+            for batch in cut(kept, self.batch)
+        ]
         columns = {
             "image_id": [item[2] for item, _ in kept],
             "identity": [item[3] for item, _ in kept],
@@ -117,9 +119,3 @@ class EmbedWorker:
             return decode_image(content, config.image_height, config.image_width)
         except ImageError as error:
             return Reject(image_id, error.reason, error.detail)
-
-    @torch.inference_mode()
-    def _embed_batch(self, batch: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        images = normalize(torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(self.device))
-        summaries = trim(tokenize([item[5] for item, _ in batch])).to(self.device)
-        return self.model.embed_gallery(images, summaries)

@@ -23,7 +23,7 @@ from ceca.commandline import parse_arguments
 from ceca.config import EvaluateConfig, to_mapping
 from ceca.gallery import agree_with_neighbours, matrix
 from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_embeddings, rank_strip, slices
-from ceca.model.weights import require_model
+from ceca.model.published import require_model
 from ceca.samples import list_images
 from ceca.store import Store, StoreError, version_of
 from jobs import stages
@@ -205,7 +205,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
             "images": images,
             "schemas": tables,
             "batch": config.batch,
-            "gpu": config.gpus > 0,
+            "gpu": stages.gpus_there(config.gpus) > 0,
             "replicas": config.replicas,
         },
         made_from=made_from,

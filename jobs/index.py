@@ -18,7 +18,7 @@ from ceca import schema
 from ceca.commandline import parse_arguments
 from ceca.config import IndexConfig, to_mapping
 from ceca.errors import UserError
-from ceca.model.weights import PublishedModel, require_model
+from ceca.model.published import PublishedModel, require_model
 from ceca.samples import ImageRow, read_summaries, removed_images
 from ceca.store import Manifest, Receipt, Store, StoreError, version_of
 from jobs import stages
@@ -68,7 +68,7 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
             "images": images,
             "schemas": {"images": ("gallery", schema.gallery(model.global_dim, model.local_dim))},
             "batch": config.batch,
-            "gpu": config.gpus > 0,
+            "gpu": stages.gpus_there(config.gpus) > 0,
             "replicas": config.replicas,
         },
         made_from=made_from,

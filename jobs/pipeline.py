@@ -14,6 +14,7 @@ import tyro
 
 from ceca.commandline import load_recipe
 from ceca.config import STAGES, from_mapping
+from ceca.store import Store
 from jobs import stages
 from jobs.dialogue import dialogue
 from jobs.evaluate import evaluate
@@ -30,11 +31,23 @@ def recipe_config(recipe: str, stage: str, **overrides: Any) -> Any:
 
 def pipeline(data: str, source: str, recipe: str, name: str = "ceca") -> dict[str, Any]:
     """Run ingest, dialogue, train, evaluate and index; returns the evaluation."""
-    ingest(data, recipe_config(recipe, "ingest", source=source))
-    dialogue(data, recipe_config(recipe, "dialogue"))
-    train(data, recipe_config(recipe, "train", name=name))
-    found = evaluate(data, recipe_config(recipe, "evaluate", model=name))
-    index(data, recipe_config(recipe, "index", model=name))
+    # All of them first: what is wrong with a recipe is said before anything is computed.
+    named = {
+        "ingest": {"source": source},
+        "train": {"name": name},
+        "evaluate": {"model": name},
+        "index": {"model": name},
+    }
+    settings = {
+        stage: recipe_config(recipe, stage, **named.get(stage, {}))
+        for stage in ("ingest", "dialogue", "train", "evaluate", "index")
+    }
+    with stages.alone(Store(data), f"pipeline-{name}"):
+        ingest(data, settings["ingest"])
+        dialogue(data, settings["dialogue"])
+        train(data, settings["train"])
+        found = evaluate(data, settings["evaluate"])
+        index(data, settings["index"])
     return found
 
 

@@ -1,53 +1,110 @@
-"""Remove: take images out of search, at once; the next index with --only-missing writes a gallery without them.
+"""Remove: take images out of search, at once; with --erase, also out of everything below the dataset's URI.
 
     ceca remove --data s3://bucket/cuhk --images 0123456789abcdef
-    ceca remove --data s3://bucket/cuhk --identities 17 18
+    ceca remove --data s3://bucket/cuhk --identities 17 18 --erase
+    ceca remove --data s3://bucket/cuhk --erase                        finish what was interrupted
 
 A removal is an object of its own below removed/, so that two at a time lose nothing and a gallery made later leaves
-the images out too.
+the images out too. Without --erase, the next index with --only-missing writes a gallery without them, and all else
+stays. No stage may run while images are erased.
 """
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated
 
 import tyro
 
+from ceca.erase import Watch, added_images, finish, hide, mentioned_images, pending_erasures
 from ceca.errors import UserError
 from ceca.samples import list_images
-from ceca.store import Store, version_of
+from ceca.schema import NOBODY
+from ceca.store import Store
 from jobs import stages
+
+NOT_REACHED = (
+    "copies elsewhere (the source of ingest, backups, reports, shards below CECA_CACHE of machines that searched, "
+    "which go at their next search, or after 30 days), models trained with the images, which keep what they learned, "
+    "and, in a bucket, earlier versions of objects and uploads that were cut off: its lifecycle rules remove those. "
+    "Services that run follow by themselves"
+)
 
 
 def remove(
     data: Annotated[str, tyro.conf.arg(help="dataset URI")],
     images: Annotated[tuple[str, ...], tyro.conf.arg(help="ids of images")] = (),
     identities: Annotated[tuple[int, ...], tyro.conf.arg(help="people, all of whose images are removed")] = (),
+    erase: Annotated[bool, tyro.conf.arg(help="also erase all that the dataset holds of them, for good")] = False,
 ) -> set[str]:
     """Take images out of search. Returns their ids."""
     store = Store(data)
-    rows = list_images(store, store.current("images", "ingest"))
-    chosen = {row.image_id for row in rows if row.image_id in images or row.identity in identities}
-    unknown = [f"image {name}" for name in set(images) - {row.image_id for row in rows}]
-    unknown += [f"identity {number}" for number in set(identities) - {row.identity for row in rows}]
-    if unknown:
-        raise UserError(f"{store.uri} has no {', '.join(sorted(unknown))}; nothing is removed")
-    if not chosen:
+    chosen: set[str] = set()
+    if images or identities:
+        chosen = choose(store, images, identities)
+        name = hide(store, chosen, erase)
+        back = "" if erase else f" (to take it back, remove {store.place('removed', f'{name}.json')})"
+        stages.console.print(
+            f"remove: {len(chosen)} images are out of search for all that open the gallery from now on{back}"
+        )
+        if not erase:
+            stages.console.print("remove: `ceca index --only-missing` writes the gallery's parts without them")
+    elif not erase:
         raise UserError("name what to remove: --images ID … or --identities N …")
-    name = f"{version_of(sorted(chosen))}.json"
-    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    store.write_json({"images": sorted(chosen), "created": made}, "removed", name)
-    stages.console.print(
-        f"remove: {len(chosen)} images are out of search for all that open the gallery from now on "
-        f"(to take it back, remove {store.place('removed', name)})"
-    )
-    stages.console.print("remove: `ceca index --only-missing` writes the gallery's parts without them")
+    if erase:
+        _erase(store)
     return chosen
 
 
+def choose(store: Store, images: tuple[str, ...], identities: tuple[int, ...]) -> set[str]:
+    """The images meant.
+
+    Raises:
+        UserError: the dataset has no such image or identity.
+    """
+    manifest = store.current("images", "ingest")
+    rows = list_images(store, manifest) if manifest.rows else []
+    there = {**added_images(store), **{row.image_id: row.identity for row in rows}}
+    missing = [f"image {name}" for name in set(images) - there.keys() - mentioned_images(store)]
+    missing += [f"identity {number}" for number in set(identities) - (set(there.values()) - {NOBODY})]
+    if missing:
+        pending = pending_erasures(store)
+        hint = f"; `ceca remove --data {store.uri} --erase` alone finishes an erasure that was interrupted"
+        raise UserError(f"{store.uri} has no {', '.join(sorted(missing))}; nothing is removed{hint if pending else ''}")
+    return {*images, *(name for name, identity in there.items() if identity in identities)}
+
+
+def _erase(store: Store) -> None:
+    """Erase what is to be erased, also what an interrupted run left, and say what that came to."""
+    names = pending_erasures(store)
+    if not names:
+        stages.console.print("erase: nothing waits to be erased")
+        return
+    with _progress() as watch:
+        erased = finish(store, *names, watch=watch)
+    found = ", ".join(f"{rows:,} of {table}" for table, rows in erased.items())
+    stages.console.print(f"erase: {found or 'nothing was left'} (rows, in all versions)")
+    stages.console.print(f"erase: not reached are {NOT_REACHED}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Watch]:
+    """Shows how far each thing that is done has come."""
+    tracks: dict[str, stages.Track] = {}
+    with contextlib.ExitStack() as shown:
+
+        def watch(doing: str, total: int) -> None:
+            if doing not in tracks:
+                shown.close()  # what was done before
+                tracks[doing] = shown.enter_context(stages.Track(doing, total, unit="objects"))
+            tracks[doing].advance(1)
+
+        yield watch
+
+
 def main(argv: list[str] | None = None) -> None:
-    tyro.cli(remove, args=argv, prog="ceca remove", description="Take images out of search.")
+    tyro.cli(remove, args=argv, prog="ceca remove", description="Take images out of search, or erase them.")
 
 
 if __name__ == "__main__":

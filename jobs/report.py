@@ -29,7 +29,7 @@ from ceca.errors import UserError
 from ceca.metrics import STRIP, RetrievalMetrics, slices
 from ceca.model.backbone import CONTEXT, count_tokens
 from ceca.model.ceca import fused_similarity
-from ceca.model.weights import model_file, require_model
+from ceca.model.published import model_file, require_model
 from ceca.report import (
     Described,
     RankedList,

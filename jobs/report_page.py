@@ -13,7 +13,7 @@ import tyro
 
 from ceca.config import EvaluateConfig, Split
 from ceca.errors import UserError
-from ceca.model.weights import find_model, list_models, require_model
+from ceca.model.published import find_model, list_models, require_model
 from ceca.page import paragraph, picture, table, write_page
 from ceca.report import draw_comparison
 from ceca.store import Store

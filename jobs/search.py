@@ -12,12 +12,15 @@ from typing import Annotated
 import tyro
 from rich.table import Table as TextTable
 
+from ceca.catalogue import Catalogue
 from ceca.datasets.images import open_image
+from ceca.edition import Edition
 from ceca.errors import UserError
 from ceca.facets import parse_conditions
-from ceca.gallery import Hit, Searcher
+from ceca.gallery import Searcher
+from ceca.ranking import Hit
 from ceca.report import RankedList, draw_ranked_lists
-from ceca.samples import ImageRow, list_images
+from ceca.samples import list_images
 from ceca.store import Store
 from jobs import stages
 
@@ -41,37 +44,37 @@ def search(
             "--top-k must be at least 1, --omega between 0 and 1, --neighbours and --rerank not negative, "
             f"found {top_k}, {omega}, {neighbours} and {rerank}"
         )
-    store = Store(data)
-    searcher = Searcher(store, model, neighbours=neighbours)
+    searcher = Searcher(Store(data), model, neighbours=neighbours)
     hits = searcher.search(query, omega=omega, top_k=top_k, where=parse_conditions(where), rerank_first=rerank)
     if not hits:
         stages.console.print("search: no image fulfils all conditions")
         return
-    rows = find_rows(store, hits)
+    paths = find_paths(searcher.edition, hits)
     table = TextTable(title=query, title_justify="left")
     for heading in ("", "similarity", "global", "local", "identity", "image"):
         table.add_column(heading, justify="left" if heading == "image" else "right")
-    for rank, (hit, row) in enumerate(zip(hits, rows, strict=True), 1):
+    for rank, (hit, path) in enumerate(zip(hits, paths, strict=True), 1):
         figures = (f"{value:.3f}" for value in (hit.similarity, hit.global_similarity, hit.local_similarity))
-        table.add_row(str(rank), *figures, str(hit.identity), row.source_path)
+        table.add_row(str(rank), *figures, str(hit.identity), path)
     stages.console.print(table)
     if picture is not None:
-        draw_ranked_lists([ranked_list(store, query, None, hits)], picture)
+        draw_ranked_lists([ranked_list(Catalogue(searcher.edition), query, None, hits)], picture)
         stages.console.print(f"search: → {picture}")
 
 
-def find_rows(store: Store, hits: Sequence[Hit]) -> list[ImageRow]:
-    """The images' rows, in the order of the hits."""
-    by_id = {row.image_id: row for row in list_images(store, store.current("images", "ingest"))}
-    return [by_id[hit.image_id] for hit in hits]
+def find_paths(edition: Edition, hits: Sequence[Hit]) -> list[str]:
+    """Where the images came from, in the order of the hits."""
+    paths = {row.image_id: row.source_path for row in list_images(edition.store, edition.manifest("images"))}
+    for table in edition.read_added(["image_id", "source_path"]):
+        paths |= dict(zip(table["image_id"].to_pylist(), table["source_path"].to_pylist(), strict=True))
+    return [paths[hit.image_id] for hit in hits]
 
 
-def ranked_list(store: Store, query: str, identity: int | None, hits: Sequence[Hit]) -> RankedList:
+def ranked_list(catalogue: Catalogue, query: str, identity: int | None, hits: Sequence[Hit]) -> RankedList:
     """Hits with their pictures."""
-    rows = find_rows(store, hits)
-    images = store.current("images", "ingest")
-    encoded = store.take(images, [(row.part, row.row) for row in rows], ["image"])["image"].to_pylist()
-    return RankedList(query, identity, [open_image(content) for content in encoded], [hit.identity for hit in hits])
+    pictures = [catalogue.picture(hit.image_id) for hit in hits]
+    shown = [open_image(picture.content) for picture in pictures if picture is not None]
+    return RankedList(query, identity, shown, [hit.identity for hit in hits])
 
 
 def main(argv: list[str] | None = None) -> None:

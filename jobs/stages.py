@@ -7,10 +7,13 @@ receipt, and a stage started again skips those.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -24,12 +27,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ceca.errors import UserError
+from ceca.lease import Lease, holding
 from ceca.store import Manifest, Receipt, Reject, Store
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
 
-# What Ray's processes would print among a stage's own lines. Set one of these to see it again.
-QUIET_WORKERS = {
+# What Ray's own processes would print among a stage's lines, unless it is set otherwise.
+WORKERS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
     "PYTHONWARNINGS": "ignore",  # of libraries about other libraries
 }
@@ -71,6 +75,36 @@ class Plan:
     progress: Callable[[Mapping[str, float], float], str] | None = None  # words from the sums so far and the seconds
 
 
+def alone(store: Store, name: str) -> contextlib.AbstractContextManager[Lease]:
+    """While it lasts no other process works on this name; see ceca/lease.py.
+
+    Raises:
+        LeaseError: another one does.
+    """
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("metadata", {}).get("job_submission_id", "")
+    who = f"{job or 'a command'} (process {os.getpid()} on {socket.gethostname()})"
+    return holding(
+        store,
+        name,
+        who,
+        on_lost=interrupt,
+        say=lambda words: console.print(f"[yellow]waiting:[/] {words}", highlight=False),
+    )
+
+
+def interrupt() -> None:
+    """As by Ctrl-C, and wherever the main thread waits."""
+    main = threading.main_thread().ident
+    if main is not None:
+        signal.pthread_kill(main, signal.SIGINT)
+
+
+def gpus_there(gpus: int) -> int:
+    """Of so many that a worker asks for, those that it computes on: none where a local cluster only declares them, so
+    that work finds its way to a node as on a real one (cluster/local.py)."""
+    return 0 if os.environ.get("CECA_DECLARED_GPUS") else gpus
+
+
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (as in `ray job submit`), else start Ray on this machine.
 
@@ -78,16 +112,19 @@ def connect() -> None:
     decode their images.
     """
     if not ray.is_initialized():
-        for name, value in QUIET_WORKERS.items():
+        for name, value in WORKERS.items():
             os.environ.setdefault(name, value)
         options: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
             options = {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
         elif JOB_CONFIG not in os.environ:
-            # Workers on other machines reach the object store as this process does. A submitted job brings its own
-            # runtime environment.
-            names = [name for name in os.environ if name.startswith("AWS_") or name in QUIET_WORKERS]
+            # Workers on other machines reach the object store as this process does.
+            names = [name for name in os.environ if name.startswith("AWS_") or name in WORKERS]
             options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in names}}
+        else:  # a submitted job brings its own
+            brought = json.loads(os.environ[JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
+            own = {name: os.environ[name] for name in WORKERS if name not in brought}
+            options["runtime_env"] = {"env_vars": own}
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
     quiet()
     context = ray.data.DataContext.get_current()
@@ -97,7 +134,7 @@ def connect() -> None:
 
 def quiet() -> None:
     """Keep Ray's libraries to warnings: a stage reports its own progress."""
-    for name in ("ray.train.v2", "ray.data._internal.execution", "DeepSpeed"):
+    for name in ("ray.train.v2", "ray.data._internal.execution", "DeepSpeed", "botocore", "aiobotocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     reports = sys.modules.get("ray.train.v2._internal.execution.context")
@@ -120,23 +157,37 @@ def run(
     At most `replicas` workers with so many `cpus` and `gpus` each; with `units_at_once` above 1, a worker is called
     by as many threads.
     """
-    started = time.monotonic()
-    version = plan.version
-    if redo:
-        # A new name beside the published one: readers keep the old until the new is whole, and a --redo that
-        # is killed goes on where it was.
-        repeats = 1
-        while store.manifest(plan.tables[-1], version) is not None:
-            version = f"{plan.version}-{repeats}"
-            repeats += 1
-    published = store.manifest(plan.tables[-1])
-    if published is not None and not redo and published.version.partition("-")[0] == plan.version:
-        console.print(f"{plan.stage}: {store.place(plan.tables[-1])} is published already (--redo makes it again)")
-        return {table: store.current(table) for table in plan.tables}
-    earlier = store.manifest(plan.tables[-1], version)
-    if earlier is not None:
-        return _restore(store, plan, version)
+    if not redo and (there := _published(store, plan)):
+        return there
+    with alone(store, f"{plan.stage}-{plan.version}"):
+        if not redo and (there := _published(store, plan)):  # by another process, a moment ago
+            return there
+        version = plan.version
+        if redo:
+            # A new name beside the published one: readers keep the old until the new is whole, and a --redo that
+            # is killed goes on where it was.
+            repeats = 1
+            while store.manifest(plan.tables[-1], version) is not None:
+                version = f"{plan.version}-{repeats}"
+                repeats += 1
+        if store.manifest(plan.tables[-1], version) is not None:
+            return _restore(store, plan, version)
+        return _make(store, plan, version, replicas=replicas, cpus=cpus, gpus=gpus, units_at_once=units_at_once)
 
+
+def _published(store: Store, plan: Plan) -> dict[str, Manifest] | None:
+    """A plan's tables, where they are the current ones."""
+    found = store.manifest(plan.tables[-1])
+    if found is None or found.version.partition("-")[0] != plan.version:
+        return None
+    console.print(f"{plan.stage}: {store.place(plan.tables[-1])} is published already (--redo makes it again)")
+    return {table: store.current(table) for table in plan.tables}
+
+
+def _make(
+    store: Store, plan: Plan, version: str, *, replicas: int, cpus: float, gpus: float, units_at_once: int
+) -> dict[str, Manifest]:
+    started = time.monotonic()
     done = store.receipts(plan.stage, version)
     if done:
         console.print(f"{plan.stage}: continuing, {len(done)} of {len(plan.units)} parts are there")

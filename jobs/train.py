@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import platform
 import tempfile
 import time
@@ -31,7 +32,8 @@ from ceca.commandline import parse_arguments
 from ceca.config import TrainConfig, to_mapping
 from ceca.errors import UserError
 from ceca.model.backbone import count_tokens, tokenize
-from ceca.model.weights import PublishedModel, find_model, publish_model
+from ceca.model.published import PublishedModel, find_model
+from ceca.model.weights import publish_model
 from ceca.samples import ImageRow, add_summaries, list_images, make_pairs, shuffled_captions
 from ceca.schema import SCHEMA_VERSION
 from ceca.store import Manifest, Reject, Store, StoreError, version_of
@@ -45,18 +47,45 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
     store = Store(data)
     tables = _tables(store, config)
     made_from = {name: manifest.version for name, manifest in tables.items()}
-    settings = to_mapping(config, results_only=True)
-    version = version_of("train", SCHEMA_VERSION, made_from, settings)
+    version = version_of("train", SCHEMA_VERSION, made_from, to_mapping(config, results_only=True))
+    if not redo and (there := _published(store, config, version)):
+        return there
+    with stages.alone(store, f"train-{config.name}"):
+        if not redo and (there := _published(store, config, version)):  # by another process, a moment ago
+            return there
+        return _train(store, config, tables, made_from, version, redo=redo)
+
+
+def _published(store: Store, config: TrainConfig, version: str) -> PublishedModel | None:
+    """The model, where it is there as it would be made.
+
+    Raises:
+        UserError: there is another one of this name.
+    """
     published = find_model(store, config.name)
-    if published is not None and not redo:
-        if published.version == version:
-            stages.console.print(f"train: {published.uri} is published already (--redo trains it again)")
-            return published
+    if published is None:
+        return None
+    if published.version != version:
+        difference = _difference(published.config["train"], to_mapping(config, results_only=True))
         raise UserError(
-            f"{published.uri} is published with other settings or data "
-            f"({_difference(published.config['train'], settings)}); use another --name, or pass --redo to replace it"
+            f"{published.uri} is published with other settings or data ({difference}); "
+            "use another --name, or pass --redo to replace it"
         )
+    stages.console.print(f"train: {published.uri} is published already (--redo trains it again)")
+    return published
+
+
+def _train(
+    store: Store,
+    config: TrainConfig,
+    tables: Mapping[str, Manifest],
+    made_from: dict[str, str],
+    version: str,
+    *,
+    redo: bool,
+) -> PublishedModel:
     run = f"models/{config.name}/run-{version}"
+    published = find_model(store, config.name)
     if redo and published is not None and published.version == version:
         store.remove(run)
     stages.connect()
@@ -214,19 +243,30 @@ def _prepare(
         caption=tokenize(pairs["caption"].to_pylist()).numpy().astype(np.uint16)[captions_of],
         summary=tokenize(pairs["summary"].to_pylist()).numpy().astype(np.uint16),
     )
-    return Run(config, store.uri, run, ray.put(samples), references, validation), used
+    computing = dataclasses.replace(config, gpus_per_worker=stages.gpus_there(config.gpus_per_worker))
+    return Run(computing, store.uri, run, ray.put(samples), references, validation), used
+
+
+class Trainer(ray.train.torch.TorchTrainer):
+    """Leaves Ctrl-C to us: Ray's handler ends with code 0, and stays when training has ended."""
+
+    def _register_sigint_handler(self, controller: Any) -> None: ...
 
 
 def _fit(store: Store, config: TrainConfig, run: Run, name: str) -> str:
     """Run the trainer to its end; the name of the last checkpoint's folder."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if not config.workers_min:
+        # Machines that an autoscaler brings take minutes to come, and Ray Train gives up after one and begins anew. An
+        # elastic run keeps to that minute: it may have counted a node that is gone, and has to count again.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
     storage = None
     if not isinstance(store.fs, LocalFileSystem):
         storage = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.fs))
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={"run": run},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if run.config.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(config.workers_min, config.workers) if config.workers_min else config.workers,
             use_gpu=config.gpus_per_worker > 0,

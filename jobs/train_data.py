@@ -56,7 +56,7 @@ class Run:
     validation: Any | None  # reference to {"images": [(part, row, identity, summary)], "queries": [(text, identity)]}
 
 
-@ray.remote(num_cpus=0.5)
+@ray.remote(num_cpus=0.5, max_retries=-1)  # as often as workers die: on a full disk they do so for as long as it is
 def _load_part(uri: str, manifest: Manifest, part: int) -> pa.Table:
     return Store(uri).read_part(manifest, part, ["image"])
 

@@ -15,7 +15,8 @@ import tyro
 from ceca.config import LossConfig, ModelConfig, TrainConfig, to_mapping
 from ceca.errors import UserError
 from ceca.model.checkpoints import export_clip, import_checkpoint
-from ceca.model.weights import PublishedModel, find_model, load_model, publish_model, serialize
+from ceca.model.published import PublishedModel, find_model
+from ceca.model.weights import load_model, publish_model, serialize
 from ceca.store import Store
 from jobs import stages
 

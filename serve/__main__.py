@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import ipaddress
 import logging
 import os
@@ -16,10 +17,13 @@ from ray import serve
 
 from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
+from ceca.edition import find_edition
 from ceca.errors import UserError
+from ceca.store import Store
 from serve.app import QUIET, application
-from serve.catalogue import find_served
+from serve.proxy import ENVIRONMENT
 
+CORES = 8  # that one replica uses at most unless told: a batch has no work for more
 NAME = "ceca-search"  # of the application, so that others on the same cluster are left alone
 
 
@@ -32,15 +36,18 @@ def main(argv: list[str] | None = None) -> None:
             f"others can reach {config.host}, and this searches for people: give --keys FILE "
             "(`python -m serve.access NAME` makes a key), or --open where something before it asks who they are"
         )
-    served = find_served(arguments.data, config.model)
+    edition = find_edition(Store(arguments.data), config.model)
     if not os.environ.get("RAY_ADDRESS"):
         _check_port(config.host, config.port)
-    print(f"starting: {served.size:,} images of {served.data}, model {served.model_name}", flush=True)
+    images = edition.manifest("gallery").rows
+    print(f"starting: {images:,} images of {edition.data}, model {edition.model_name}", flush=True)
     try:
-        _connect(config)
+        config = _connect(config)
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
-        serve.run(application(served, config), name=NAME, route_prefix="/", logging_config=QUIET)
+        serve.run(application(edition, config), name=NAME, route_prefix="/", logging_config=QUIET)
         print(f"http://{_reachable(config.host)}:{config.port}", flush=True)
+        node = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+        print(f"for Prometheus: http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", flush=True)
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -49,16 +56,27 @@ def main(argv: list[str] | None = None) -> None:
         _stop()
 
 
-def _connect(config: ServeConfig) -> None:
-    """Join the cluster that RAY_ADDRESS names, else one that `ray start` left on this machine, else start Ray."""
+def _connect(config: ServeConfig) -> ServeConfig:
+    """Join the cluster that RAY_ADDRESS names, else one that `ray start` left on this machine, else start Ray.
+
+    Returns the settings for what was found.
+    """
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
-    needed = config.cpus * (config.encoder_replicas + config.search_replicas)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    encoders = config.encoder_replicas_max or config.encoder_replicas
+    searchers = config.shards * (config.search_replicas_max or config.search_replicas)
+    cores = os.cpu_count() or 1
+    alone = dataclasses.replace(config, cpus=config.cpus or min(cores, CORES))
+    needed = (alone.cpus or 1) * (encoders + searchers)
     try:
-        ray.init(num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        ray.init(num_cpus=max(needed, cores), include_dashboard=False, **quiet)
+        return alone
     except ValueError:  # there is a cluster, and it knows its CPUs
         ray.init(**quiet)
+        return config
 
 
 def _stop() -> None:

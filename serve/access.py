@@ -89,8 +89,8 @@ class Gate:
     def _size(self, key: Key) -> float:
         return max(1.0, key.per_minute / self.replicas)
 
-    def admit(self, given: str | None, scope: Scope) -> Key | Refusal | None:
-        """The key, a refusal, or None where there are no keys at all."""
+    def admit(self, given: str | None, scope: Scope | None) -> Key | Refusal | None:
+        """The key, a refusal, or None where there are no keys at all. Scope None: any key."""
         if not self.keys:
             return None
         if not given:
@@ -100,7 +100,7 @@ class Gate:
         (*_, found) = [None, *(key for key in self.keys if hmac.compare_digest(key.sha256, digest))]
         if found is None:
             return Refusal(401, "this key is not known")
-        if scope not in found.scopes:
+        if scope is not None and scope not in found.scopes:
             return Refusal(403, f"this key is for {', '.join(found.scopes)}, and this needs {scope}")
         left, then = self.buckets[found.name]
         now, size = self.clock(), self._size(found)
@@ -128,8 +128,8 @@ def audit(who: str, action: str, status: int, **facts: Any) -> None:
     )
 
 
-def hashed(words: str) -> str:
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
+def hashed(query: str | bytes) -> str:
+    return hashlib.sha256(query if isinstance(query, bytes) else query.encode()).hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,198 +5,544 @@ Knows nothing of Ray: what it needs of the service is the protocol `Service`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, FastAPI, Header, Path, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import TypeAdapter, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
+from ceca.catalogue import Catalogue, Picture
 from ceca.config import ServeConfig
+from ceca.datasets.images import ImageError, check_image
+from ceca.edition import Edition
+from ceca.errors import UserError
 from ceca.facets import FacetError
-from ceca.gallery import Hit
+from ceca.ranking import Hit
+from ceca.schema import NOBODY
 from ceca.store import StoreError
-from serve.access import Gate, Refusal, audit, hashed
-from serve.catalogue import Catalogue, Picture, Served
+from serve.access import Gate, Refusal, Scope, audit, hashed
+from serve.schema import (
+    Conditions,
+    ExplainRequest,
+    ExplainResponse,
+    Health,
+    Job,
+    Like,
+    LikeRequest,
+    Proposed,
+    Ready,
+    Refused,
+    SearchHit,
+    SearchRequest,
+    SearchResponse,
+    Sentence,
+    Session,
+    Status,
+    Text,
+    Word,
+)
 
-PAGE = FilePath(__file__).parent / "page.html"
+FILES = FilePath(__file__).parent / "page"
 IMAGE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
-OPEN = {("GET", "/"), ("GET", "/healthz"), ("POST", "/v1/session")}  # what needs no key: none tells of a person
+# What needs no key: none tells of a person.
+OPEN = {("GET", path) for path in ("/", "/page.js", "/page.css", "/healthz", "/readyz")} | {("POST", "/v1/session")}
 COOKIE = "ceca_key"
 BODY_LIMIT = 64 * 1024  # bytes; the longest query is a few thousand
+HEADERS_LIMIT = 32 * 1024  # bytes, all of a request's together
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'",
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; "
+    "style-src 'self' 'unsafe-inline'; script-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
 
-class SearchRequest(BaseModel):
-    """A description of a person, how many images are wanted, ω (null: the service's own), and `where`: facets with the
-    values of which an image must have one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    query: str
-    top_k: Annotated[int, Field(ge=1)] = 10
-    omega: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    where: Annotated[dict[str, Annotated[list[str], Field(min_length=1, max_length=100)]], Field(max_length=20)] = {}
-
-    @field_validator("query")
-    @classmethod
-    def _has_words(cls, query: str) -> str:
-        query = query.strip()
-        if not query:
-            raise ValueError("the query is empty: describe a person, e.g. 'a woman in a red coat'")
-        if any("\ud800" <= character <= "\udfff" for character in query):  # JSON can spell it, UTF-8 cannot
-            raise ValueError("the query holds half of a surrogate pair, which is not a character")
-        return query
+class Overloaded(Exception):
+    """The service has more to do than it can: 503, to come again in a second."""
 
 
-class Session(BaseModel):
-    """A key, to be kept by the browser."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    key: Annotated[str, Field(min_length=1, max_length=200)]
+class WrongAnswer(UserError):
+    """To a question that is not there, or one that it cannot have."""
 
 
-class SearchHit(BaseModel):
-    """One image of the gallery; `summary` is null where it has no dialogue, `image` is a path on this service."""
+class NotFound(Exception):
+    """404 with these words."""
 
-    image_id: str
-    identity: int
+
+# --- the application --------------------------------------------------------------------------------------
+
+
+class Holding(Protocol):
+    """An edition and its catalogue."""
+
+    edition: Edition
+    catalogue: Catalogue
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Hits of one edition; in a conversation what is believed of each, and the next question."""
+
+    now: Holding
+    hits: list[Hit]
+    beliefs: Sequence[float] | None = None
+    question: Proposed | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    now: Holding
     similarity: float
     global_similarity: float
     local_similarity: float
-    summary: str | None
-    image: str
-
-
-class SearchResponse(BaseModel):
-    """The best images, best first, and what they were ranked with."""
-
-    query: str
-    omega: float
-    model: str
-    gallery: str
-    took_ms: float
-    hits: list[SearchHit]
-
-
-class Health(BaseModel):
-    status: Literal["ok"] = "ok"
-    model: str
-    gallery: str
-    images: int
+    words: list[Word]
+    sentences: list[Sentence]
 
 
 class Service(Protocol):
-    """What the interface needs: a search over the gallery, and its pictures and summaries."""
+    """What the interface needs; see `serve.ingress`."""
 
-    served: Served
-    catalogue: Catalogue
+    now: Any
+    ready: bool
+    metrics: Any
 
-    async def search(self, query: str, *, omega: float, top_k: int, where: Mapping[str, list[str]]) -> list[Hit]: ...
+    async def search(
+        self,
+        query: str | bytes,
+        *,
+        omega: float,
+        top_k: int,
+        where: Mapping[str, list[str]],
+        answers: Mapping[str, str | None],
+        suggest: bool,
+    ) -> Found: ...
+
+    async def explain(self, query: str, image_id: str, omega: float) -> Explained | None: ...
 
     async def picture(self, image_id: str) -> Picture | None: ...
+
+    async def add(
+        self, content: bytes, *, identity: int | None, camera: str | None, name: str, summary: str
+    ) -> Job: ...
+
+    async def remove(self, image_id: str) -> Job | None: ...
+
+    async def job(self, job: str) -> Job | None: ...
+
+    async def status(self) -> Status: ...
+
+    async def keep_following(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a route asks of a request before anything of it is read: a scope of its key, and a longest body."""
+
+    scope: Scope
+    body: int = BODY_LIMIT
 
 
 def make_api(service: Service, config: ServeConfig, gate: Gate) -> FastAPI:
     """The FastAPI application over a service. All but `OPEN` needs a key where the gate has any."""
-    served = service.served
-    page = _page(config)
-    v1 = APIRouter(prefix="/v1")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        following = asyncio.create_task(service.keep_following())
+        yield
+        following.cancel()
+
     # FastAPI's own documentation pages load scripts from elsewhere; the description stays at /openapi.json.
-    api = FastAPI(title="CECA person search", docs_url=None, redoc_url=None)
+    api = FastAPI(title="CECA person search", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     api.add_exception_handler(RequestValidationError, _refuse)
     api.add_exception_handler(StoreError, _unavailable)
+    api.add_exception_handler(Overloaded, _unavailable)
+    api.add_exception_handler(FacetError, _refuse_facet)
+    api.add_exception_handler(WrongAnswer, _refuse_answer)
+    api.add_exception_handler(ImageError, _refuse_image)
+    api.add_exception_handler(UserError, _refuse_request)
+    api.add_exception_handler(NotFound, _not_found)
+    api.add_exception_handler(HTTPException, _not_served)
+    api.state.pixels_limit = config.image_pixels_limit
+    in_flight = 0
 
     @api.middleware("http")
     async def admit(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Before anything of a request is read: whose it is, and how long it says it is."""
-        route = (request.method, request.url.path.removeprefix(request.scope.get("root_path", "")))
+        """Before anything of a request is read: whose it is, how long it says it is, and whether there is room."""
+        nonlocal in_flight
+        path = _path(request)
+        route, needs = (request.method, path), _needs(request.method, path, config)
         request.state.who = "anyone"
+        if sum(len(name) + len(value) for name, value in request.scope["headers"]) > HEADERS_LIMIT:
+            return JSONResponse({"detail": f"send headers of at most {HEADERS_LIMIT} bytes"}, status_code=431)
         if route not in OPEN:
             given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.cookies.get(COOKIE)
-            admitted = gate.admit(given, "search")
+            admitted = gate.admit(given, needs.scope)
             if isinstance(admitted, Refusal):
                 audit("unknown", " ".join(route), admitted.status)
                 return _refused(admitted)
             request.state.who = admitted.name if admitted else "anyone"
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > BODY_LIMIT or "transfer-encoding" in request.headers:
-            detail = f"send a Content-Length of at most {BODY_LIMIT} bytes"
+        length = request.headers.get("content-length", "0").lstrip("0") or "0"
+        known = length.isdecimal() and len(length) < 20 and "transfer-encoding" not in request.headers
+        if not known or int(length) > needs.body:
+            detail = f"send a Content-Length of at most {needs.body} bytes"
             return JSONResponse({"detail": detail}, status_code=413)
-        return await answer(request)
+        if in_flight >= config.queue and route not in OPEN:
+            return await _unavailable(request, Overloaded("too many requests wait"))
+        in_flight += 1
+        service.metrics.waiting.set(in_flight)
+        started = time.perf_counter()
+        try:
+            response = await answer(request)
+        finally:
+            in_flight -= 1
+            service.metrics.waiting.set(in_flight)
+        found = request.scope.get("route")
+        name = f"{request.method} {getattr(found, 'path', 'unknown')}"
+        service.metrics.stages.observe(time.perf_counter() - started, {"stage": name})
+        service.metrics.requests.inc(1, {"route": name, "status": str(response.status_code)})
+        return response
+
+    api.include_router(_session(gate), responses=_told(401, 413, 429, 431, 503))
+    api.include_router(_searching(service, config), responses=_told(401, 403, 413, 429, 431, 503))
+    api.include_router(_changing(service, config), responses=_told(401, 403, 413, 429, 431, 503))
+    api.include_router(_about(service, config), responses=_told(413, 431, 503))
+    _describe(api.openapi(), config, bool(gate.keys))
+    return api
+
+
+def _path(request: Request) -> str:
+    """Below where the application is; not of `request.url`, which a client's Host and query go into."""
+    return request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+
+
+def _describe(description: dict[str, Any], config: ServeConfig, closed: bool) -> None:
+    """Add to /openapi.json what the configuration decides: limits, and whether a key is needed."""
+    limits = {
+        "query": {"maxLength": config.text_limit},
+        "top_k": {"maximum": config.top_k_limit},
+        "offset": {"maximum": config.top_k_limit - 1},
+    }
+    for model in (SearchRequest, LikeRequest, ExplainRequest):
+        properties = description["components"]["schemas"][model.__name__]["properties"]
+        for name in limits.keys() & properties.keys():
+            properties[name] |= limits[name]
+    if closed:
+        description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, methods in description["paths"].items():
+            for method, operation in methods.items():
+                if (method.upper(), path) not in OPEN:
+                    operation["security"] = [{"key": []}]
+
+
+def _needs(method: str, path: str, config: ServeConfig) -> Needs:
+    """The one place that says which key opens which route."""
+    if method == "POST" and path == "/v1/images":
+        return Needs("write", config.image_bytes_limit)
+    if method == "DELETE" or path.startswith("/v1/jobs/"):
+        return Needs("write")
+    if path == "/v1/status":
+        return Needs("admin")
+    if path == "/v1/search/image":
+        return Needs("search", config.image_bytes_limit)
+    return Needs("search")
+
+
+def _session(gate: Gate) -> APIRouter:
+    v1 = APIRouter(prefix="/v1", tags=["keys"])
 
     @v1.post("/session", status_code=204)
     async def session(given: Session, request: Request) -> Response:
         """For a browser, whose requests for pictures carry no key: keeps it in a cookie that no script reads."""
-        admitted = gate.admit(given.key, "search")
+        admitted = gate.admit(given.key, None)
         if isinstance(admitted, Refusal):
             audit("unknown", "POST /v1/session", admitted.status)
             return _refused(admitted)
         response = Response(status_code=204)
-        secure = request.url.scheme == "https"
+        secure = request.scope["scheme"] == "https"
         response.set_cookie(COOKIE, given.key, httponly=True, samesite="strict", secure=secure)
         return response
 
+    return v1
+
+
+def _searching(service: Service, config: ServeConfig) -> APIRouter:
+    v1 = APIRouter(prefix="/v1", tags=["search"])
+
+    async def answer(
+        query: str | bytes,
+        http: Request,
+        *,
+        top_k: int,
+        offset: int,
+        omega: float | None,
+        where: Mapping[str, list[str]] | None = None,
+        answers: Mapping[str, str | None] | None = None,
+        suggest: bool = False,
+    ) -> SearchResponse:
+        started = time.perf_counter()
+        for name, value in (("top_k", top_k), ("offset", offset + 1)):
+            if value > config.top_k_limit:
+                message = f"{name} is too large: this service gives at most {config.top_k_limit} images to a query"
+                raise _problem(name, "less_than_equal", message)
+        top_k = min(top_k, config.top_k_limit - offset)  # the last page
+        omega = config.omega if omega is None else omega
+        found = await service.search(
+            query,
+            omega=omega,
+            top_k=offset + top_k + 1,
+            where=where or {},
+            answers=answers or {},
+            suggest=suggest,
+        )
+        shown = slice(offset, offset + top_k)
+        hits = found.hits[shown]
+        beliefs = [None] * len(hits) if found.beliefs is None else found.beliefs[shown]
+        words = query if isinstance(query, str) and not isinstance(query, Like) else None
+        more = len(found.hits) > offset + top_k and offset + top_k < config.top_k_limit
+        audit(
+            http.state.who,
+            f"POST {_path(http)}",
+            200,
+            query=hashed(query),
+            where=where or {},
+            answers=answers or {},
+            images=[hit.image_id for hit in hits],
+        )
+        edition = found.now.edition
+        return SearchResponse(
+            query=words,
+            omega=omega,
+            model=edition.model_name,
+            gallery=edition.gallery_name,
+            took_ms=round((time.perf_counter() - started) * 1000, 2),
+            hits=[_hit(hit, belief, found.now.catalogue) for hit, belief in zip(hits, beliefs, strict=True)],
+            next_offset=offset + top_k if more else None,
+            question=found.question,
+        )
+
     @v1.post("/search")
     async def search(request: SearchRequest, http: Request) -> SearchResponse:
-        started = time.perf_counter()
-        _check_limits(request, config)
+        """The images that a description fits best."""
+        _check_length(request.query, config)
+        return await answer(
+            request.query,
+            http,
+            top_k=request.top_k,
+            offset=request.offset,
+            omega=request.omega,
+            where=request.where,
+            answers=request.answers,
+            suggest=request.suggest,
+        )
+
+    @v1.post("/search/like", responses=_told(404))
+    async def search_like(request: LikeRequest, http: Request) -> SearchResponse:
+        """The images most like one of the gallery, which is the first of them."""
+        return await answer(
+            Like(request.image_id),
+            http,
+            top_k=request.top_k,
+            offset=request.offset,
+            omega=request.omega,
+            where=request.where,
+        )
+
+    @v1.post("/search/image", openapi_extra={**IMAGE_BODY, "parameters": [WHERE]})
+    async def search_image(
+        http: Request,
+        content: Annotated[bytes, Depends(_image)],
+        where: Annotated[dict[str, list[str]], Depends(_where)],
+        top_k: int = Query(10, ge=1, le=config.top_k_limit),
+        offset: int = Query(0, ge=0, lt=config.top_k_limit),
+        omega: Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)] = None,
+    ) -> SearchResponse:
+        """The images most like the one in the body (JPEG, PNG, WebP or BMP). It has no summary as those of the gallery
+        have: for an image that is there already, /v1/search/like is better. `where` is that of /v1/search as JSON."""
+        return await answer(content, http, top_k=top_k, offset=offset, omega=omega, where=where)
+
+    @v1.post("/explain", responses=_told(404))
+    async def explain(request: ExplainRequest, http: Request) -> ExplainResponse:
+        """Why an image was found by a query."""
+        _check_length(request.query, config)
         omega = config.omega if request.omega is None else request.omega
-        try:
-            hits = await service.search(request.query, omega=omega, top_k=request.top_k, where=request.where)
-        except FacetError as error:
-            problem = {"type": "value_error", "loc": ("body", "where"), "msg": str(error)}
-            raise RequestValidationError([problem]) from None
-        found = [hit.image_id for hit in hits]
-        audit(http.state.who, "POST /v1/search", 200, query=hashed(request.query), where=request.where, images=found)
-        return SearchResponse(
+        found = await service.explain(request.query, request.image_id, omega)
+        if found is None:
+            raise NotFound(f"no image {request.image_id} in this gallery")
+        audit(http.state.who, "POST /v1/explain", 200, query=hashed(request.query), images=[request.image_id])
+        return ExplainResponse(
             query=request.query,
+            image_id=request.image_id,
             omega=omega,
-            model=served.model_name,
-            gallery=served.gallery,
-            took_ms=round((time.perf_counter() - started) * 1000, 2),
-            hits=[_hit(hit, service.catalogue) for hit in hits],
+            model=found.now.edition.model_name,
+            gallery=found.now.edition.gallery_name,
+            similarity=found.similarity,
+            global_similarity=found.global_similarity,
+            local_similarity=found.local_similarity,
+            words=found.words,
+            sentences=found.sentences,
         )
 
     @v1.get("/facets")
     async def facets() -> dict[str, list[str]]:
         """What `where` can name: facets and their values, of identities none, for there are too many."""
-        found = service.catalogue.facets
+        found = service.now.catalogue.facets
         return {name: found.values(name) for name in found.columns if name != "identity"}
 
-    @v1.get("/images/{image_id}", response_class=Response)
+    @v1.get("/images/{image_id}", response_class=Response, responses=_told(404) | PICTURE)
     async def image(
+        http: Request,
         image_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")],
         if_none_match: Annotated[str | None, Header()] = None,
     ) -> Response:
+        """An image as it came."""
         picture = await service.picture(image_id)
         if picture is None:
-            return JSONResponse({"detail": f"no image {image_id} in this gallery"}, status_code=404)
+            raise NotFound(f"no image {image_id} in this gallery")
+        audit(http.state.who, "GET /v1/images", 200, images=[image_id])
         headers = {**IMAGE_HEADERS, "ETag": picture.etag}
         if if_none_match is not None and picture.etag in if_none_match:
             return Response(status_code=304, headers=headers)
         return Response(picture.content, media_type=picture.media_type, headers=headers)
 
-    @api.get("/healthz")
+    return v1
+
+
+def _changing(service: Service, config: ServeConfig) -> APIRouter:
+    v1 = APIRouter(prefix="/v1", tags=["gallery"])
+
+    @v1.post("/images", status_code=202, openapi_extra=IMAGE_BODY)
+    async def add(
+        http: Request,
+        content: Annotated[bytes, Depends(_image)],
+        identity: Annotated[int | None, Query(ge=0, lt=2**53)] = None,
+        camera: Annotated[Text | None, Query(min_length=1, max_length=100)] = None,
+        name: Annotated[Text, Query(max_length=300)] = "",
+        summary: Annotated[Text, Query(max_length=2000)] = "",
+    ) -> Job:
+        """Add the image in the body (JPEG, PNG, WebP or BMP) to the gallery; the answer's job says when a search can
+        find it. `summary` describes the person where no model is to be asked."""
+        summary = " ".join(summary.split())
+        job = await service.add(content, identity=identity, camera=camera, name=name, summary=summary)
+        audit(http.state.who, "POST /v1/images", 202, images=[job.image_id])
+        return job
+
+    @v1.delete("/images/{image_id}", status_code=202, responses=_told(404))
+    async def remove(image_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")], http: Request) -> Job:
+        """Take an image out of search at once, and erase it, what was said of it and its embeddings."""
+        job = await service.remove(image_id)
+        if job is None:
+            raise NotFound(f"no image {image_id} in this gallery")
+        audit(http.state.who, "DELETE /v1/images", 202, images=[image_id])
+        return job
+
+    @v1.get("/jobs/{job}", responses=_told(404))
+    async def job(job: Annotated[str, Path(pattern="^(add-[0-9a-f]{16}|delete-[0-9a-f]{12})$")]) -> Job:
+        """How far an image is that is added or removed."""
+        found = await service.job(job)
+        if found is None:
+            raise NotFound(f"no job {job}")
+        return found
+
+    return v1
+
+
+def _about(service: Service, config: ServeConfig) -> APIRouter:
+    about = APIRouter(tags=["service"])
+    files = {name: (FILES / name).read_text(encoding="utf-8") for name in ("index.html", "page.js", "page.css")}
+    for name in ("omega", "top_k_limit", "text_limit", "image_bytes_limit"):
+        files["index.html"] = files["index.html"].replace("{{" + name + "}}", str(getattr(config, name)))
+
+    @about.get("/healthz")
     async def healthz() -> Health:
-        return Health(model=served.model_name, gallery=served.gallery, images=served.size)
+        """The process answers."""
+        return Health()
 
-    @api.get("/", response_class=HTMLResponse)
+    @about.get("/readyz")
+    async def readyz() -> Ready:
+        """Every replica has loaded what is served."""
+        if not service.ready:
+            raise Overloaded("the replicas load the gallery")
+        edition = service.now.edition
+        images = len(service.now.catalogue)
+        return Ready(model=edition.model_name, gallery=edition.gallery_name, images=images)
+
+    @about.get("/v1/status", responses=_told(401, 403, 429))
+    async def status() -> Status:
+        """What is served, what waits, and what went wrong."""
+        return await service.status()
+
+    @about.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers=PAGE_HEADERS)
+        return HTMLResponse(files["index.html"], headers=PAGE_HEADERS)
 
-    api.include_router(v1)
-    return api
+    @about.get("/page.js", include_in_schema=False)
+    async def script() -> Response:
+        return Response(files["page.js"], media_type="text/javascript", headers=PAGE_HEADERS)
+
+    @about.get("/page.css", include_in_schema=False)
+    async def style() -> Response:
+        return Response(files["page.css"], media_type="text/css", headers=PAGE_HEADERS)
+
+    return about
+
+
+# --- limits and refusals ----------------------------------------------------------------------------------
+
+IMAGES: dict[str, Any] = {
+    kind: {"schema": {"type": "string", "format": "binary"}}
+    for kind in ("image/jpeg", "image/png", "image/webp", "image/bmp")
+}
+CONDITIONS: TypeAdapter[dict[str, list[str]]] = TypeAdapter(Conditions)
+# FastAPI describes no parameter whose value is JSON.
+WHERE = {"name": "where", "in": "query", "content": {"application/json": {"schema": CONDITIONS.json_schema()}}}
+IMAGE_BODY = {"requestBody": {"required": True, "content": IMAGES}}
+PICTURE: dict[int | str, dict[str, Any]] = {200: {"content": IMAGES}, 304: {"description": "Not modified"}}
+# Where Pydantic's words would not help.
+MESSAGES = {
+    "model_attributes_type": "send a JSON object, with Content-Type: application/json",
+    "string_unicode": "this holds half of a surrogate pair, which is not a character",
+}
+REFUSALS = {
+    401: "No key, or one that is not known",
+    403: "The key is for something else",
+    404: "There is no such thing",
+    413: "Too large",
+    429: "The key has asked too often; Retry-After says when to come again",
+    431: "Headers too large",
+    503: "Not ready, or too much to do; Retry-After says when to come again",
+}
+
+
+def _told(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """These refusals, for the description of a route."""
+    return {status: {"model": Refused, "description": REFUSALS[status]} for status in statuses}
+
+
+async def _image(request: Request) -> bytes:
+    """A dependency: the body, seen to be an image that decodes."""
+    content = await request.body()
+    await asyncio.to_thread(check_image, content, request.app.state.pixels_limit)
+    return content
+
+
+def _where(request: Request) -> dict[str, list[str]]:
+    """A dependency: the conditions in the query, as JSON, for the body is an image."""
+    try:
+        return CONDITIONS.validate_json(request.query_params.get("where", "{}"))
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("query", "where", *problem["loc"])} for problem in error.errors()]
+        raise RequestValidationError(problems) from None
 
 
 def _refused(refusal: Refusal) -> JSONResponse:
@@ -206,43 +552,79 @@ def _refused(refusal: Refusal) -> JSONResponse:
     return JSONResponse({"detail": refusal.detail}, status_code=refusal.status, headers=headers)
 
 
-def _hit(hit: Hit, catalogue: Catalogue) -> SearchHit:
+def _hit(hit: Hit, belief: float | None, catalogue: Catalogue) -> SearchHit:
     return SearchHit(
         image_id=hit.image_id,
-        identity=hit.identity,
+        identity=None if hit.identity == NOBODY else hit.identity,
         similarity=hit.similarity,
         global_similarity=hit.global_similarity,
         local_similarity=hit.local_similarity,
-        summary=catalogue.summaries.get(hit.image_id),
+        belief=belief,
+        summary=catalogue.summary(hit.image_id),
         image=f"/v1/images/{hit.image_id}",
     )
 
 
-def _check_limits(request: SearchRequest, config: ServeConfig) -> None:
+def _check_length(query: str, config: ServeConfig) -> None:
+    if len(query) > config.text_limit:
+        message = f"the query has {len(query)} characters, at most {config.text_limit} are read: shorten it"
+        raise _problem("query", "too_long", message)
+
+
+def _problem(name: str, kind: str, message: str, where: str = "body") -> RequestValidationError:
     """The limits that a configuration sets, refused in the same words as the others."""
-    if len(request.query) > config.text_limit:
-        message = f"the query has {len(request.query)} characters, at most {config.text_limit} are read: shorten it"
-        raise RequestValidationError([{"type": "too_long", "loc": ("body", "query"), "msg": message}])
-    if request.top_k > config.top_k_limit:
-        message = f"top_k is {request.top_k}, this service gives at most {config.top_k_limit}"
-        raise RequestValidationError([{"type": "less_than_equal", "loc": ("body", "top_k"), "msg": message}])
+    return RequestValidationError([{"type": kind, "loc": (where, name), "msg": message}])
 
 
 async def _refuse(_: Request, error: Any) -> JSONResponse:
     """422 with what is wrong and where, without the input: it may be long, and NaN is not valid JSON."""
     problems = [
-        {"loc": list(problem["loc"]), "msg": problem["msg"].removeprefix("Value error, "), "type": problem["type"]}
+        {
+            "loc": [_sendable(part) if isinstance(part, str) else part for part in problem["loc"]],
+            "msg": MESSAGES.get(problem["type"]) or _sendable(problem["msg"].removeprefix("Value error, ")),
+            "type": problem["type"],
+        }
         for problem in error.errors()
     ]
     return JSONResponse({"detail": problems}, status_code=422)
 
 
+def _sendable(text: str) -> str:
+    return text.encode(errors="replace").decode()  # a name that was sent may hold half of a surrogate pair
+
+
+async def _refuse_facet(request: Request, error: Any) -> JSONResponse:
+    return await _refuse(request, _problem("where", "value_error", str(error)))
+
+
+async def _refuse_answer(request: Request, error: Any) -> JSONResponse:
+    return await _refuse(request, _problem("answers", "value_error", str(error)))
+
+
+async def _refuse_image(request: Request, error: Any) -> JSONResponse:
+    return await _refuse(request, _problem("image", error.reason, f"not a usable image: {error.detail}"))
+
+
+async def _refuse_request(request: Request, error: Any) -> JSONResponse:
+    return await _refuse(request, _problem("summary", "value_error", str(error), "query"))
+
+
 async def _unavailable(_: Request, error: Any) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=503)
+    return JSONResponse({"detail": str(error)}, status_code=503, headers={"Retry-After": "1"})
 
 
-def _page(config: ServeConfig) -> str:
-    page = PAGE.read_text(encoding="utf-8")
-    for name in ("omega", "top_k_limit", "text_limit"):
-        page = page.replace("{{" + name + "}}", str(getattr(config, name)))
-    return page
+async def _not_served(request: Request, error: Any) -> Response:
+    """What FastAPI itself refuses, where its words say too little."""
+    if error.status_code == 400:
+        message = "the body is no JSON that can be read: it is not UTF-8, nested too deeply, or has a number too long"
+        problem = {"type": "json_invalid", "loc": ("body",), "msg": message}
+        return await _refuse(request, RequestValidationError([problem]))
+    if error.status_code == 405:  # Starlette tells the methods of the first route with this path
+        there = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+        allowed = sorted({method for route in there for method in route.methods})
+        error = HTTPException(405, f"this path takes {', '.join(allowed)}", {"Allow": ", ".join(allowed)})
+    return await http_exception_handler(request, error)
+
+
+async def _not_found(_: Request, error: Any) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=404)

@@ -17,8 +17,8 @@ class ImageError(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def open_image(content: bytes) -> Image.Image:
-    """Decode to RGB.
+def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to RGB, where the header tells of few enough pixels.
 
     Raises:
         ImageError: not an image, of another format, too large, or truncated.
@@ -27,10 +27,12 @@ def open_image(content: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError("not_an_image", f"{len(content)} bytes starting {content[:8]!r}") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # Pillow's own limit
+        raise ImageError("image_too_large", str(error)) from None
+    except (OSError, ValueError) as error:
         raise ImageError("not_an_image", str(error)) from None
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError("image_too_large", f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,}")
+    if image.width * image.height > max_pixels:
+        raise ImageError("image_too_large", f"{image.width}x{image.height} pixels, at most {max_pixels:,}")
     try:
         image.load()
     except (OSError, ValueError, SyntaxError) as error:
@@ -47,9 +49,9 @@ def mime_type(content: bytes) -> str:
     return "image/bmp" if content.startswith(b"BM") else "image/jpeg"
 
 
-def check_image(content: bytes) -> tuple[int, int]:
+def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of an image that decodes to its last row; raises ImageError."""
-    return open_image(content).size
+    return open_image(content, max_pixels).size
 
 
 def decode_image(content: bytes, height: int, width: int) -> np.ndarray:

@@ -6,7 +6,6 @@ A published model is three objects and a manifest written last:
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -24,8 +23,9 @@ from torch import Tensor
 from ceca.config import ModelConfig, from_mapping, to_mapping
 from ceca.model.backbone import Backbone, WeightsError
 from ceca.model.ceca import CECA
+from ceca.model.published import PublishedModel, locate, require_model
 from ceca.schema import SCHEMA_VERSION
-from ceca.store import Store, StoreError, filesystem
+from ceca.store import Store, StoreError
 
 # What OpenAI's files carry besides weights, and the scale that nothing here uses.
 NOT_WEIGHTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -125,20 +125,6 @@ def build_model(config: ModelConfig) -> CECA:
 # --- published models -------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class PublishedModel:
-    """A model as published: where it is, its digest, its embeddings' widths, settings and training record."""
-
-    uri: str
-    digest: str
-    global_dim: int
-    local_dim: int
-    config: dict[str, Any]
-    training: dict[str, Any]
-    made_from: dict[str, str]
-    version: str
-
-
 def serialize(state: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()})
 
@@ -180,43 +166,6 @@ def publish_model(
     return PublishedModel(place, digest, global_dim, local_dim, described, training, made_from, version)
 
 
-def find_model(store: Store, name: str) -> PublishedModel | None:
-    """A published model's description by name below the dataset, or by URI; None where there is none."""
-    home, names = _locate(store, name)
-    manifest = home.read_json(*names, "manifest.json")
-    if manifest is None:
-        return None
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise StoreError(
-            f"{home.place(*names)} has schema version {manifest.get('schema_version')}, "
-            f"this program reads {SCHEMA_VERSION}; use the program that wrote it, or train again"
-        )
-    digest = manifest["digest"]
-    config = home.read_json(*names, digest, "config.json")
-    training = home.read_json(*names, digest, "training.json") or {}
-    if config is None:
-        raise StoreError(f"{home.place(*names, digest)} has no config.json; train the model again with --redo")
-    return PublishedModel(
-        uri=home.place(*names),
-        digest=digest,
-        global_dim=manifest["global_dim"],
-        local_dim=manifest["local_dim"],
-        config=config,
-        training=training,
-        made_from=manifest["made_from"],
-        version=manifest["version"],
-    )
-
-
-def require_model(store: Store, name: str) -> PublishedModel:
-    """`find_model`, and a StoreError that names those there are where it is not published."""
-    model = find_model(store, name)
-    if model is None:
-        there = ", ".join(list_models(store)) or "none"
-        raise StoreError(f"no published model {name!r} in {store.uri} (there: {there}); run the stage `train` first")
-    return model
-
-
 def load_model(store: Store, name: str, device: str | torch.device = "cpu") -> tuple[CECA, PublishedModel]:
     """A published model, ready to embed.
 
@@ -224,40 +173,25 @@ def load_model(store: Store, name: str, device: str | torch.device = "cpu") -> t
         StoreError: there is none of this name (the message lists those there are), or it is damaged.
     """
     published = require_model(store, name)
-    weights = model_file(store, name, "model.safetensors")
-    config = from_mapping(ModelConfig, published.config["model"], f"{published.uri} config.json")
-    model = CECA(config)
-    try:
-        model.load_state_dict(safetensors.torch.load(weights))
-    except Exception as error:
-        raise StoreError(f"{published.uri} is damaged: {error}; train it again with --redo") from error
-    return model.to(device).eval(), published
+    return load_weights(store, name, published.digest, device), published
 
 
-def model_file(store: Store, name: str, file: str) -> bytes:
-    """One of the objects of a published model: its weights, `curve.parquet` and so on.
+def load_weights(store: Store, name: str, digest: str, device: str | torch.device = "cpu") -> CECA:
+    """The model of this digest, although another may have been published under its name since.
 
     Raises:
-        StoreError: there is no such model, or it has no such object.
+        StoreError: it is gone or damaged.
     """
-    published = require_model(store, name)
-    home, names = _locate(store, name)
+    home, names = locate(store, name)
+    place = home.place(*names, digest)
+    described = home.read_json(*names, digest, "config.json")
+    if described is None:
+        raise StoreError(f"{place} has no config.json; train the model again with --redo")
+    model = CECA(from_mapping(ModelConfig, described["model"], f"{place} config.json"))
     try:
-        return home.read_bytes(*names, published.digest, file)
+        model.load_state_dict(safetensors.torch.load(home.read_bytes(*names, digest, "model.safetensors")))
     except FileNotFoundError:
-        raise StoreError(f"{published.uri} has no {file}; train it again with --redo") from None
-
-
-def list_models(store: Store) -> list[str]:
-    """Names of the models below a dataset, published or not yet."""
-    folder = store.path("models")
-    if not store.fs.exists(folder):
-        return []
-    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in store.fs.ls(folder, detail=False))
-
-
-def _locate(store: Store, name: str) -> tuple[Store, tuple[str, ...]]:
-    if "://" in name or "/" in name:
-        filesystem(name)  # a clear error for an unknown scheme
-        return Store(name), ()
-    return store, ("models", name)
+        raise StoreError(f"{place} has no model.safetensors; train it again with --redo") from None
+    except Exception as error:
+        raise StoreError(f"{place} is damaged: {error}; train it again with --redo") from error
+    return model.to(device).eval()

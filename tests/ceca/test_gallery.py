@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ceca import schema
+from ceca.edition import Edition
 from ceca.gallery import Gallery, agree_with_neighbours, open_gallery
 from ceca.metrics import PER_QUERY, Matches, rank_embeddings
 from ceca.store import Part, Receipt, Store
@@ -126,38 +127,45 @@ def published(place: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[Sto
     parts = [store.write_part("gallery", "v1", n, table.slice(start, 20)) for n, start in enumerate((0, 20))]
     receipts = [Receipt({"gallery": part}) for part in parts]
     store.publish("index", "v1", ("gallery",), receipts, made_from={"model": "made-up"}, config={}, notes={})
-    return store, parts
+    edition = Edition(store.uri, "made-up", "made-up", 8, "v1", images="", dialogues=None, added=(), removed=())
+    return edition, parts
 
 
 def test_a_gallery_opens_from_its_table_and_the_next_time_from_files_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
     pair = random_pairs(30, 0)
-    store, parts = published(tmp_path / "data", pair)
+    edition, parts = published(tmp_path / "data", pair)
     for _ in range(2):
-        gallery, _ = open_gallery(store)
+        gallery = open_gallery(edition)
         assert [len(shard) for shard in gallery.shards] == [20, 10]
         assert torch.equal(torch.cat(gallery.shards), torch.cat(pair, dim=1).half())
         assert gallery.global_dim == 8
-        files = sorted((tmp_path / "cache" / "shards").iterdir())
+        files = sorted((tmp_path / "cache" / "shards").glob("*/*"))
         assert [file.name for file in files] == sorted(f"{part.sha256}.npy" for part in parts)
 
 
-def test_shards_that_nobody_opened_for_a_month_leave_this_machine(tmp_path, monkeypatch):
+def test_shards_that_are_old_or_that_nobody_opened_for_a_month_leave_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("CECA_CACHE", str(tmp_path))
-    store, parts = published(tmp_path / "data", random_pairs(30, 0))
-    open_gallery(store)
-    for name in ("forgotten.npy", f"{parts[0].sha256}.npy"):
-        (tmp_path / "shards" / name).touch()
-        os.utime(tmp_path / "shards" / name, (0, 0))
-    gallery, _ = open_gallery(store)
-    assert sorted(path.stem for path in (tmp_path / "shards").iterdir()) == sorted(part.sha256 for part in parts)
+    edition, parts = published(tmp_path / "data", random_pairs(30, 0))
+    open_gallery(edition)
+    (folder,) = (tmp_path / "shards").iterdir()
+    other = tmp_path / "shards" / "another-dataset"
+    other.mkdir()
+    (folder / "of-a-part-written-anew.npy").touch()  # it may hold images that were erased
+    for path in (other / "forgotten.npy", folder / f"{parts[0].sha256}.npy"):
+        path.touch()
+        os.utime(path, (0, 0))
+    (other / "used.npy").touch()
+    gallery = open_gallery(edition)
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(part.sha256 for part in parts)
+    assert [path.name for path in other.iterdir()] == ["used.npy"]
     assert len(gallery) == 30
 
 
 def test_views_agree_in_a_gallery_that_is_opened_so(tmp_path, monkeypatch):
     monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
     pair = random_pairs(30, 0)
-    store, _ = published(tmp_path / "data", pair)
-    (rows,) = open_gallery(store, neighbours=3)[0].shards
+    edition, _ = published(tmp_path / "data", pair)
+    (rows,) = open_gallery(edition, neighbours=3).shards
     torch.testing.assert_close(rows.float(), torch.cat(agree_with_neighbours(pair, 3, 0.3), dim=1), rtol=0, atol=2e-3)
-    assert not torch.equal(rows, torch.cat(open_gallery(store)[0].shards))
+    assert not torch.equal(rows, torch.cat(open_gallery(edition).shards))

@@ -18,7 +18,8 @@ from ceca.config import ModelConfig
 from ceca.model.backbone import Packing, QuickGELU, WeightsError, tokenize, trim
 from ceca.model.ceca import CECA
 from ceca.model.precision import BF16Backward
-from ceca.model.weights import build_model, find_model, interpolate_positions, load_model, publish_model, serialize
+from ceca.model.published import find_model
+from ceca.model.weights import build_model, interpolate_positions, load_model, publish_model, serialize
 from ceca.store import Store, StoreError
 
 TINY = ModelConfig(backbone="ceca-tiny", image_height=128, image_width=64, mixer_heads=4, local_dim=32)

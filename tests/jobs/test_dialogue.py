@@ -101,6 +101,7 @@ def test_each_image_is_completed_or_rejected_by_an_endpoint_that_misbehaves_in_e
         assert said in words
 
 
+@pytest.mark.slow
 def test_only_missing_asks_about_the_others_alone_and_publishes_both(run, drawn, serve, data):
     refusing = True
     asked: list[str] = []

@@ -189,6 +189,7 @@ def peak_of(process: subprocess.Popen) -> int:
     return peak
 
 
+@pytest.mark.long
 def test_the_drivers_memory_does_not_grow_with_the_images(tmp_path):
     source, data = draw(tmp_path / "drawn", 10_000), tmp_path / "data"
     finish(command("ingest", "--source", source, "--data", data))

@@ -31,8 +31,15 @@ def ceca(*arguments: object) -> str:
     return " ".join(output.split())
 
 
-@pytest.mark.parametrize("method", ["ceca", "irra"])
-@pytest.mark.parametrize("benchmark", ["cuhk_pedes", "icfg_pedes", "rstpreid"])
+@pytest.mark.parametrize(
+    ("method", "benchmark"),
+    [
+        ("ceca", "cuhk_pedes"),
+        ("irra", "icfg_pedes"),
+        *(pytest.param("ceca", name, marks=pytest.mark.long) for name in ("icfg_pedes", "rstpreid")),
+        *(pytest.param("irra", name, marks=pytest.mark.long) for name in ("cuhk_pedes", "rstpreid")),
+    ],
+)
 def test_a_published_recipe_takes_two_steps_with_the_full_model_on_this_machine(benchmark, method, tmp_path):
     people = (6, 0, 2) if benchmark == "icfg_pedes" else (6, 1, 1)
     source, data = tmp_path / "drawn", tmp_path / "data"

@@ -17,9 +17,11 @@ import pytest
 import ray
 import torch
 
+from ceca.edition import find_edition
 from ceca.errors import UserError
 from ceca.gallery import Searcher, open_gallery
-from ceca.model.weights import find_model, load_model
+from ceca.model.published import find_model
+from ceca.model.weights import load_model
 from ceca.samples import list_images
 from ceca.store import Receipt, Store
 from jobs import evaluate
@@ -186,6 +188,7 @@ def test_other_settings_under_a_published_name_are_refused(run, on_disk):
     assert "epochs: 3 there, 4 here" in " ".join(failed.stdout.split())
 
 
+@pytest.mark.slow
 def test_index_killed_and_started_again_ends_with_the_same_table(start, run, on_disk, tmp_path):
     shutil.copytree(on_disk.root, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "gallery")
@@ -198,7 +201,7 @@ def test_index_killed_and_started_again_ends_with_the_same_table(start, run, on_
 
 def rows_by_id(store: Store) -> dict[str, np.ndarray]:
     """What the current gallery holds of each image, [D + E]."""
-    gallery, _ = open_gallery(store)
+    gallery = open_gallery(find_edition(store))
     return dict(zip(gallery.ids, torch.cat(gallery.shards).float().numpy(), strict=True))
 
 

@@ -195,6 +195,7 @@ def test_ingest_killed_and_started_again_ends_with_the_same_tables(start, run, d
         assert digests(store, table) == digests(Store(str(ingested)), table)
 
 
+@pytest.mark.slow
 def test_dialogue_killed_and_started_again_ends_with_the_same_table(start, run, told, tmp_path):
     shutil.copytree(told, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "dialogues")

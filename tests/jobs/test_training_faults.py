@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ceca.model.weights import find_model
+from ceca.model.published import find_model
 from ceca.store import Store
 from tests.conftest import REPOSITORY
 
@@ -181,7 +181,21 @@ def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturb
     assert [record["epoch"] for record in made.training["history"]] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 1), (3, 1), (1, 3), (3, 0)])
+def test_an_interrupted_driver_says_so_leaves_its_workers_behind_and_may_be_started_again(start, undisturbed, dataset):
+    process = start("train", *TRAIN, "--data", dataset)
+    wait_for_a_checkpoint(dataset, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output[-3000:]
+    assert "interrupted; the same command continues" in output
+    assert "ceca: resuming after" in finish(start("train", *TRAIN, "--data", dataset))
+    assert_same_curve(dataset, undisturbed, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage"),
+    [(1, 1), (3, 0), *(pytest.param(*other, marks=pytest.mark.long) for other in ((3, 1), (1, 3)))],
+)
 def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, dataset, workers: int, stage: int):
     settings = ("--zero-stage", stage)
     kill_the_driver(start, dataset, *settings)

@@ -1,0 +1,107 @@
+"""Keys, limits and the log of who asked, over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+
+from ceca import schema
+from tests.serve.conftest import Running
+from tests.serve.dataset import QUERY
+
+
+def requests_of(running: Running) -> list[tuple[str, str]]:
+    """A request of every route that the description lists, and of some that it does not."""
+    bearer = {"Authorization": f"Bearer {running.keys['portal']}"}
+    paths = running.client.get("/closed/openapi.json", headers=bearer).json()["paths"]
+    listed = [(method.upper(), path) for path, methods in paths.items() for method in methods]
+    filled = [
+        (method, path.replace("{image_id}", schema.image_id("0000.jpg")).replace("{job}", "add-" + "0" * 16))
+        for method, path in listed
+    ]
+    return [
+        *filled,
+        ("GET", "/"),
+        ("GET", "/page.js"),
+        ("GET", "/openapi.json"),
+        ("GET", "/nowhere"),
+        ("POST", "/"),
+        ("PUT", "/v1/images"),
+    ]
+
+
+def test_every_route_is_closed_without_the_right_key_but_those_that_tell_nothing_of_a_person(running: Running) -> None:
+    asked = requests_of(running)
+    assert ("POST", "/v1/search") in asked
+    opened = []
+    for method, path in asked:
+        writes = (method == "DELETE" and "images" in path) or "jobs" in path or (method, path) == ("POST", "/v1/images")
+        other = running.keys["portal" if writes else "loader"]  # opens other routes
+        for key, status in ((None, 401), ("guessed", 401), (other, 403)):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            response = running.client.request(method, f"/closed{path}", headers=headers, content="{")
+            if response.status_code != status:
+                opened.append((method, path))
+                break
+            assert response.json()["detail"]
+    assert sorted(opened) == [
+        *(("GET", path) for path in ("/", "/healthz", "/page.js", "/readyz")),
+        ("POST", "/v1/session"),
+    ]
+
+
+def test_a_key_opens_and_a_session_opens_pictures_for_a_browser(running: Running) -> None:
+    bearer = {"Authorization": f"Bearer {running.keys['portal']}"}
+    found = running.client.post("/closed/v1/search", json={"query": QUERY, "top_k": 1}, headers=bearer).json()
+    picture = f"{running.url}/closed{found['hits'][0]['image']}"
+    with httpx.Client() as visitor:
+        assert visitor.get(picture).status_code == 401
+        assert visitor.post(f"{running.url}/closed/v1/session", json={"key": "guessed"}).status_code == 401
+        answer = visitor.post(f"{running.url}/closed/v1/session", json={"key": running.keys["portal"]})
+        assert answer.status_code == 204
+        cookie = answer.headers["set-cookie"].lower()
+        assert "httponly" in cookie
+        assert "samesite=strict" in cookie
+        assert visitor.get(picture).status_code == 200
+
+
+def test_a_key_has_a_limit_of_its_own(running: Running) -> None:
+    bearer = {"Authorization": f"Bearer {running.keys['slow']}"}
+    answers = [running.client.get("/closed/v1/facets", headers=bearer) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 31
+
+
+def test_who_searched_is_logged_and_the_words_are_not(running: Running) -> None:
+    words = "a woman with a very particular umbrella"
+    bearer = {"Authorization": f"Bearer {running.keys['portal']}"}
+    hits = running.client.post("/closed/v1/search", json={"query": words}, headers=bearer).json()["hits"]
+    running.client.get("/closed/v1/facets", headers={"Authorization": "Bearer guessed"})
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        text = "".join(file.read_text() for file in logs.glob("worker-*.err"))
+        lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"time"')]
+        mine = [line for line in lines if line.get("query") == hashlib.sha256(words.encode()).hexdigest()[:16]]
+        if mine and any(line["status"] == 401 for line in lines):
+            break
+        time.sleep(0.2)
+    assert mine[0]["who"] == "portal"
+    assert mine[0]["images"] == [hit["image_id"] for hit in hits]
+    assert any(line["status"] == 401 and line["action"] == "GET /v1/facets" for line in lines)
+    assert words not in text
+    assert not any(key in text for key in running.keys.values())
+
+
+@pytest.mark.parametrize("size", [64 * 1024 + 1, 10_000_000])
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(running: Running, size: int) -> None:
+    response = running.client.post("/v1/search", content=json.dumps({"query": "x" * size}))
+    assert response.status_code == 413
+    response = running.client.post("/v1/search", content=iter([b'{"query": "a man"}']))  # does not say how long it is
+    assert response.status_code == 413
