@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +36,20 @@ class S3Server:
         }
 
 
-@contextlib.contextmanager
-def serve_s3(
-    folder: Path, port: int = 0, access_key: str = "local", secret_key: str = "local-secret"
-) -> Iterator[S3Server]:
-    """Serve `folder` on loopback while the context lasts; its subfolders are the buckets. Port 0 takes a free one.
+def start_s3(
+    folder: Path,
+    port: int = 0,
+    access_key: str = "local",
+    secret_key: str = "local-secret",
+    *,
+    outlives: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[subprocess.Popen[bytes], S3Server]:
+    """Serve `folder` on loopback; its subfolders are the buckets. Port 0 takes a free one.
+
+    Args:
+        outlives: whether the server stays when this process or its terminal ends.
+        environment: more variables of the server's process.
 
     Raises:
         RuntimeError: rclone is missing, or the server does not come up; with what it printed.
@@ -50,13 +60,34 @@ def serve_s3(
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     address = f"127.0.0.1:{port}"
-    command = [rclone, "serve", "s3", str(folder), "--addr", address, "--auth-key", f"{access_key},{secret_key}"]
+    # By the environment, where a list of processes does not show the key.
+    variables = {
+        **os.environ,
+        **(environment or {}),
+        "RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"',  # quoted, or the comma would make two of it
+    }
+    command = [rclone, "serve", "s3", str(folder), "--addr", address]
     log = folder.parent / f"{folder.name}.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=outlives
+        )
     try:
         _wait_until_open(process, port, log)
-        yield S3Server(f"http://{address}", access_key, secret_key)
+    except BaseException:
+        process.kill()
+        raise
+    return process, S3Server(f"http://{address}", access_key, secret_key)
+
+
+@contextlib.contextmanager
+def serve_s3(
+    folder: Path, port: int = 0, access_key: str = "local", secret_key: str = "local-secret"
+) -> Iterator[S3Server]:
+    """The same while the context lasts."""
+    process, server = start_s3(folder, port, access_key, secret_key, outlives=False)
+    try:
+        yield server
     finally:
         process.terminate()
         process.wait(timeout=10)
