@@ -1,0 +1,220 @@
+"""cluster/Dockerfile without a container engine: a linter, and that its steps are those of locks and Makefile."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from tests.conftest import REPOSITORY
+
+FILE = REPOSITORY / "cluster" / "Dockerfile"
+LOCKS = ("requirements/cpu.txt", "requirements/gpu.txt")
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Every instruction of the file and what follows it, lines that continue joined."""
+    lines = [line for line in FILE.read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [(line.split()[0], line.split(maxsplit=1)[1].strip()) for line in joined.splitlines() if line.strip()]
+
+
+def of(kind: str) -> list[str]:
+    return [rest for found, rest in instructions() if found == kind]
+
+
+def position(kind: str, words: str) -> int:
+    (found,) = [at for at, (name, rest) in enumerate(instructions()) if name == kind and words in rest]
+    return found
+
+
+def settings() -> dict[str, str]:
+    return dict(pair.split("=", 1) for rest in of("ENV") for pair in shlex.split(rest))
+
+
+def locked(lock: str) -> dict[str, str]:
+    """Packages of a lock with their `==1.2.3`."""
+    lines = [line.split("#")[0].strip() for line in (REPOSITORY / lock).read_text().splitlines()]
+    requirements = [Requirement(line) for line in lines if line]
+    return {requirement.name: str(requirement.specifier) for requirement in requirements}
+
+
+# --- the linter -------------------------------------------------------------------------------------------
+
+
+def lint(text: str) -> subprocess.CompletedProcess[str]:
+    command = [f"{Path(sys.executable).parent}/hadolint", "--no-color", "--failure-threshold=style", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+
+
+def test_the_linter_finds_nothing() -> None:
+    done = lint(FILE.read_text())
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rule"),
+    [
+        (r"python:3\S+", "python:latest", "DL3007"),  # any Python
+        (r"--no-cache-dir ", "", "DL3042"),  # pip's cache in a layer
+        (r"\\\n +&& rm -rf \S+", "", "DL3009"),  # apt's lists in a layer
+        (r"USER 1000:1000", "USER root", "DL3002"),
+        (r"# hadolint ignore=DL3008\n", "", "DL3008"),  # the one rule that is not followed, with its reason
+    ],
+)
+def test_the_linter_would_find(before: str, after: str, rule: str) -> None:
+    changed = re.sub(before, after, FILE.read_text())
+    assert changed != FILE.read_text()
+    assert rule in lint(changed).stdout
+
+
+# --- the same environment as `make install` ----------------------------------------------------------------
+
+
+def test_the_base_is_the_project_s_python_by_an_exact_version() -> None:
+    (base,) = of("FROM")
+    found = re.fullmatch(r"python:(3\.\d+)\.\d+-slim-bookworm(@sha256:[0-9a-f]{64})?", base)
+    assert found
+    assert PROJECT["project"]["requires-python"] == f"=={found[1]}.*"
+    assert str(tuple(map(int, found[1].split(".")))) in (REPOSITORY / "Makefile").read_text()
+    assert f"/python{found[1]}/" in settings()["PATH"]
+
+
+def test_what_is_installed_is_installed_as_make_does() -> None:
+    makefile = re.findall(r"\$\(BIN\)/pip install (.*)", (REPOSITORY / "Makefile").read_text())
+    image = [found for rest in of("RUN") for found in re.findall(r"pip install (.*?)(?: && |$)", rest)]
+    same = [words.replace("--no-cache-dir ", "").replace('"${LOCK}"', "$(LOCK)").split() for words in image]
+    assert same == [words.split() for words in makefile]
+
+
+def test_both_images_are_of_a_lock_that_is_there() -> None:
+    (default,) = of("ARG")
+    other = re.findall(r"--build-arg (LOCK=\S+)", FILE.read_text())
+    assert [default, *other] == [f"LOCK={lock}" for lock in LOCKS]
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_has_what_the_image_needs(lock: str) -> None:
+    found = locked(lock)
+    assert found["torch"].startswith("==="), "two signs would let pip take a local build such as +cpu"
+    assert "setuptools" in found, "the code is installed without build isolation"
+    assert "boto3" in found, "the head starts machines with it"
+    assert all(specifier.startswith("==") for specifier in found.values())
+    assert ("nvidia-cuda-nvcc" in found) == ("gpu" in lock)
+    if "gpu" in lock:  # where PATH looks for it
+        assert found["nvidia-cuda-nvcc"].startswith("==13.")
+        assert "nvidia/cu13/bin" in settings()["PATH"]
+
+
+@pytest.mark.parametrize("package", ["ray", "torch", "numpy", "pyarrow", "pydantic", "cloudpickle", "deepspeed"])
+def test_head_and_workers_have_the_same(package: str) -> None:
+    """The head has the image for CPUs, the others that for GPUs, and they send each other pickled work."""
+    versions = {locked(lock).get(package) for lock in LOCKS}
+    assert len(versions) == 1
+
+
+def test_the_cluster_runs_these_images_of_this_version() -> None:
+    built = set(re.findall(r"-t (\S+)", FILE.read_text()))
+    cluster = yaml.safe_load((REPOSITORY / "ray_cluster.yaml").read_text())
+    types = cluster["available_node_types"].values()
+    used = {cluster["docker"]["image"], *(kind.get("docker", {}).get("worker_image") for kind in types)} - {None}
+    assert built == used
+    assert {image.rpartition("-")[2] for image in built} == {PROJECT["project"]["version"]}
+
+
+# --- what is in it ----------------------------------------------------------------------------------------
+
+
+def let_through(path: str) -> bool:
+    """Whether .dockerignore leaves a file in: the last pattern that fits it or a folder above it decides."""
+    parts = path.split("/")
+    inside = True
+    for line in (REPOSITORY / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!")
+        names = parts if pattern.startswith("**/") else ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        if any(fnmatch.fnmatchcase(name, pattern.removeprefix("**/")) for name in names):
+            inside = line.startswith("!")
+    return inside
+
+
+def test_everything_that_is_copied_is_there() -> None:
+    copied = of("COPY")
+    assert copied == ["${LOCK} ${LOCK}", ". ."]
+    for path in (*LOCKS, "pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]):
+        assert (REPOSITORY / path).is_file()
+        assert let_through(path)
+
+
+def test_every_file_of_the_packages_is_in() -> None:
+    packages = [name.removesuffix("*") for name in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]]
+    assert packages == ["ceca", "jobs", "serve", "cluster"]
+    for package in packages:
+        files = [
+            path for path in (REPOSITORY / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        ]
+        left_out = [path for path in files if not let_through(path.relative_to(REPOSITORY).as_posix())]
+        assert files
+        assert not left_out
+
+
+def test_the_code_is_installed_from_what_is_in(tmp_path: Path) -> None:
+    """By pip's own step for `-e .` without build isolation, in a copy that has nothing else."""
+    context, made = tmp_path / "context", tmp_path / "made"
+    context.mkdir()
+    made.mkdir()
+    for path in REPOSITORY.iterdir():
+        if path.is_dir() and let_through(path.name):
+            shutil.copytree(path, context / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif let_through(path.name):
+            shutil.copy(path, context)
+    build = f"import setuptools.build_meta as backend; backend.build_editable({str(made)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=context, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = made.iterdir()
+    assert wheel.name.startswith(f"ceca-{PROJECT['project']['version']}-")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".git/config", ".venv/bin/python", "demo/data/manifest.json", "keys.yaml", ".env", "ceca/__pycache__/a.pyc"],
+)
+def test_what_lies_around_is_not(path: str) -> None:
+    assert not let_through(path)
+
+
+def test_a_change_of_the_code_does_not_install_the_environment_again() -> None:
+    assert position("COPY", "${LOCK}") < position("RUN", "-r ") < position("COPY", ". .")
+    after = instructions()[position("COPY", ". .") :]
+    assert [kind for kind, _ in after] == ["COPY", "RUN", "USER", "CMD"]
+
+
+def test_nothing_runs_as_root() -> None:
+    (user,) = of("USER")
+    assert user == "1000:1000", "a number, so that Kubernetes can tell"
+    assert "useradd --uid 1000 --create-home" in " ".join(of("RUN"))
+    assert settings()["HOME"] == "/home/ray", "Ray reads it from the image before it mounts files below ~"
+
+
+def test_how_nodes_trust_each_other_is_not_in_it() -> None:
+    assert not [name for name in settings() if re.match("RAY_|AWS_|.*(KEY|TOKEN|SECRET)", name)]
+
+
+def test_what_ray_runs_in_the_container_is_there() -> None:
+    """Ray copies files in by rsync, the head starts workers by ssh, KubeRay's checks use wget; all by login shells."""
+    (install,) = [rest for rest in of("RUN") if "apt-get install" in rest]
+    assert {"rsync", "openssh-client", "wget", "g++", "libnuma1"} <= set(install.split())
+    assert any(rest == 'echo "export PATH=$PATH" > /etc/profile.d/ceca.sh' for rest in of("RUN"))
+    assert settings()["PATH"].split(":")[0] == "/opt/venv/bin"
+    assert position("ENV", "PATH=") < position("RUN", "/etc/profile.d/")
