@@ -1,0 +1,82 @@
+"""What an undisturbed pipeline comes to, with which those in trouble are compared."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ceca.model.published import find_model
+from ceca.store import Store
+from tests.conftest import Command
+
+RECIPE = "tests/drills/oracle.yaml"
+# A sign that each stage is at work, and has not finished: these are below the dataset.
+AT_WORK = {
+    "ingest": ".work/ingest",
+    "dialogue": ".work/dialogue",
+    "train": "models/ceca",
+    "evaluate": ".work/evaluate",
+    "index": ".work/index",
+}
+TABLES = ("images", "captions", "attributes", "dialogues")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(run: Command, drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    data = str(tmp_path_factory.mktemp("undisturbed"))
+    run("pipeline", "--recipe", RECIPE, "--source", drawn, "--data", data)
+    return Store(data)
+
+
+def submit(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    """`ray job submit` from a folder, its output in one stream."""
+    return subprocess.Popen(
+        [Path(sys.executable).parent / "ray", "job", "submit", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(stage: str, dataset: Path, job: subprocess.Popen) -> None:
+    """Until the stage has done some of its work."""
+    place = dataset / AT_WORK[stage]
+    deadline = time.monotonic() + 240
+    while not any(path.is_file() for path in place.rglob("*")):
+        assert job.poll() is None, f"ended before {stage}: {(job.communicate()[0] or '')[-4000:]}"
+        assert time.monotonic() < deadline, stage
+        time.sleep(0.02)
+
+
+def result(store: Store) -> dict[str, Any]:
+    """What a pipeline comes to: digests of tables, the weights, figures, and embeddings by image."""
+    model = find_model(store, "ceca")
+    assert model is not None
+    gallery = store.read(store.current("gallery"))
+    rows = [
+        np.concatenate(pair) for pair in zip(*(gallery[name].to_pylist() for name in ("global", "local")), strict=True)
+    ]
+    return {
+        "digests": {table: [part.sha256 for part in store.current(table).parts] for table in TABLES},
+        "losses": [record["loss"] for record in model.training["history"]],
+        "figures": store.read_json("evaluations", model.digest, "test.json")["metrics"],
+        "gallery": dict(zip(gallery["image_id"].to_pylist(), rows, strict=True)),
+    }
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["digests"] == expected["digests"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    for similarity, figures in expected["figures"].items():
+        assert found["figures"][similarity] == pytest.approx(figures, abs=1e-3), similarity
+    assert list(found["gallery"]) == list(expected["gallery"])
+    for image_id, row in expected["gallery"].items():
+        np.testing.assert_allclose(found["gallery"][image_id], row, atol=5e-3)
