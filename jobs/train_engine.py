@@ -10,13 +10,16 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import ray
@@ -54,15 +57,26 @@ class Progress:
         return cls(**plain, curve=Curve.from_table(pq.read_table(folder / "curve.parquet")))
 
 
+def import_deepspeed() -> Any:
+    """DeepSpeed, imported after the accelerator is chosen.
+
+    It would compile an all-reduce on CPUs that inference alone uses: a minute of the first training on a machine.
+    """
+    import deepspeed
+
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed
+
+
 def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
     """A DeepSpeed engine around the model; `steps` are those of one epoch."""
-    import deepspeed  # after the accelerator is chosen
-
+    deepspeed = import_deepspeed()
     model.micro_batch = config.micro_batch
     model.backbone.recompute = config.recompute
     groups = parameter_groups(model, config.optimiser, config.global_batch)
     if config.offload:
         # DeepSpeed steps on the CPU with this one alone, which is Adam where the decay is not decoupled.
+        compile_operation(deepspeed.ops.op_builder.CPUAdamBuilder())
         optimiser: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups, betas=config.optimiser.betas, adamw_mode=False
         )
@@ -80,6 +94,20 @@ def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
     )
     _keep_statistics_in_fp32(engine.module)
     return engine
+
+
+def compile_operation(builder: Any) -> None:
+    """Compile one of DeepSpeed's operations, by the first process of a machine; DeepSpeed finds it loaded afterwards.
+
+    torch guards its folder by a file, which stays when the process that compiles is killed: every later one would wait
+    for it, for ever and without a word. Our lock ends with its process, and in a folder of our own, who holds it knows
+    that torch's is a dead process's.
+    """
+    place = Path(os.environ.get("CECA_CACHE") or Path.home() / ".cache" / "ceca") / "extensions"
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / f"{builder.name}.lock"), mock.patch.dict(os.environ, TORCH_EXTENSIONS_DIR=str(place)):
+        (place / builder.name / "lock").unlink(missing_ok=True)
+        builder.load()
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ceca.model.irra import WordTask
 from ceca.samples import share
 from ceca.training import gather_features, gather_identities, loss_terms, scaled_loss
 from ceca.transforms import draw, generator, hide_words
-from jobs.train_engine import deepspeed_config, whole_model
+from jobs.train_engine import deepspeed_config, import_deepspeed, whole_model
 
 BATCH, STEPS, RATE = 8, 2, 0.05
 STAGES = (0, 1, 2, 3)
@@ -99,7 +99,7 @@ def compute(call: Any, method: str, step: int, rank: int, size: int) -> dict[str
 
 def take_steps(method: str, precision: str, stage: int, micro_batch: int | None) -> dict[str, torch.Tensor]:
     """Losses and gradients of the first step, parameters and statistics after the last, of plain gradient descent."""
-    import deepspeed
+    deepspeed = import_deepspeed()
     from deepspeed.utils import safe_get_full_grad
 
     rank, size = dist.get_rank(), dist.get_world_size()
