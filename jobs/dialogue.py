@@ -8,7 +8,6 @@ published table lacks. `--published FILE` imports dialogues that the authors pub
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,8 +50,6 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         )
     choices = vocabulary if config.attributes else None
     settings = to_mapping(config, results_only=True)
-    vllm = dataclasses.replace(config.vllm, gpus=stages.gpus_there(config.vllm.gpus))
-    computing = dataclasses.replace(config, vllm=vllm)
     kept: list[Receipt] = []
     if config.only_missing:
         earlier = store.current("dialogues")
@@ -77,7 +74,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         arguments={
             "uri": store.uri,
             "images": images,
-            "config": to_mapping(computing),
+            "config": to_mapping(config),
             "vocabulary": vocabulary,
             "choices": choices,
             "canaries": [[row.part, row.row, row.image_id] for row in canaries],

@@ -21,6 +21,7 @@ from rich.table import Table as TextTable
 from ceca import schema
 from ceca.commandline import parse_arguments
 from ceca.config import EvaluateConfig, to_mapping
+from ceca.devices import gpus_there
 from ceca.gallery import agree_with_neighbours, matrix
 from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_embeddings, rank_strip, slices
 from ceca.model.published import require_model
@@ -205,7 +206,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
             "images": images,
             "schemas": tables,
             "batch": config.batch,
-            "gpu": stages.gpus_there(config.gpus) > 0,
+            "gpu": gpus_there(config.gpus) > 0,
             "replicas": config.replicas,
         },
         made_from=made_from,

@@ -17,6 +17,7 @@ import pyarrow as pa
 from ceca import schema
 from ceca.commandline import parse_arguments
 from ceca.config import IndexConfig, to_mapping
+from ceca.devices import gpus_there
 from ceca.errors import UserError
 from ceca.model.published import PublishedModel, require_model
 from ceca.samples import ImageRow, read_summaries, removed_images
@@ -68,7 +69,7 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
             "images": images,
             "schemas": {"images": ("gallery", schema.gallery(model.global_dim, model.local_dim))},
             "batch": config.batch,
-            "gpu": stages.gpus_there(config.gpus) > 0,
+            "gpu": gpus_there(config.gpus) > 0,
             "replicas": config.replicas,
         },
         made_from=made_from,

@@ -99,12 +99,6 @@ def interrupt() -> None:
         signal.pthread_kill(main, signal.SIGINT)
 
 
-def gpus_there(gpus: int) -> int:
-    """Of so many that a worker asks for, those that it computes on: none where a local cluster only declares them, so
-    that work finds its way to a node as on a real one (cluster/local.py)."""
-    return 0 if os.environ.get("CECA_DECLARED_GPUS") else gpus
-
-
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (as in `ray job submit`), else start Ray on this machine.
 

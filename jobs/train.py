@@ -30,6 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ceca.commandline import parse_arguments
 from ceca.config import TrainConfig, to_mapping
+from ceca.devices import gpus_there
 from ceca.errors import UserError
 from ceca.model.backbone import count_tokens, tokenize
 from ceca.model.published import PublishedModel, find_model
@@ -44,6 +45,8 @@ from jobs.train_worker import train_worker
 
 def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedModel:
     """Train a model and publish it under models/<name>."""
+    if config.precision == "fp16" and not gpus_there(config.gpus_per_worker):
+        raise UserError("precision fp16 needs GPUs, and this cluster only declares some; use bf16 or fp32")
     store = Store(data)
     tables = _tables(store, config)
     made_from = {name: manifest.version for name, manifest in tables.items()}
@@ -243,7 +246,7 @@ def _prepare(
         caption=tokenize(pairs["caption"].to_pylist()).numpy().astype(np.uint16)[captions_of],
         summary=tokenize(pairs["summary"].to_pylist()).numpy().astype(np.uint16),
     )
-    computing = dataclasses.replace(config, gpus_per_worker=stages.gpus_there(config.gpus_per_worker))
+    computing = dataclasses.replace(config, gpus_per_worker=gpus_there(config.gpus_per_worker))
     return Run(computing, store.uri, run, ray.put(samples), references, validation), used
 
 

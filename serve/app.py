@@ -31,6 +31,7 @@ from ray.serve.schema import LoggingConfig
 from ceca.commandline import load_recipe
 from ceca.config import DialogueConfig, ServeConfig, from_mapping
 from ceca.datasets.images import decode_image
+from ceca.devices import gpus_there
 from ceca.edition import Edition, find_edition
 from ceca.errors import UserError
 from ceca.facets import Facets, open_facets
@@ -281,7 +282,7 @@ def _engine_gpus(settings: DialogueConfig | None) -> float:
 def _device(config: ServeConfig) -> torch.device:
     """Where a replica computes; on CPUs torch gets as many threads as the replica has reserved."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if config.gpus:
+    if gpus_there(config.gpus):
         return torch.device("cuda")
     torch.set_num_threads(config.cpus or 1)
     return torch.device("cpu")

@@ -85,6 +85,19 @@ def ray_cluster() -> Iterator[RayCluster]:
 Command = Callable[..., subprocess.CompletedProcess]
 
 
+def finish(process: subprocess.Popen[str], within_s: float = 600, expect: int = 0) -> str:
+    """All that a command says; fails with it unless the command ends in time (else it is killed) and as expected."""
+    try:
+        output, _ = process.communicate(timeout=within_s)
+        ended = f"exited with {process.returncode}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        ended = f"had not ended after {within_s} s"
+    assert ended == f"exited with {expect}", f"{process.args} {ended}:\n{output[-6000:]}"
+    return output
+
+
 @pytest.fixture(scope="session")
 def start(ray_cluster: RayCluster) -> Callable[..., subprocess.Popen]:
     """Start `python jobs/<stage>.py …` on the cluster, its output in one stream."""
@@ -110,8 +123,7 @@ def run(start: Callable[..., subprocess.Popen]) -> Command:
         stage: str, *arguments: object, expect: int = 0, environment: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess:
         process = start(stage, *arguments, environment=environment)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == expect, f"{stage} exited with {process.returncode}:\n{output[-6000:]}"
+        output = finish(process, 240, expect)
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     return run_command

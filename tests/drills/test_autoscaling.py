@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -18,11 +19,15 @@ import httpx
 import numpy as np
 import pytest
 import s3fs
+from PIL import Image
 
+from ceca.client import Client
 from ceca.dialogue.tiny import make_tiny_vlm
+from ceca.edition import find_edition
 from ceca.store import Store
 from cluster import local
-from tests.conftest import REPOSITORY
+from cluster.object_store import free_port
+from tests.conftest import REPOSITORY, finish
 from tests.drills.conftest import submit
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -113,11 +118,9 @@ def finished(running: Running) -> tuple[str, str]:
         assert time.monotonic() < deadline
         time.sleep(0.5)
     second = running.submit(*PIPELINE, "--data", "s3://bucket/data", job="second")
-    refused, _ = second.communicate(timeout=300)
-    output, _ = first.communicate(timeout=600)
+    refused = finish(second, 300, expect=1)
+    output = finish(first, 600)
     watching.join()
-    assert first.returncode == 0, output[-6000:]
-    assert second.returncode != 0
     return output, refused
 
 
@@ -139,8 +142,7 @@ def test_of_two_submissions_of_one_name_one_works_and_the_other_says_who_does(fi
 
 def test_the_same_name_again_finds_everything_published(running: Running, finished: tuple[str, str]) -> None:
     again = running.submit(*PIPELINE, "--data", "s3://bucket/data")
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output[-3000:]
+    output = finish(again, 300)
     for table in ("images", "dialogues", "gallery"):
         assert "is published already" in next(
             line for line in output.splitlines() if f"s3://bucket/data/{table}" in line
@@ -160,6 +162,41 @@ def test_no_secret_is_in_logs_tables_or_what_the_dashboard_shows(running: Runnin
     shown = json.dumps(running.get("/api/jobs/", BROWSER)).encode()
     assert b"OPENAI_API_KEY" in shown
     assert not any(secret in shown or secret in text.encode() for secret in secrets for text in finished)
+
+
+def test_the_service_runs_on_such_nodes_and_a_real_vllm_describes_an_added_image(
+    running: Running, finished: tuple[str, str], drawn: Path
+) -> None:
+    port, serve = free_port(), Path(sys.executable).parent / "serve"
+    picture = io.BytesIO()
+    Image.open(next(drawn.rglob("*.jpg"))).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture, "JPEG")
+    arguments = ("data=s3://bucket/data", "open=true", "gpus=0.5")  # encoder and searcher share one
+    for command in (
+        ("start", "--http-host", "127.0.0.1", "--http-port", port),
+        ("run", "--non-blocking", "--name", "people", "serve.app:build", *arguments),
+    ):
+        done = subprocess.Popen(
+            [serve, *map(str, command)],
+            cwd=REPOSITORY,
+            env=running.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        finish(done, 200)
+    try:
+        with Client(f"http://127.0.0.1:{port}", timeout_s=120, job_timeout_s=240) as client:
+            image_id = client.add(picture.getvalue()).image_id
+            found = {hit.image_id: hit for hit in client.search("a man in a yellow cap", 200).hits}
+        assert running.alive()[1] == 2  # that one, and one for vLLM
+        assert image_id in found
+        (added,) = find_edition(Store("s3://bucket/data")).read_added(["image_id", "turns", "dialogue_model"])
+        (told,) = added.to_pylist()
+        assert (told["image_id"], told["dialogue_model"]) == (image_id, "s3://bucket/tiny-vlm")
+        assert told["turns"]
+        assert all(turn["answer"] for turn in told["turns"])
+    finally:
+        subprocess.run([serve, "shutdown", "--yes"], env=running.environment, check=True, timeout=120)
 
 
 def test_the_result_is_that_of_one_machine(running: Running, finished: tuple[str, str], tmp_path: Path) -> None:

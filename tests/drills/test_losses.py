@@ -13,7 +13,7 @@ import pytest
 
 from ceca.store import Store
 from cluster import local
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, finish
 from tests.drills.conftest import AT_WORK, RECIPE, assert_same, result, submit, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -63,12 +63,6 @@ def cloud(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clo
         local.down(NAME)
 
 
-def finish(job: subprocess.Popen[str]) -> str:
-    output, _ = job.communicate(timeout=400)
-    assert job.returncode == 0, output[-6000:]
-    return output
-
-
 def timed(words: str, work: Callable[[], object]) -> None:
     begun = time.monotonic()
     work()
@@ -83,7 +77,7 @@ def test_a_node_is_lost_in_every_stage(cloud: Cloud, undisturbed: Store) -> None
         for stage in AT_WORK:
             cloud.wait_for(stage, data, job)
             assert local.kill_node(NAME)
-        finish(job)
+        finish(job, 400)
 
     timed("a node lost in every stage", work)
     assert_same(cloud.result(data), result(undisturbed))
@@ -101,7 +95,7 @@ def test_the_head_and_with_it_the_cluster_is_lost_in_every_stage(cloud: Cloud, u
             job.kill()  # it would ask for the head's state for long
             job.communicate()
             cloud.start()
-        finish(cloud.submit(data))
+        finish(cloud.submit(data), 400)
 
     timed("the head lost in every stage", work)
     assert_same(cloud.result(data), result(undisturbed))

@@ -28,7 +28,7 @@ from ceca.dialogue.supervised import Supervised
 from ceca.dialogue.tiny import make_tiny_vlm
 from ceca.dialogue.vllm import VLLMEngine
 from ceca.store import Manifest, Store
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, finish
 from tests.endpoint import ChatServer, Describer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -54,12 +54,6 @@ def command(stage: str, *arguments: object, environment: dict[str, str] | None =
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-6000:]
-    return output
 
 
 # --- lost on the way --------------------------------------------------------------------------------------

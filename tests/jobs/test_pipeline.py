@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 
+from ceca.config import TrainConfig
 from ceca.edition import find_edition
 from ceca.errors import UserError
 from ceca.gallery import Searcher, open_gallery
@@ -29,6 +30,7 @@ from jobs.index import SMALL_PARTS, reuse
 from jobs.remove import remove
 from jobs.report import report_attributes, report_omega, report_ranked, report_significance
 from jobs.report_page import report_page
+from jobs.train import train
 from tests.conftest import REPOSITORY
 from tests.jobs.test_stages import SMALL, digests, kill_after_some_units
 
@@ -104,6 +106,12 @@ def test_a_model_does_not_differ_from_itself_and_one_that_was_not_evaluated_is_n
     assert {(made.mean, made.p) for made in found.values()} == {(0.0, 1.0)}
     with pytest.raises(UserError, match=r"test-3-neighbours.queries.parquet is not there; run `ceca evaluate"):
         report_significance(on_disk.uri, ("ceca", "ceca"), neighbours=(0, 3))
+
+
+def test_fp16_is_refused_where_gpus_are_only_declared(tmp_path, monkeypatch):
+    monkeypatch.setenv("CECA_DECLARED_GPUS", "1")
+    with pytest.raises(UserError, match="precision fp16 needs GPUs, and this cluster only declares some"):
+        train(str(tmp_path), TrainConfig(precision="fp16", gpus_per_worker=1))
 
 
 def test_queries_ranked_by_tasks_of_the_cluster_are_ranked_as_in_one_process(ray_cluster, monkeypatch):

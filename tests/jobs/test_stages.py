@@ -16,6 +16,7 @@ from ceca.dialogue.conversation import QUESTIONS
 from ceca.dialogue.tiny import make_tiny_vlm
 from ceca.store import Store
 from jobs.report import describe, report_dialogues
+from tests.conftest import finish
 
 SMALL = ("--recipe", "tests/jobs/small.yaml")
 
@@ -181,8 +182,7 @@ def kill_after_some_units(start, store: Store, stage: str, *arguments: object) -
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, f"{stage} ended before it was killed:\n{output[-3000:]}"
+    finish(process, 60, expect=-signal.SIGKILL)  # else it ended before it was killed
 
 
 def test_ingest_killed_and_started_again_ends_with_the_same_tables(start, run, drawn, ingested, tmp_path):

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from ceca.model.published import find_model
 from ceca.store import Store
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -60,12 +60,6 @@ def start(cluster) -> Callable[..., subprocess.Popen]:
         )
 
     return command
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-6000:]
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +161,7 @@ def kill_the_driver(start, dataset: Path, *settings: object) -> None:
     process = start("train", *TRAIN, *settings, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    finish(process, 60, expect=-signal.SIGKILL)
     assert find_model(Store(str(dataset)), "ceca") is None
 
 
@@ -185,8 +178,7 @@ def test_an_interrupted_driver_says_so_leaves_its_workers_behind_and_may_be_star
     process = start("train", *TRAIN, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output[-3000:]
+    output = finish(process, 60, expect=130)
     assert "interrupted; the same command continues" in output
     assert "ceca: resuming after" in finish(start("train", *TRAIN, "--data", dataset))
     assert_same_curve(dataset, undisturbed, 1e-6)
