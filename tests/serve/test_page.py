@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -118,6 +119,21 @@ def test_the_page_explains_filters_and_holds_a_conversation(running: Running, br
     alike = running.client.post("/v1/search/like", json=like).json()["hits"]
     assert alike[0]["image_id"] == told[2]["image_id"]
     wait_until(page, SHOWN, [hit["image_id"] for hit in alike])
+
+
+def test_a_search_by_image_is_filtered(running: Running, browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "person.png").write_bytes(picture := draw_person(3))
+    page = open_page(running.url, browser)
+    page.get_by_label("Search by image").set_input_files(tmp_path / "person.png")
+    expect(page.locator("#grid .card")).to_have_count(10)
+    page.get_by_role("button", name="Filters").click()
+    page.get_by_label("c1", exact=True).check(force=True)
+    headers, where = {"Content-Type": "image/png"}, json.dumps({"camera": ["c1"]})
+    found = running.client.post("/v1/search/image", params={"where": where}, content=picture, headers=headers).json()
+    assert 1 < len(found["hits"]) < 10
+    wait_until(page, SHOWN, [hit["image_id"] for hit in found["hits"]])
+    page.get_by_role("button", name="Remove camera: c1").click()
+    expect(page.locator("#grid .card")).to_have_count(10)
 
 
 def test_an_image_is_added_shown_and_deleted_with_the_page(
