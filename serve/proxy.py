@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 ATTEMPTS, PAUSE_S = 5, 0.2
-KEPT_BYTES = 16 * 1024 * 1024  # of a request's body; a larger one is asked once
+KEPT_BYTES = 16 * 1024 * 1024  # of a request's body; a larger one, or one of unknown length, is asked once
 
 
 class AskAgain:
@@ -35,16 +35,20 @@ class AskAgain:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        length = dict(scope.get("headers", ())).get(b"content-length", b"0")
-        if scope["type"] != "http" or not length.isdigit() or int(length) > KEPT_BYTES:
+        headers = dict(scope.get("headers", ()))
+        length = headers.get(b"content-length", b"0")
+        known = length.isdigit() and int(length) <= KEPT_BYTES and b"transfer-encoding" not in headers
+        if scope["type"] != "http" or not known:  # a body without a length may have no end
             await self.app(scope, receive, send)
             return
-        body, more = b"", True
+        kept, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+            kept += message.get("body", b"")
+            more = message.get("more_body", False)
+        body = bytes(kept)
         started = False
 
         async def watched(message: dict[str, Any]) -> None:
@@ -66,8 +70,8 @@ class AskAgain:
             if started:
                 return
             await asyncio.sleep(PAUSE_S * (attempt + 1))
-        headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        told = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
+        await send({"type": "http.response.start", "status": 503, "headers": told})
         await send({"type": "http.response.body", "body": b'{"detail": "no replica answers; come again"}'})
 
 
