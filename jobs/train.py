@@ -42,6 +42,8 @@ from jobs import stages
 from jobs.train_data import Run, TrainingSet, load_images
 from jobs.train_worker import train_worker
 
+WHOLE = "whole.json"  # in a run's folder, once its training has ended
+
 
 def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedModel:
     """Train a model and publish it under models/<name>."""
@@ -88,8 +90,7 @@ def _train(
     redo: bool,
 ) -> PublishedModel:
     run = f"models/{config.name}/run-{version}"
-    published = find_model(store, config.name)
-    if redo and published is not None and published.version == version:
+    if redo and store.read_json(run, WHOLE) is not None:  # of a run that was killed between publishing and cleaning
         store.remove(run)
     stages.connect()
     started = time.monotonic()
@@ -102,6 +103,7 @@ def _train(
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__},
         "parameters": sum(value.numel() for value in safetensors.torch.load(weights).values()),
     }
+    store.write_json({"version": version}, run, WHOLE)
     made = publish_model(
         store,
         config.name,

@@ -158,11 +158,12 @@ def node_with(cluster: Any, worker: psutil.Process) -> Any:
 
 
 def kill_the_driver(start, dataset: Path, *settings: object) -> None:
+    before = find_model(Store(str(dataset)), "ceca")
     process = start("train", *TRAIN, *settings, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
     process.send_signal(signal.SIGKILL)
     finish(process, 60, expect=-signal.SIGKILL)
-    assert find_model(Store(str(dataset)), "ceca") is None
+    assert find_model(Store(str(dataset)), "ceca") == before
 
 
 def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturbed, dataset):
@@ -172,6 +173,15 @@ def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturb
     made, expected = find_model(Store(str(dataset)), "ceca"), find_model(Store(str(undisturbed)), "ceca")
     assert made.digest == expected.digest
     assert [record["epoch"] for record in made.training["history"]] == [1, 2, 3]
+
+
+def test_a_killed_redo_goes_on_and_the_next_one_begins_anew(start, undisturbed, tmp_path):
+    dataset = tmp_path / "data"
+    shutil.copytree(undisturbed, dataset)  # with a model
+    kill_the_driver(start, dataset, "--redo")
+    assert "ceca: resuming after" in finish(start("train", *TRAIN, "--redo", "--data", dataset))
+    assert "ceca: resuming after" not in finish(start("train", *TRAIN, "--redo", "--data", dataset))
+    assert_same_curve(dataset, undisturbed, 1e-6)
 
 
 def test_an_interrupted_driver_says_so_leaves_its_workers_behind_and_may_be_started_again(start, undisturbed, dataset):
