@@ -129,7 +129,10 @@ def _matching_dialogues(store: Store, gallery: Manifest, images: Manifest) -> Ma
 
 def read_added(store: Store, digest: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of one object of `added`; raises FileNotFoundError where it has been replaced meanwhile."""
-    return pq.read_table(io.BytesIO(store.read_bytes(ADDED, digest, name)), columns=columns)
+    if columns is None:
+        return pq.read_table(io.BytesIO(store.read_bytes(ADDED, digest, name)))
+    with store.open(ADDED, digest, name) as file:  # these columns alone: the images are most of it
+        return pq.read_table(file, columns=columns)
 
 
 def write_added(store: Store, digest: str, rows: pa.Table) -> str:

@@ -28,12 +28,15 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from ceca.edition import ADDED, write_added
+from ceca.errors import UserError
+from ceca.lease import Holders, holding
 from ceca.samples import removed_images
 from ceca.schema import image_id
 from ceca.store import Part, Store, StoreError, encode, version_of
 
 REMOVED, WORK = "removed", ".work"
-WAITING = ("arrivals", "failed")  # an object per image, <image id>.json, of those that are to be added
+ERASING = "erase"  # the name that is held by who erases, and for which stages wait
+WAITING = ("arrivals", "failed")  # objects of images that are to be added, named as `waiting_image` reads them
 KEYS = ("image_id", "caption_id", "key")  # columns that say whose a row is, the first that a table has; key: of rejects
 READERS = 8  # objects that are looked at at once: an object store answers many requests
 UNTOUCHED = 10  # seconds without a write, after which nobody writes a file aside any more
@@ -42,6 +45,30 @@ PART = re.compile(r"(?P<table>.+)/(?P<version>[^/]+)/(?P<stem>part-\d+)(-[0-9a-f
 ASIDE = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
 Watch = Callable[[str, int], None]  # called after each object with what is done, and how many objects that concerns
+
+
+class Busy(UserError):
+    """A stage works on the dataset."""
+
+
+@contextlib.contextmanager
+def undisturbed(store: Store, holders: Holders, who: str) -> Iterator[None]:
+    """While it lasts no stage works on the dataset: what it has read before, it would write again.
+
+    Raises:
+        Busy: one does. LeaseError: somebody else erases.
+    """
+
+    def refuse() -> None:
+        # A pipeline's stages hold names of their own.
+        held = {name: by for name, by in holders.of().items() if name != ERASING and not name.startswith("pipeline-")}
+        for name, by in sorted(held.items()):
+            raise Busy(f"erasing waits until {name} ends, which is held by {by}")
+
+    refuse()  # first, so that no stage waits for an erasure that does not begin
+    with holding(store, ERASING, who, on_lost=lambda: None, say=lambda _: None):
+        refuse()  # of a stage that begins in this moment and this, at least one sees the other
+        yield
 
 
 def hide(store: Store, image_ids: Collection[str], erase: bool = False) -> str:
@@ -63,7 +90,7 @@ def hide(store: Store, image_ids: Collection[str], erase: bool = False) -> str:
 def pending_erasures(store: Store) -> list[str]:
     """Names of the removals whose images are to be erased and are not yet."""
     there = set(store.names(REMOVED))
-    return sorted(name for name in _erasures(store) if f"{name}.erased.json" not in there)
+    return sorted(_erasures(store, {name for name in there if name.replace(".json", ".erased.json") not in there}))
 
 
 def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, int]:
@@ -75,7 +102,7 @@ def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, i
     Raises:
         StoreError: there is no such removal, or as in `erase`.
     """
-    ids = {image for images in _erasures(store).values() for image in images}
+    ids = {image for images in _erasures(store, store.names(REMOVED)).values() for image in images}
     for name in names:
         record = store.read_json(REMOVED, f"{name}.json")
         if record is None:
@@ -87,11 +114,21 @@ def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, i
     return erased
 
 
-def _erasures(store: Store) -> dict[str, list[str]]:
-    """The images of every removal that is or was to be erased."""
-    names = [name for name in store.names(REMOVED) if not name.endswith(".erased.json")]
-    found = {name.removesuffix(".json"): store.read_json(REMOVED, name) or {} for name in names}
-    return {name: record["images"] for name, record in found.items() if record.get("erase")}
+def _erasures(store: Store, objects: Collection[str]) -> dict[str, list[str]]:
+    """The images of those removals, of these objects, that are or were to be erased."""
+    names = [name for name in objects if not name.endswith(".erased.json")]
+    with ThreadPoolExecutor(READERS) as readers:
+        found = list(readers.map(lambda name: store.read_json(REMOVED, name) or {}, names))
+    return {
+        name.removesuffix(".json"): record["images"]
+        for name, record in zip(names, found, strict=True)
+        if record.get("erase")
+    }
+
+
+def waiting_image(name: str) -> str:
+    """The id of the image of an object below `WAITING`: <image id>.json or <image id>-<request>.json."""
+    return re.sub(r"(-[0-9a-f]{32})?\.json$", "", name)
 
 
 def added_images(store: Store) -> dict[str, int]:
@@ -111,7 +148,7 @@ def added_images(store: Store) -> dict[str, int]:
 
 def mentioned_images(store: Store) -> set[str]:
     """Ids of images that were removed, or wait to be added."""
-    waiting = {name.removesuffix(".json") for folder in WAITING for name in store.names(folder)}
+    waiting = {waiting_image(name) for folder in WAITING for name in store.names(folder)}
     return waiting | removed_images(store)
 
 
@@ -132,7 +169,7 @@ def erase(store: Store, image_ids: Collection[str], watch: Watch | None = None) 
         # What is to be added goes first, so that as little as can be is added after the look.
         for name in store.walk():
             folder, _, rest = name.partition("/")
-            if folder in WAITING and rest.removesuffix(".json") in ids:
+            if folder in WAITING and waiting_image(rest) in ids:
                 store.remove(name)
                 erased[folder] += 1
         held = {name: rows for name, rows in _look(store, ids, watch, f"erase, look{again}") if rows}

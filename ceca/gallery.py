@@ -236,9 +236,10 @@ def _open_shards(sources: Sequence[_Part | _Added], folder: Path, current: set[s
     """
     try:
         shards = [torch.from_numpy(_shard(source, folder)) for source in sources]
-        for file in folder.parent.glob("*/*.npy"):
-            mine = file.parent == folder and file.stem not in current
-            if mine or time.time() - file.stat().st_mtime > CACHED_DAYS * 86_400:
+        for file in folder.parent.glob("*/*"):
+            mine, age = file.parent == folder and file.stem not in current, time.time() - file.stat().st_mtime
+            killed = file.suffix == ".tmp" and age > 3600  # who wrote it
+            if killed or (file.suffix == ".npy" and (mine or age > CACHED_DAYS * 86_400)):
                 file.unlink(missing_ok=True)
     except FileNotFoundError:
         raise  # an object that was replaced

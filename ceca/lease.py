@@ -17,7 +17,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,33 @@ def _has_died(claim: dict[str, Any]) -> bool:
 
 class LeaseError(UserError):
     """The name is another's."""
+
+
+class Holders:
+    """Who holds names in a store and lives, by what is seen of their beats from one look to the next."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.seen: dict[tuple[str, str], tuple[int, float]] = {}  # of each claim the beat, and when it was first seen
+
+    def of(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Of these names, or of all, those that are held: by whom, and since when.
+
+        Who has died counts on its own machine no more, and elsewhere until this has looked for its `silent_s`.
+        """
+        held = {}
+        for name in self.store.names(LEASES) if names is None else names:
+            for claim in self.store.names(LEASES, name):
+                found = self.store.read_json(LEASES, name, claim)
+                if found is None:
+                    continue
+                beat, first = self.seen.get((name, claim), (None, 0.0))
+                if beat != found["beat"]:
+                    first = time.monotonic()
+                    self.seen[name, claim] = found["beat"], first
+                if time.monotonic() - first < found["silent_s"] and not _has_died(found):
+                    held[name] = f"{found['who']} since {found['since']}"
+        return held
 
 
 class Lease:

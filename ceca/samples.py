@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -89,11 +91,22 @@ def removed_images(store: Store, names: Sequence[str] | None = None) -> set[str]
 
     `names` are the objects below removed/ that count; None: all there are.
     """
-    return {
-        image_id
-        for name in (store.names("removed") if names is None else names)
-        for image_id in (store.read_json("removed", name) or {"images": []})["images"]
-    }
+    names = [name for name in (store.names("removed") if names is None else names) if not name.endswith(".erased.json")]
+    with ThreadPoolExecutor(8) as readers:  # an object store answers many requests at once
+        return {image_id for ids in readers.map(functools.partial(_removed, store), names) for image_id in ids}
+
+
+_REMOVED: dict[tuple[str, str], tuple[str, ...]] = {}  # a record is named for its ids, so they are read once
+
+
+def _removed(store: Store, name: str) -> tuple[str, ...]:
+    found = _REMOVED.get((store.uri, name))
+    if found is None:
+        record = store.read_json("removed", name)
+        if record is None:
+            return ()
+        found = _REMOVED[store.uri, name] = tuple(record["images"])
+    return found
 
 
 def make_pairs(store: Store, rows: list[ImageRow], captions: Manifest) -> pa.Table:

@@ -6,7 +6,7 @@
 
 A removal is an object of its own below removed/, so that two at a time lose nothing and a gallery made later leaves
 the images out too. Without --erase, the next index with --only-missing writes a gallery without them, and all else
-stays. No stage may run while images are erased.
+stays. Images are not erased while a stage works, and stages wait while they are.
 """
 
 from __future__ import annotations
@@ -17,8 +17,18 @@ from typing import Annotated
 
 import tyro
 
-from ceca.erase import Watch, added_images, finish, hide, mentioned_images, pending_erasures
+from ceca.erase import (
+    Busy,
+    Watch,
+    added_images,
+    finish,
+    hide,
+    mentioned_images,
+    pending_erasures,
+    undisturbed,
+)
 from ceca.errors import UserError
+from ceca.lease import Holders, LeaseError
 from ceca.samples import list_images
 from ceca.schema import NOBODY
 from ceca.store import Store
@@ -81,8 +91,12 @@ def _erase(store: Store) -> None:
     if not names:
         stages.console.print("erase: nothing waits to be erased")
         return
-    with _progress() as watch:
-        erased = finish(store, *names, watch=watch)
+    try:
+        with undisturbed(store, Holders(store), stages.who()), _progress() as watch:
+            erased = finish(store, *names, watch=watch)
+    except (Busy, LeaseError) as error:
+        later = f"run `ceca remove --data {store.uri} --erase` when that has ended"
+        raise UserError(f"{error}; the images are out of search, {later}") from None
     found = ", ".join(f"{rows:,} of {table}" for table, rows in erased.items())
     stages.console.print(f"erase: {found or 'nothing was left'} (rows, in all versions)")
     stages.console.print(f"erase: not reached are {NOT_REACHED}")

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -26,8 +26,9 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ceca.erase import ERASING
 from ceca.errors import UserError
-from ceca.lease import Lease, holding
+from ceca.lease import Holders, Lease, holding
 from ceca.store import Manifest, Receipt, Reject, Store
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
@@ -75,21 +76,31 @@ class Plan:
     progress: Callable[[Mapping[str, float], float], str] | None = None  # words from the sums so far and the seconds
 
 
-def alone(store: Store, name: str) -> contextlib.AbstractContextManager[Lease]:
-    """While it lasts no other process works on this name; see ceca/lease.py.
+@contextlib.contextmanager
+def alone(store: Store, name: str) -> Iterator[Lease]:
+    """While it lasts no other process works on this name (ceca/lease.py), and nothing is erased.
 
     Raises:
         LeaseError: another one does.
     """
+
+    def say(words: str) -> None:
+        console.print(f"[yellow]waiting:[/] {words}", highlight=False)
+
+    holders, told = Holders(store), False
+    with holding(store, name, who(), on_lost=interrupt, say=say) as lease:
+        while erasing := holders.of([ERASING]):
+            if not told:
+                say(f"images are erased by {erasing[ERASING]}")
+                told = True
+            time.sleep(1)
+        yield lease
+
+
+def who() -> str:
+    """This process, for others who want what it holds."""
     job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("metadata", {}).get("job_submission_id", "")
-    who = f"{job or 'a command'} (process {os.getpid()} on {socket.gethostname()})"
-    return holding(
-        store,
-        name,
-        who,
-        on_lost=interrupt,
-        say=lambda words: console.print(f"[yellow]waiting:[/] {words}", highlight=False),
-    )
+    return f"{job or 'a command'} (process {os.getpid()} on {socket.gethostname()})"
 
 
 def interrupt() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Collection
@@ -23,11 +24,13 @@ from hypothesis import strategies as st
 from ceca import erase as erasing
 from ceca import schema
 from ceca.edition import write_added
-from ceca.erase import added_images, erase, finish, hide, mentioned_images, pending_erasures
+from ceca.erase import added_images, erase, finish, hide, mentioned_images, pending_erasures, undisturbed
 from ceca.errors import UserError
+from ceca.lease import Holders, holding
 from ceca.samples import removed_images
 from ceca.schema import image_id
 from ceca.store import Manifest, Part, Receipt, Reject, Store, StoreError
+from jobs import stages
 from jobs.remove import remove
 
 IDS = [image_id(f"{number}.jpg") for number in range(12)]
@@ -504,6 +507,31 @@ def test_the_command_erases_and_finishes_what_was_interrupted(filled, capsys, mo
         remove(store.uri, images=("nobody", "somebody"), erase=True)
     with pytest.raises(UserError, match="name what to remove"):
         remove(store.uri)
+
+
+def test_nothing_is_erased_while_a_stage_works_and_no_stage_begins_while_it_is(filled):
+    store = filled_with(filled)
+    with holding(store, "index-1", "a job", on_lost=pytest.fail):
+        with pytest.raises(UserError, match=r"until index-1 ends, which is held by a job since .* are out of search"):
+            remove(store.uri, images=(IDS[1],), erase=True)
+        assert len(pending_erasures(store)) == 1
+    with (
+        holding(store, "pipeline-a", "a job", on_lost=pytest.fail),  # whose stages hold names of their own
+        undisturbed(store, Holders(store), "who erases"),
+    ):
+        begun = threading.Event()
+
+        def work() -> None:
+            with stages.alone(store, "index-1"):
+                begun.set()
+
+        stage = threading.Thread(target=work)
+        stage.start()
+        assert not begun.wait(1.5)
+    assert begun.wait(10)
+    stage.join()
+    remove(store.uri, erase=True)
+    assert pending_erasures(store) == []
 
 
 def test_the_command_knows_images_that_were_added(filled):
