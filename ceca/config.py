@@ -441,6 +441,8 @@ class ServeConfig:
     search_replicas: Positive = 1
     """Of each share of the gallery."""
     search_replicas_max: Positive | None = None
+    shrink_s: PositiveFloat = 600.0
+    """Seconds of less load after which replicas go that had come with more, and so the engine of added images."""
     cpus: Positive | None = None
     """CPUs, and torch threads, of one encoder or search replica; without it 1 on a cluster, and on a machine whose Ray
     this command starts all there are, at most 8: replicas wait for each other more than they work at the same time."""
@@ -454,6 +456,8 @@ class ServeConfig:
     """Seconds between looks for a newer gallery, for images added and removed, each followed without a restart."""
     engine_url: str = ""
     """Where the `openai` engine that describes added images is; empty: where it was for the dataset's dialogues."""
+    engine_gpus: NonNegative = 1
+    """GPUs of a `vllm` engine that describes them, taken when an image comes that needs it; 0: vLLM's CPU build."""
 
     def __post_init__(self) -> None:
         for name in ("ingress", "encoder", "search"):

@@ -69,11 +69,12 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why a request is not answered: HTTP status, what to tell, and after how many seconds to come again."""
+    """Why a request is not answered: HTTP status, what to tell, after how many seconds to come again, and whose key."""
 
     status: int
     detail: str
     retry_after: int | None = None
+    who: str = "unknown"
 
 
 class Gate:
@@ -101,14 +102,15 @@ class Gate:
         if found is None:
             return Refusal(401, "this key is not known")
         if scope is not None and scope not in found.scopes:
-            return Refusal(403, f"this key is for {', '.join(found.scopes)}, and this needs {scope}")
+            detail = f"this key is for {', '.join(found.scopes)}, and this needs {scope}"
+            return Refusal(403, detail, who=found.name)
         left, then = self.buckets[found.name]
         now, size = self.clock(), self._size(found)
         left = min(size, left + (now - then) * size / 60)
         if left < 1:
             self.buckets[found.name] = (left, now)
             wait = int((1 - left) * 60 / size) + 1
-            return Refusal(429, f"this key may ask {found.per_minute} times a minute", wait)
+            return Refusal(429, f"this key may ask {found.per_minute} times a minute", wait, who=found.name)
         self.buckets[found.name] = (left - 1, now)
         return found
 

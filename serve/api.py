@@ -14,23 +14,18 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
-from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
-from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
 from ceca.catalogue import Catalogue, Picture
 from ceca.config import ServeConfig
-from ceca.datasets.images import ImageError, check_image
+from ceca.datasets.images import check_image
 from ceca.edition import Edition
-from ceca.errors import UserError
-from ceca.facets import FacetError
 from ceca.ranking import Hit
 from ceca.schema import NOBODY
-from ceca.store import StoreError
 from serve.access import Gate, Refusal, Scope, audit, hashed
+from serve.refusals import NotFound, Overloaded, add_handlers, problem, refused, told, unavailable
 from serve.schema import (
     Conditions,
     ExplainRequest,
@@ -41,7 +36,6 @@ from serve.schema import (
     LikeRequest,
     Proposed,
     Ready,
-    Refused,
     SearchHit,
     SearchRequest,
     SearchResponse,
@@ -66,18 +60,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-class Overloaded(Exception):
-    """The service has more to do than it can: 503, to come again in a second."""
-
-
-class WrongAnswer(UserError):
-    """To a question that is not there, or one that it cannot have."""
-
-
-class NotFound(Exception):
-    """404 with these words."""
 
 
 # --- the application --------------------------------------------------------------------------------------
@@ -164,22 +146,12 @@ def make_api(service: Service, config: ServeConfig, gate: Gate) -> FastAPI:
 
     # FastAPI's own documentation pages load scripts from elsewhere; the description stays at /openapi.json.
     api = FastAPI(title="CECA person search", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
-    api.add_exception_handler(RequestValidationError, _refuse)
-    api.add_exception_handler(StoreError, _unavailable)
-    api.add_exception_handler(Overloaded, _unavailable)
-    api.add_exception_handler(FacetError, _refuse_facet)
-    api.add_exception_handler(WrongAnswer, _refuse_answer)
-    api.add_exception_handler(ImageError, _refuse_image)
-    api.add_exception_handler(UserError, _refuse_request)
-    api.add_exception_handler(NotFound, _not_found)
-    api.add_exception_handler(HTTPException, _not_served)
+    add_handlers(api)
     api.state.pixels_limit = config.image_pixels_limit
     in_flight = 0
 
-    @api.middleware("http")
-    async def admit(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def turn_away(request: Request) -> Response | None:
         """Before anything of a request is read: whose it is, how long it says it is, and whether there is room."""
-        nonlocal in_flight
         path = _path(request)
         route, needs = (request.method, path), _needs(request.method, path, config)
         request.state.who = "anyone"
@@ -189,8 +161,8 @@ def make_api(service: Service, config: ServeConfig, gate: Gate) -> FastAPI:
             given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.cookies.get(COOKIE)
             admitted = gate.admit(given, needs.scope)
             if isinstance(admitted, Refusal):
-                audit("unknown", " ".join(route), admitted.status)
-                return _refused(admitted)
+                audit(admitted.who, " ".join(route), admitted.status)
+                return refused(admitted)
             request.state.who = admitted.name if admitted else "anyone"
         length = request.headers.get("content-length", "0").lstrip("0") or "0"
         known = length.isdecimal() and len(length) < 20 and "transfer-encoding" not in request.headers
@@ -198,7 +170,16 @@ def make_api(service: Service, config: ServeConfig, gate: Gate) -> FastAPI:
             detail = f"send a Content-Length of at most {needs.body} bytes"
             return JSONResponse({"detail": detail}, status_code=413)
         if in_flight >= config.queue and route not in OPEN:
-            return await _unavailable(request, Overloaded("too many requests wait"))
+            return await unavailable(request, Overloaded("too many requests wait"))
+        return None
+
+    @api.middleware("http")
+    async def admit(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        nonlocal in_flight
+        response = await turn_away(request)
+        if response is not None:
+            service.metrics.requests.inc(1, {"route": "turned away", "status": str(response.status_code)})
+            return response
         in_flight += 1
         service.metrics.waiting.set(in_flight)
         started = time.perf_counter()
@@ -208,15 +189,16 @@ def make_api(service: Service, config: ServeConfig, gate: Gate) -> FastAPI:
             in_flight -= 1
             service.metrics.waiting.set(in_flight)
         found = request.scope.get("route")
-        name = f"{request.method} {getattr(found, 'path', 'unknown')}"
+        # Only what there is: a client could name any method, and each would be a time series.
+        name = f"{request.method} {found.path}" if found is not None else "unknown"
         service.metrics.stages.observe(time.perf_counter() - started, {"stage": name})
         service.metrics.requests.inc(1, {"route": name, "status": str(response.status_code)})
         return response
 
-    api.include_router(_session(gate), responses=_told(401, 413, 429, 431, 503))
-    api.include_router(_searching(service, config), responses=_told(401, 403, 413, 429, 431, 503))
-    api.include_router(_changing(service, config), responses=_told(401, 403, 413, 429, 431, 503))
-    api.include_router(_about(service, config), responses=_told(413, 431, 503))
+    api.include_router(_session(gate), responses=told(401, 413, 429, 431, 503))
+    api.include_router(_searching(service, config), responses=told(401, 403, 413, 429, 431, 503))
+    api.include_router(_changing(service, config), responses=told(401, 403, 413, 429, 431, 503))
+    api.include_router(_about(service, config), responses=told(413, 431, 503))
     _describe(api.openapi(), config, bool(gate.keys))
     return api
 
@@ -267,9 +249,10 @@ def _session(gate: Gate) -> APIRouter:
         admitted = gate.admit(given.key, None)
         if isinstance(admitted, Refusal):
             audit("unknown", "POST /v1/session", admitted.status)
-            return _refused(admitted)
+            return refused(admitted)
         response = Response(status_code=204)
-        secure = request.scope["scheme"] == "https"
+        # Where TLS ends before this service, who ended it says so.
+        secure = "https" in (request.scope["scheme"], request.headers.get("x-forwarded-proto"))
         response.set_cookie(COOKIE, given.key, httponly=True, samesite="strict", secure=secure)
         return response
 
@@ -294,7 +277,7 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
         for name, value in (("top_k", top_k), ("offset", offset + 1)):
             if value > config.top_k_limit:
                 message = f"{name} is too large: this service gives at most {config.top_k_limit} images to a query"
-                raise _problem(name, "less_than_equal", message)
+                raise problem(name, "less_than_equal", message)
         top_k = min(top_k, config.top_k_limit - offset)  # the last page
         omega = config.omega if omega is None else omega
         found = await service.search(
@@ -315,8 +298,8 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
             f"POST {_path(http)}",
             200,
             query=hashed(query),
-            where=where or {},
-            answers=answers or {},
+            where=sorted(where or {}),  # what was asked for, not which: words, too, are a hash
+            answers=sorted(answers or {}),
             images=[hit.image_id for hit in hits],
         )
         edition = found.now.edition
@@ -346,7 +329,7 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
             suggest=request.suggest,
         )
 
-    @v1.post("/search/like", responses=_told(404))
+    @v1.post("/search/like", responses=told(404))
     async def search_like(request: LikeRequest, http: Request) -> SearchResponse:
         """The images most like one of the gallery, which is the first of them."""
         return await answer(
@@ -371,7 +354,7 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
         have: for an image that is there already, /v1/search/like is better. `where` is that of /v1/search as JSON."""
         return await answer(content, http, top_k=top_k, offset=offset, omega=omega, where=where)
 
-    @v1.post("/explain", responses=_told(404))
+    @v1.post("/explain", responses=told(404))
     async def explain(request: ExplainRequest, http: Request) -> ExplainResponse:
         """Why an image was found by a query."""
         _check_length(request.query, config)
@@ -399,7 +382,7 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
         found = service.now.catalogue.facets
         return {name: found.values(name) for name in found.columns if name != "identity"}
 
-    @v1.get("/images/{image_id}", response_class=Response, responses=_told(404) | PICTURE)
+    @v1.get("/images/{image_id}", response_class=Response, responses=told(404) | PICTURE)
     async def image(
         http: Request,
         image_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")],
@@ -437,7 +420,7 @@ def _changing(service: Service, config: ServeConfig) -> APIRouter:
         audit(http.state.who, "POST /v1/images", 202, images=[job.image_id])
         return job
 
-    @v1.delete("/images/{image_id}", status_code=202, responses=_told(404))
+    @v1.delete("/images/{image_id}", status_code=202, responses=told(404))
     async def remove(image_id: Annotated[str, Path(pattern="^[0-9a-f]{16}$")], http: Request) -> Job:
         """Take an image out of search at once, and erase it, what was said of it and its embeddings."""
         job = await service.remove(image_id)
@@ -446,7 +429,7 @@ def _changing(service: Service, config: ServeConfig) -> APIRouter:
         audit(http.state.who, "DELETE /v1/images", 202, images=[image_id])
         return job
 
-    @v1.get("/jobs/{job}", responses=_told(404))
+    @v1.get("/jobs/{job}", responses=told(404))
     async def job(job: Annotated[str, Path(pattern="^(add-[0-9a-f]{16}|delete-[0-9a-f]{12})$")]) -> Job:
         """How far an image is that is added or removed."""
         found = await service.job(job)
@@ -477,7 +460,7 @@ def _about(service: Service, config: ServeConfig) -> APIRouter:
         images = len(service.now.catalogue)
         return Ready(model=edition.model_name, gallery=edition.gallery_name, images=images)
 
-    @about.get("/v1/status", responses=_told(401, 403, 429))
+    @about.get("/v1/status", responses=told(401, 403, 429))
     async def status() -> Status:
         """What is served, what waits, and what went wrong."""
         return await service.status()
@@ -497,7 +480,7 @@ def _about(service: Service, config: ServeConfig) -> APIRouter:
     return about
 
 
-# --- limits and refusals ----------------------------------------------------------------------------------
+# --- what routes share -------------------------------------------------------------------------------------
 
 IMAGES: dict[str, Any] = {
     kind: {"schema": {"type": "string", "format": "binary"}}
@@ -508,25 +491,6 @@ CONDITIONS: TypeAdapter[dict[str, list[str]]] = TypeAdapter(Conditions)
 WHERE = {"name": "where", "in": "query", "content": {"application/json": {"schema": CONDITIONS.json_schema()}}}
 IMAGE_BODY = {"requestBody": {"required": True, "content": IMAGES}}
 PICTURE: dict[int | str, dict[str, Any]] = {200: {"content": IMAGES}, 304: {"description": "Not modified"}}
-# Where Pydantic's words would not help.
-MESSAGES = {
-    "model_attributes_type": "send a JSON object, with Content-Type: application/json",
-    "string_unicode": "this holds half of a surrogate pair, which is not a character",
-}
-REFUSALS = {
-    401: "No key, or one that is not known",
-    403: "The key is for something else",
-    404: "There is no such thing",
-    413: "Too large",
-    429: "The key has asked too often; Retry-After says when to come again",
-    431: "Headers too large",
-    503: "Not ready, or too much to do; Retry-After says when to come again",
-}
-
-
-def _told(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """These refusals, for the description of a route."""
-    return {status: {"model": Refused, "description": REFUSALS[status]} for status in statuses}
 
 
 async def _image(request: Request) -> bytes:
@@ -545,13 +509,6 @@ def _where(request: Request) -> dict[str, list[str]]:
         raise RequestValidationError(problems) from None
 
 
-def _refused(refusal: Refusal) -> JSONResponse:
-    headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
-    if refusal.retry_after is not None:
-        headers["Retry-After"] = str(refusal.retry_after)
-    return JSONResponse({"detail": refusal.detail}, status_code=refusal.status, headers=headers)
-
-
 def _hit(hit: Hit, belief: float | None, catalogue: Catalogue) -> SearchHit:
     return SearchHit(
         image_id=hit.image_id,
@@ -568,63 +525,4 @@ def _hit(hit: Hit, belief: float | None, catalogue: Catalogue) -> SearchHit:
 def _check_length(query: str, config: ServeConfig) -> None:
     if len(query) > config.text_limit:
         message = f"the query has {len(query)} characters, at most {config.text_limit} are read: shorten it"
-        raise _problem("query", "too_long", message)
-
-
-def _problem(name: str, kind: str, message: str, where: str = "body") -> RequestValidationError:
-    """The limits that a configuration sets, refused in the same words as the others."""
-    return RequestValidationError([{"type": kind, "loc": (where, name), "msg": message}])
-
-
-async def _refuse(_: Request, error: Any) -> JSONResponse:
-    """422 with what is wrong and where, without the input: it may be long, and NaN is not valid JSON."""
-    problems = [
-        {
-            "loc": [_sendable(part) if isinstance(part, str) else part for part in problem["loc"]],
-            "msg": MESSAGES.get(problem["type"]) or _sendable(problem["msg"].removeprefix("Value error, ")),
-            "type": problem["type"],
-        }
-        for problem in error.errors()
-    ]
-    return JSONResponse({"detail": problems}, status_code=422)
-
-
-def _sendable(text: str) -> str:
-    return text.encode(errors="replace").decode()  # a name that was sent may hold half of a surrogate pair
-
-
-async def _refuse_facet(request: Request, error: Any) -> JSONResponse:
-    return await _refuse(request, _problem("where", "value_error", str(error)))
-
-
-async def _refuse_answer(request: Request, error: Any) -> JSONResponse:
-    return await _refuse(request, _problem("answers", "value_error", str(error)))
-
-
-async def _refuse_image(request: Request, error: Any) -> JSONResponse:
-    return await _refuse(request, _problem("image", error.reason, f"not a usable image: {error.detail}"))
-
-
-async def _refuse_request(request: Request, error: Any) -> JSONResponse:
-    return await _refuse(request, _problem("summary", "value_error", str(error), "query"))
-
-
-async def _unavailable(_: Request, error: Any) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=503, headers={"Retry-After": "1"})
-
-
-async def _not_served(request: Request, error: Any) -> Response:
-    """What FastAPI itself refuses, where its words say too little."""
-    if error.status_code == 400:
-        message = "the body is no JSON that can be read: it is not UTF-8, nested too deeply, or has a number too long"
-        problem = {"type": "json_invalid", "loc": ("body",), "msg": message}
-        return await _refuse(request, RequestValidationError([problem]))
-    if error.status_code == 405:  # Starlette tells the methods of the first route with this path
-        there = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-        allowed = sorted({method for route in there for method in route.methods})
-        error = HTTPException(405, f"this path takes {', '.join(allowed)}", {"Allow": ", ".join(allowed)})
-    return await http_exception_handler(request, error)
-
-
-async def _not_found(_: Request, error: Any) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=404)
+        raise problem("query", "too_long", message)

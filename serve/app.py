@@ -29,7 +29,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from ceca.commandline import load_recipe
-from ceca.config import DialogueConfig, ServeConfig, from_mapping
+from ceca.config import ServeConfig, from_mapping
 from ceca.datasets.images import decode_image
 from ceca.devices import gpus_there
 from ceca.edition import Edition, find_edition
@@ -44,7 +44,7 @@ from ceca.topk import FEW
 from serve.access import read_keys
 from serve.batches import Batches, by_kind
 from serve.held import Held
-from serve.ingress import Conditions, Ingress, Question
+from serve.ingress import Ingress, Question, Where
 from serve.intake import Intake, engine_settings
 from serve.metrics import Metrics
 
@@ -114,7 +114,7 @@ class QueryEncoder:
         return parts[0].cpu().numpy(), parts[1].cpu().numpy()
 
 
-Kind = tuple[Edition, int, Conditions, bool]  # of questions to one share: edition, shares, where, with_rows
+Kind = tuple[Edition, int, Where, bool]  # of questions to one share: edition, shares, where, with_rows
 
 
 class Share:
@@ -233,25 +233,24 @@ def application(edition: Edition, config: ServeConfig) -> Application:
     # Calls of one question at the least, so that a replica is never idle while others wait.
     shared = {"max_ongoing_requests": 4 * config.batch, "max_queued_requests": config.queue, **drain}
     encoder = QueryEncoder.options(  # type: ignore[attr-defined]
-        **_replicas(config.encoder_replicas, config.encoder_replicas_max, CALLS),
+        **_replicas(config, "encoder", CALLS),
         ray_actor_options=resources,
         **shared,
     ).bind(data, config)
     shards = [
         GallerySearch.options(  # type: ignore[attr-defined]
             name=f"GallerySearch{number}",
-            **_replicas(config.search_replicas, config.search_replicas_max, CALLS),
+            **_replicas(config, "search", CALLS),
             ray_actor_options=resources,
             **shared,
         ).bind(data, config, number)
         for number in range(config.shards)
     ]
-    settings = engine_settings(edition, config)
     intake = Intake.options(  # type: ignore[attr-defined]
-        ray_actor_options={"num_cpus": 0, "num_gpus": _engine_gpus(settings)}, logging_config=QUIET, **drain
-    ).bind(data, config, settings, encoder)
+        ray_actor_options={"num_cpus": 0}, logging_config=QUIET, **drain
+    ).bind(data, config, engine_settings(edition, config), encoder)
     ingress = Ingress.options(  # type: ignore[attr-defined]
-        **_replicas(config.ingress_replicas, config.ingress_replicas_max, config.queue / 2),
+        **_replicas(config, "ingress", config.queue / 2),
         ray_actor_options={"num_cpus": 0},  # it waits more than it works, and must fit beside the others
         max_ongoing_requests=2 * config.queue,  # it says itself when it has too many
         max_queued_requests=config.queue,
@@ -262,21 +261,20 @@ def application(edition: Edition, config: ServeConfig) -> Application:
     return ingress.bind(data, config, keys, encoder, shards, intake)
 
 
-def _replicas(least: int, most: int | None, target: float) -> dict[str, Any]:
+def _replicas(config: ServeConfig, kind: str, target: float) -> dict[str, Any]:
     """A fixed number, or one that follows the load: so many requests at work or waiting for each."""
+    least, most = getattr(config, f"{kind}_replicas"), getattr(config, f"{kind}_replicas_max")
     if most is None:
         return {"num_replicas": least}
     return {
         "autoscaling_config": AutoscalingConfig(
-            min_replicas=least, max_replicas=most, target_ongoing_requests=target, upscale_delay_s=5
+            min_replicas=least,
+            max_replicas=most,
+            target_ongoing_requests=target,
+            upscale_delay_s=5,
+            downscale_delay_s=config.shrink_s,
         )
     }
-
-
-def _engine_gpus(settings: DialogueConfig | None) -> float:
-    if settings is None or settings.engine != "vllm":
-        return 0
-    return settings.vllm.gpus * settings.vllm.tensor_parallel
 
 
 def _device(config: ServeConfig) -> torch.device:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,17 +23,18 @@ from ceca.catalogue import Catalogue, Picture
 from ceca.config import ServeConfig
 from ceca.dialogue.attributes import attributes_of
 from ceca.edition import Edition, find_edition
-from ceca.erase import hide, pending_erasures
+from ceca.erase import hide, pending_erasures, waiting_image
 from ceca.errors import UserError
 from ceca.questions import beliefs, next_question, wording
 from ceca.ranking import Candidates, Hit, rank
 from ceca.samples import read_vocabulary, removed_images
 from ceca.store import Store, StoreError, version_of
 from serve.access import AUDIT, Gate, Key
-from serve.api import Explained, Found, NotFound, Overloaded, WrongAnswer, make_api
+from serve.api import Explained, Found, make_api
 from serve.batches import Batches
 from serve.intake import arrival_id, engine_settings, refuse_without_engine, write_arrival
 from serve.metrics import Metrics
+from serve.refusals import NotFound, Overloaded, WrongAnswer
 from serve.schema import Job, Like, Proposed, Sentence, Status, Word
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,10 @@ STARTING_S = 0.3  # between looks whether the others are there
 PREPARE_S = 600.0  # that replicas get to load the next edition
 READ_AGAIN = 3  # where objects of `added` were joined between listing and reading them
 
-Conditions = tuple[tuple[str, tuple[str, ...]], ...]  # facets and values, so that a mask can be kept for it
+Where = tuple[tuple[str, tuple[str, ...]], ...]  # facets and values, so that a mask can be kept for it
 Pair = tuple[np.ndarray, np.ndarray]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +62,27 @@ class Question:
     local_embedding: np.ndarray
     omega: float
     top_k: int
-    where: Conditions = ()
+    where: Where = ()
     with_rows: bool = False
     shares: int = 1  # that the gallery is cut into, which is another number while a service is deployed anew
+
+
+def _in_time(
+    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
+    """A method of `Ingress` that raises Overloaded where it takes longer than `timeout_s`, all waits counted, or where
+    what it needs is not there for a moment."""
+
+    @functools.wraps(method)
+    async def within(self: Any, *arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                return await method(self, *arguments, **named)
+        except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError, FileNotFoundError) as error:
+            log.warning("%s: %s: %s", method.__name__, type(error).__name__, error)
+            raise Overloaded(self.late) from None
+
+    return within
 
 
 class Now:
@@ -89,7 +111,7 @@ class Now:
         if not self.structured:
             found = [self.read(image_id) for image_id in ids]
             return _encode({name: [own.get(name) for own in found] for name in sorted({n for f in found for n in f})})
-        rows = pa.array([self.catalogue.known.row(image_id) for image_id in ids])
+        rows = pa.array([self.catalogue.known.row(image_id) for image_id in ids], pa.int64())
         return _encode({name: self.facets.columns[name].take(rows).to_pylist() for name in self.structured})
 
 
@@ -152,6 +174,8 @@ class Ingress:
             except DeploymentUnavailableError:
                 self.problem = "the replicas start"
             except Exception as error:  # a store that is away, a gallery whose model is gone: this edition stays
+                with contextlib.suppress(Exception):  # what is removed goes all the same
+                    await self._leave_out()
                 self.problem = " ".join(str(error).split())
                 log.warning("stays with gallery %s: %s", self.now.edition.gallery_name, self.problem)
                 self.metrics.problems.inc(1, {"where": "following"})
@@ -174,12 +198,32 @@ class Ingress:
                 try:
                     now = await asyncio.to_thread(_read_now, self.store, self.config.model)
                     await self._prepare(now.edition)
-                    break
+                    if set(self.now.edition.removed) <= set(now.edition.removed):
+                        break  # else something was removed meanwhile, which must not come back
                 except FileNotFoundError:  # an object was written anew while a replica opened it
                     if not left:
                         raise
+            else:
+                return  # the next look goes on
             self.now = now
             self.metrics.images.set(len(now.catalogue))
+
+    async def _leave_out(self) -> None:
+        """Go on with this edition without what has been removed since, whether or not a newer gallery can be served."""
+        while True:
+            before = self.now
+            removed = tuple(await asyncio.to_thread(self.store.names, "removed"))
+            if set(removed) <= set(before.edition.removed):
+                return
+            try:
+                now = await asyncio.to_thread(Now, dataclasses.replace(before.edition, removed=removed))
+                await self._prepare(now.edition)
+            except FileNotFoundError:  # an object that was added has been written anew: that is another edition
+                await self.follow()
+                continue
+            if self.now is before:  # else another one is served meanwhile, perhaps with the same image
+                self.now = now
+                self.metrics.images.set(len(now.catalogue))
 
     async def _prepare(self, edition: Edition) -> None:
         """Have every replica load an edition. One that starts meanwhile loads it when it is first asked."""
@@ -234,6 +278,7 @@ class Ingress:
 
     # --- what the interface needs -------------------------------------------------------------------------
 
+    @_in_time
     async def search(
         self,
         query: str | bytes,
@@ -248,14 +293,10 @@ class Ingress:
         NotFound, Overloaded."""
         asked = query, omega, top_k, where, answers, suggest
         try:
-            async with asyncio.timeout(self.config.timeout_s):  # with the waits between what is asked
-                try:
-                    return await self._search(self.now, *asked)
-                except FileNotFoundError:  # a new replica was asked for an edition whose objects were written anew
-                    await self.follow()
-                    return await self._search(self.now, *asked)
-        except TimeoutError:
-            raise Overloaded(self.late) from None
+            return await self._search(self.now, *asked)
+        except FileNotFoundError:  # a new replica was asked for an edition whose objects were written anew
+            await self.follow()
+            return await self._search(self.now, *asked)
 
     async def _search(
         self,
@@ -292,9 +333,12 @@ class Ingress:
             fitting = {name: [value] for name, [value] in fitting.items() if value in now.possible(name)}
             agreeing = await self._candidates(now, pair, omega, POOL, {**where, **fitting})
             hits = list({hit.image_id: hit for hit in (*hits, *agreeing)}.values())
+        if not hits:  # nobody fulfils the conditions, so there is nobody to be told from others
+            return Found(now, [], [])
         with self.metrics.stage("conversation"):
             return await asyncio.to_thread(_converse, now, hits, top_k, answers)
 
+    @_in_time
     async def explain(self, query: str, image_id: str, omega: float) -> Explained | None:
         """Why an image was found: similarity by part, what each word adds, which sentences are closest; None where
         there is no such image."""
@@ -334,9 +378,12 @@ class Ingress:
         rows = await asyncio.gather(
             *(self._ask(shard, "row", (now.edition, len(self.shards)), str(image_id)) for shard in self.shards)
         )
-        row = next(row for row in rows if row is not None)
+        row = next((row for row in rows if row is not None), None)
+        if row is None:  # a replica opened this edition after the image was erased
+            return None
         return row[: now.edition.global_dim], row[now.edition.global_dim :]
 
+    @_in_time
     async def picture(self, image_id: str) -> Picture | None:
         """An image of the gallery as it came; None where there is none."""
         for again in (True, False):
@@ -351,9 +398,11 @@ class Ingress:
 
     # --- adding and removing ------------------------------------------------------------------------------
 
+    @_in_time
     async def add(self, content: bytes, *, identity: int | None, camera: str | None, name: str, summary: str) -> Job:
         """Acknowledge an image; raises UserError where it cannot be added."""
-        refuse_without_engine(engine_settings(self.now.edition, self.config), summary)
+        settings = await asyncio.to_thread(engine_settings, self.now.edition, self.config)
+        refuse_without_engine(settings, summary)
         if arrival_id(content) in await asyncio.to_thread(removed_images, self.store):
             raise UserError("this image was deleted from the gallery, and does not come back")
         image_id = await asyncio.to_thread(
@@ -362,15 +411,13 @@ class Ingress:
         await self._wake()
         return Job(job=f"add-{image_id}", status="waiting", image_id=image_id)
 
+    @_in_time
     async def remove(self, image_id: str) -> Job | None:
         """Take an image out of every search, and have it erased; None where there is none."""
         name = version_of([image_id])  # as `hide` calls it
         if image_id in self.now.catalogue:
             await asyncio.to_thread(hide, self.store, [image_id], True)
-            try:
-                await self.follow()
-            except Exception as error:  # the removal is in the store, and the next look sees it
-                log.warning("the removal of %s is not followed yet: %s", image_id, error)
+            await self._leave_out()
         elif await asyncio.to_thread(self.store.read_json, "removed", f"{name}.json") is None:
             return None  # else the answer to the first request was lost
         await self._wake()
@@ -382,6 +429,7 @@ class Ingress:
         except Overloaded:  # it looks by itself as well
             log.warning("the intake does not answer")
 
+    @_in_time
     async def job(self, job: str) -> Job | None:
         """How far a job is; None where there is no such job."""
         kind, _, name = job.partition("-")
@@ -396,12 +444,13 @@ class Ingress:
             failed = await asyncio.to_thread(self.store.read_json, "failed", f"{name}.json")
             if failed is not None:
                 return Job(job=job, status="failed", image_id=name, detail=failed["detail"])
-            if f"{name}.json" in await asyncio.to_thread(self.store.names, "arrivals"):
+            if name in map(waiting_image, await asyncio.to_thread(self.store.names, "arrivals")):
                 return Job(job=job, status="waiting", image_id=name, detail=await self._why(True))
             if again:
                 await self.follow()
         return None
 
+    @_in_time
     async def status(self) -> Status:
         """What is served and what is not, for those who run it."""
         edition = self.now.edition

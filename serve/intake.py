@@ -2,10 +2,10 @@
 
 What is acknowledged is in the store first, so that nothing is lost with a process:
 
-    arrivals/<image id>.json    acknowledged, not yet searchable: the image and what was said of it
-    added/<digest>/             searchable (`ceca.edition`)
-    failed/<image id>.json      why an image could not be added
-    removed/<name>.json         out of every search (`ceca.erase`); erased everywhere by this deployment
+    arrivals/<image id>-<request>.json    acknowledged, not yet searchable: the image and what was said of it
+    added/<digest>/                       searchable (`ceca.edition`)
+    failed/<image id>.json                why an image could not be added
+    removed/<name>.json                   out of every search (`ceca.erase`); erased everywhere by this deployment
 
 Each step leaves the store so that the next start goes on from it, and may be done twice.
 """
@@ -16,26 +16,30 @@ import asyncio
 import base64
 import hashlib
 import logging
+import os
+import socket
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ceca import schema
 from ceca.config import DialogueConfig, ServeConfig, from_mapping
 from ceca.datasets.images import open_image
-from ceca.dialogue.conversation import Dialogue, DialogueError, Engine, Subject, converse
-from ceca.dialogue.engines import make_engine
+from ceca.dialogue.conversation import DialogueError, Subject
 from ceca.edition import ADDED, Edition, find_edition, read_added, write_added
-from ceca.erase import finish, pending_erasures
+from ceca.erase import Busy, erase, finish, pending_erasures, undisturbed, waiting_image
 from ceca.errors import UserError
-from ceca.samples import read_vocabulary, removed_images
+from ceca.lease import Holders, LeaseError
+from ceca.samples import removed_images
 from ceca.store import Store
 from serve.metrics import Metrics
+from serve.questioner import Questioner
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +63,8 @@ def write_arrival(
     told = {"identity": identity, "camera": camera, "source_path": name, "summary": summary}
     image = {"image": base64.b64encode(content).decode(), "width": width, "height": height}
     store.remove("failed", f"{image_id}.json")
-    store.write_json(
-        {"image_id": image_id, "request": uuid.uuid4().hex, **told, **image}, "arrivals", f"{image_id}.json"
-    )
+    # Of each request its own, so that nothing that is done for an earlier one takes it away.
+    store.write_json({"image_id": image_id, **told, **image}, "arrivals", f"{image_id}-{uuid.uuid4().hex}.json")
     return image_id
 
 
@@ -85,11 +88,14 @@ class Intake:
     async def __init__(  # type: ignore[misc]  # Ray awaits it, and so there is a loop to work in
         self, data: str, config: ServeConfig, settings: DialogueConfig | None, encoder: DeploymentHandle
     ):
-        self.store, self.config, self.settings, self.encoder = Store(data), config, settings, encoder
+        self.store, self.config, self.encoder = Store(data), config, encoder
         self.metrics = Metrics()
-        self.engine: Engine | None = None  # started at the first image that needs it
-        self.problem = ""
         self.more = asyncio.Event()
+        self.questioner = Questioner(self.store, settings, config, self.more.set) if settings else None
+        self.unasked: set[str] = set()  # arrivals that wait for its engine, and let others pass
+        self.problem = self.postponed = ""
+        self.holders = Holders(self.store)
+        self.carrying = asyncio.Lock()
         self.work = asyncio.create_task(self._work())
 
     async def wake(self) -> None:
@@ -98,7 +104,8 @@ class Intake:
 
     async def status(self) -> str:
         """What keeps it from its work; empty where nothing does."""
-        return self.problem
+        waits = self.questioner.problem if self.questioner else ""
+        return "; ".join(filter(None, (self.problem, self.postponed, waits)))
 
     async def _work(self) -> None:
         while True:
@@ -111,6 +118,8 @@ class Intake:
                 self.problem, done = " ".join(str(error).split()), 0
                 self.metrics.problems.inc(1, {"where": "intake"})
             if not done:
+                if self.questioner:
+                    self.questioner.rest()
                 try:
                     await asyncio.wait_for(self.more.wait(), POLL_S)
                 except TimeoutError:
@@ -118,14 +127,32 @@ class Intake:
 
     async def _turn(self) -> int:
         """Do what there is, at most `AT_ONCE` images; returns how many that were."""
+        try:
+            pending = await asyncio.to_thread(pending_erasures, self.store)
+            self.postponed = await asyncio.to_thread(self._erase, pending) if pending else ""
+        finally:  # neither keeps the other from being done
+            done = await self._add_some()
+        return done
+
+    def _erase(self, pending: Sequence[str]) -> str:
+        """Erase, or say what that waits for."""
+        who = f"the service (process {os.getpid()} on {socket.gethostname()})"
+        try:
+            with undisturbed(self.store, self.holders, who):
+                finish(self.store, *pending)
+        except (Busy, LeaseError) as error:
+            return str(error)
+        return ""
+
+    async def _add_some(self) -> int:
         names = await asyncio.to_thread(self.store.names, "arrivals")
         self.metrics.arrivals.set(len(names))
+        if self.questioner and self.unasked and self.questioner.ready():
+            self.unasked.clear()
+        names = [name for name in names if name not in self.unasked][:AT_ONCE]
         if names:
-            await self._add_waiting(names[:AT_ONCE])
-        pending = await asyncio.to_thread(pending_erasures, self.store)
-        if pending:
-            await asyncio.to_thread(finish, self.store, *pending)
-        return len(names[:AT_ONCE])
+            await self._add_waiting(names)
+        return len(names)
 
     async def _add_waiting(self, names: Sequence[str]) -> None:
         """Make these arrivals searchable."""
@@ -134,40 +161,49 @@ class Intake:
         gone = await asyncio.to_thread(removed_images, self.store)
         records: list[dict[str, Any]] = []
         for name in names:
-            if name.removesuffix(".json") in there | gone:  # killed between writing it and this
+            if waiting_image(name) in there | gone:  # killed between writing it and this, or sent twice
                 await asyncio.to_thread(self.store.remove, "arrivals", name)
                 continue
             record = await asyncio.to_thread(self.store.read_json, "arrivals", name)
-            if record is not None:
-                records.append({**record, "image": base64.b64decode(record["image"])})
+            if record is None:
+                continue
+            if self.questioner and not record["summary"] and not self.questioner.ready():
+                self.unasked.add(name)
+            elif record["image_id"] not in (earlier["image_id"] for earlier in records):
+                records.append({**record, "arrival": name, "image": base64.b64decode(record["image"])})
         await self._add(edition, records)
         await asyncio.to_thread(_join_small, edition)
 
     async def _add(self, edition: Edition, records: Sequence[dict[str, Any]]) -> None:
         """Ask about images, embed them, and write them where every search finds them."""
-        told = await asyncio.gather(*(self._describe(record) for record in records))
+        told = await asyncio.gather(*(self._describe(record) for record in records), return_exceptions=True)
         rows = []
         for record, found in zip(records, told, strict=True):
             if isinstance(found, DialogueError):
                 await self._fail(record, found)
-            else:
+            elif not isinstance(found, BaseException):
                 rows.append({**record, **found})
         if rows:
             images, summaries = [row["image"] for row in rows], [row["summary"] for row in rows]
             pair = await self.encoder.images.remote(edition, images, summaries)
-            table = added_table(rows, pair)
-            await asyncio.to_thread(write_added, self.store, edition.digest, table)
+            await self._write(edition, rows, pair)
         for record in rows:
-            await asyncio.to_thread(self.store.remove, "arrivals", f"{record['image_id']}.json")
+            await asyncio.to_thread(self.store.remove, "arrivals", record["arrival"])
+        for found in told:
+            if isinstance(found, BaseException) and not isinstance(found, DialogueError):
+                raise found
+
+    async def _write(self, edition: Edition, rows: Sequence[dict[str, Any]], pair: tuple[np.ndarray, ...]) -> None:
+        """Write rows where every search finds them, but for what has been removed since they were read."""
+        await asyncio.to_thread(write_added, self.store, edition.digest, added_table(rows, pair))
+        gone = await asyncio.to_thread(removed_images, self.store)  # after it: now an erasure that comes sees them
+        if late := gone & {row["image_id"] for row in rows}:
+            await asyncio.to_thread(erase, self.store, late)
 
     async def _fail(self, record: dict[str, Any], error: DialogueError) -> None:
-        image_id = record["image_id"]
-        waiting = await asyncio.to_thread(self.store.read_json, "arrivals", f"{image_id}.json")
-        if waiting is not None and waiting["request"] != record["request"]:
-            return  # sent again meanwhile, perhaps with a summary: that one's turn comes
-        problem = {"image_id": image_id, "reason": error.reason, "detail": error.detail}
-        await asyncio.to_thread(self.store.write_json, problem, "failed", f"{image_id}.json")
-        await asyncio.to_thread(self.store.remove, "arrivals", f"{image_id}.json")
+        problem = {"image_id": record["image_id"], "reason": error.reason, "detail": error.detail}
+        await asyncio.to_thread(self.store.write_json, problem, "failed", f"{record['image_id']}.json")
+        await asyncio.to_thread(self.store.remove, "arrivals", record["arrival"])
         self.metrics.problems.inc(1, {"where": "dialogue"})
 
     async def _describe(self, record: dict[str, Any]) -> dict[str, Any] | DialogueError:
@@ -175,34 +211,22 @@ class Intake:
         if record["summary"]:
             given = {"turns": [], "attributes": {}, "flags": ["given"], "dialogue_model": "given"}
             return {**given, "summary": record["summary"]}
-        if self.settings is None:
+        if self.questioner is None:
             return DialogueError("no_engine", NO_ENGINE)
         try:
-            made = await self._converse(Subject(record["image_id"], record["image"]), self.settings)
+            made = await self.questioner.converse(Subject(record["image_id"], record["image"]))
         except DialogueError as error:
             return error
         turns = [{"question": turn.question, "answer": turn.answer} for turn in made.turns]
-        assert self.engine is not None
         told = {"turns": turns, "attributes": dict(made.attributes), "flags": list(made.flags)}
-        return {**told, "summary": made.summary, "dialogue_model": self.engine.model}
-
-    async def _converse(self, subject: Subject, settings: DialogueConfig) -> Dialogue:
-        choices = read_vocabulary(self.store) if settings.attributes else None
-        if self.engine is None:
-            self.engine = make_engine(settings, choices)
-            await self.engine.start()
-        return await converse(
-            self.engine,
-            subject,
-            questions=settings.questions,
-            answer_tokens=settings.answer_tokens,
-            summary_tokens=settings.summary_tokens,
-            choices=choices,
-            attribute_tokens=settings.attribute_tokens,
-        )
+        return {**told, "summary": made.summary, "dialogue_model": self.questioner.model}
 
     async def carry(self, edition: Edition) -> None:
         """Embed with an edition's model what was added under another, before anybody is asked about that edition."""
+        async with self.carrying:  # every ingress replica asks for it
+            await self._carry(edition)
+
+    async def _carry(self, edition: Edition) -> None:
         there = await asyncio.to_thread(_added_ids, edition) | edition.removed_ids
         for digest in await asyncio.to_thread(self.store.names, ADDED):
             if digest == edition.digest:
@@ -219,7 +243,7 @@ class Intake:
                     some = [{**some[n], "attributes": dict(some[n]["attributes"])} for n in kept]
                     pair = pair[0][kept], pair[1][kept]
                     if some:
-                        await asyncio.to_thread(write_added, self.store, edition.digest, added_table(some, pair))
+                        await self._write(edition, some, pair)
                     there |= {row["image_id"] for row in some}
 
 
@@ -229,7 +253,7 @@ NO_ENGINE = (
 )
 
 
-def added_table(rows: Sequence[dict[str, Any]], pair: tuple[np.ndarray, np.ndarray]) -> pa.Table:
+def added_table(rows: Sequence[dict[str, Any]], pair: tuple[np.ndarray, ...]) -> pa.Table:
     """Rows of schema.added with these embeddings [n, D] and [n, E]."""
     complete = [
         {
@@ -270,7 +294,8 @@ def _join_small(edition: Edition) -> None:
 
 
 def _rows(store: Store, digest: str, name: str) -> int:
-    return read_added(store, digest, name, ["image_id"]).num_rows
+    with store.open(ADDED, digest, name) as file:
+        return pq.read_metadata(file).num_rows
 
 
 def refuse_without_engine(settings: DialogueConfig | None, summary: str) -> None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import io
 
+import httpx
 import pytest
 import ray
 from PIL import Image
+from ray import serve as ray_serve
 
 from ceca import schema
+from ceca.config import DialogueConfig, ServeConfig, to_mapping
+from ceca.edition import find_edition
+from ceca.erase import finish, hide
 from ceca.gallery import Searcher
-from tests.serve.conftest import COUNT, Changing
-from tests.serve.dataset import QUERY, draw_person, publish_gallery, publish_tiny
+from ceca.lease import holding
+from ceca.store import Store
+from serve.app import QUIET, application
+from tests.serve.conftest import COUNT, Changing, Running, wait_until_ready
+from tests.serve.dataset import QUERY, draw_person, publish_gallery, publish_people, publish_tiny
 
 
 def picture(colour: str) -> bytes:
@@ -112,6 +120,60 @@ def test_a_deleted_image_is_found_by_nobody_and_then_nowhere(changing: Changing)
     assert {answer.status_code for answer in pictures} == {200}
 
 
+def test_nothing_is_left_of_an_image_that_is_deleted_while_it_is_asked_about(changing: Changing) -> None:
+    content = picture("sienna")
+    changing.describer.seconds = 0.5  # an answer
+    before = changing.describer.asked
+    try:
+        job = changing.add(content)
+        changing.until(lambda: changing.describer.asked > before)
+        finish(changing.store, hide(changing.store, [job.removeprefix("add-")], erase=True))  # as `ceca remove` does
+        changing.until(lambda: changing.describer.asked >= before + 6)
+    finally:
+        changing.describer.seconds = 0.0
+    changing.until(lambda: changing.client.get("/v1/status").json()["arrivals"] == 0)
+    held = [changing.store.fs.cat_file(path) for path in changing.store.fs.find(changing.store.root)]
+    assert not any(content in bytes_held for bytes_held in held)
+
+
+def test_an_image_is_not_erased_while_a_stage_works(changing: Changing) -> None:
+    added = changing.add(picture("orchid"), summary="A person in orchid.")
+    changing.finished(added)
+    with holding(changing.store, "index-7", "somebody", on_lost=pytest.fail):
+        job = changing.client.delete(f"/v1/images/{added.removeprefix('add-')}").json()["job"]
+        waits = "erasing waits until index-7 ends, which is held by somebody since"
+        changing.until(lambda: waits in changing.client.get(f"/v1/jobs/{job}").json()["detail"])
+        assert changing.client.get(f"/v1/images/{added.removeprefix('add-')}").status_code == 404  # out of search
+    assert changing.finished(job)["status"] == "done"
+
+
+def test_an_engine_without_its_gpus_holds_nothing_up_but_what_needs_it(
+    running: Running, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = Store(str(tmp_path_factory.mktemp("vllm")))
+    asked = to_mapping(DialogueConfig(engine="vllm"), results_only=True)
+    publish_people(store, COUNT, asked)
+    model, published = publish_tiny(store, "tiny", seed=1)
+    publish_gallery(store, model, published, "tiny")
+    app = application(find_edition(store), ServeConfig(follow_s=0.3))
+    ray_serve.run(app, name="vllm", route_prefix="/vllm", logging_config=QUIET)
+    try:
+        with httpx.Client(base_url=f"{running.url}/vllm", timeout=30) as client:
+            wait_until_ready(client)
+            changing = Changing(store, client, running.describer)
+            waiting = changing.add(picture("beige"))
+            changing.until(lambda: "room for its GPUs (1)" in client.get(f"/v1/jobs/{waiting}").json()["detail"])
+            described = changing.add(picture("azure"), summary="A person in azure.")
+            assert changing.finished(described)["status"] == "done"
+            erased = client.delete(f"/v1/images/{described.removeprefix('add-')}").json()["job"]
+            assert changing.finished(erased)["status"] == "done"
+            again = changing.add(picture("beige"), summary="A person in beige.")
+            assert again == waiting
+            assert changing.finished(again)["status"] == "done"
+    finally:
+        ray_serve.delete("vllm")
+
+
 def test_images_can_be_deleted_one_right_after_another(changing: Changing) -> None:
     """While the first is erased, which writes the object of all of them anew."""
     colours = ("coral", "crimson", "gold", "indigo", "ivory", "lime")
@@ -172,6 +234,10 @@ def test_a_gallery_that_cannot_be_served_leaves_the_one_before(changing: Changin
     try:
         changing.until(lambda: "made by model x" in changing.client.get("/v1/status").json()["following"])
         assert changing.search(query=QUERY)["gallery"] == before
+        image_id = changing.search(query=QUERY)["hits"][0]["image_id"]
+        assert changing.client.delete(f"/v1/images/{image_id}").status_code == 202  # and is obeyed all the same
+        assert image_id not in {hit["image_id"] for hit in changing.search(query=QUERY, top_k=100)["hits"]}
+        assert changing.client.get(f"/v1/images/{image_id}").status_code == 404
     finally:
         changing.store.write_json(manifest, "gallery", "manifest.json")
     changing.until(lambda: not changing.client.get("/v1/status").json()["following"])

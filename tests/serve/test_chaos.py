@@ -159,6 +159,17 @@ def test_no_question_is_lost_and_no_answer_mixes_versions(chaos: Chaos) -> None:
             assert similarity == pytest.approx(chaos.expected[body["model"], body["gallery"]], abs=1e-5)
 
 
+def test_replicas_come_with_the_load_and_go_after_it(chaos: Chaos) -> None:
+    grown = {"encoder_replicas": 1, "encoder_replicas_max": 2, "search_replicas": 1, "shrink_s": 2}
+    deploy(chaos.store, dataclasses.replace(chaos.config, **grown))  # type: ignore[arg-type]
+    chaos.until(lambda: chaos.replicas("QueryEncoder") == 2)
+    chaos.clients.stop()
+    chaos.until(lambda: chaos.replicas("QueryEncoder") == 1)
+    assert chaos.replicas("GallerySearch0") == 1
+    assert not chaos.clients.errors
+    assert {answer.status_code for answer in chaos.clients.answers} == {200}
+
+
 def test_who_asks_too_much_is_told_when_to_come_again(running: Running, chaos: Chaos) -> None:
     """Declared overload: a queue of four, and sixteen clients."""
     deploy(chaos.store, dataclasses.replace(chaos.config, ingress_replicas=1, queue=4, encoder_replicas=1))

@@ -68,6 +68,10 @@ def test_a_key_opens_and_a_session_opens_pictures_for_a_browser(running: Running
         cookie = answer.headers["set-cookie"].lower()
         assert "httponly" in cookie
         assert "samesite=strict" in cookie
+        assert "secure" not in cookie  # it came by plain HTTP
+        behind = {"X-Forwarded-Proto": "https"}  # TLS ended at a load balancer
+        url, key = f"{running.url}/closed/v1/session", {"key": running.keys["portal"]}
+        assert "secure" in httpx.post(url, json=key, headers=behind).headers["set-cookie"].lower()
         assert visitor.get(picture).status_code == 200
 
 

@@ -256,6 +256,9 @@ def test_an_answer_brings_those_that_agree_to_the_front(running: Running) -> Non
     assert told["question"] is None  # nothing else is known of these people
     unknown = running.search(query="a person", top_k=12, answers={"upper_colour": None})
     assert [hit["image_id"] for hit in unknown["hits"]] == [hit["image_id"] for hit in alone["hits"]]
+    nobody = {"camera": ["c2"], "upper_colour": ["green"]}  # each is there, and no image has both
+    assert running.search(query="a person", where=nobody, suggest=True)["hits"] == []
+    assert running.search(query="a person", where=nobody, answers={"upper_colour": "red"})["hits"] == []
     for answers, says in (({"hat": "cap"}, "upper_colour"), ({"upper_colour": "mauve"}, "red")):
         refused = running.client.post("/v1/search", json={"query": "a person", "answers": answers})
         assert refused.status_code == 422
