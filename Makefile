@@ -33,7 +33,7 @@ serve: install  ## the search page on the demo's result
 test: install lint browser  ## lint, types and tests
 	$(BIN)/python -m pytest
 
-drill: install  ## the slow tests: losing actors, nodes, heads and jobs, a bad object store, many images
+drill: install  ## the slow tests: losing actors, nodes and jobs, reads cut, a full disk, wrong clocks
 	$(BIN)/python -m pytest -m "slow and not long" --durations=40
 
 long: install  ## the slow tests for which CI has no time

@@ -170,7 +170,7 @@ def test_the_service_runs_on_such_nodes_and_a_real_vllm_describes_an_added_image
     port, serve = free_port(), Path(sys.executable).parent / "serve"
     picture = io.BytesIO()
     Image.open(next(drawn.rglob("*.jpg"))).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture, "JPEG")
-    arguments = ("data=s3://bucket/data", "open=true", "gpus=0.5")  # encoder and searcher share one
+    arguments = ("data=s3://bucket/data", "open=true", "gpus=0.5", "shrink_s=5")  # encoder and searcher share one
     for command in (
         ("start", "--http-host", "127.0.0.1", "--http-port", port),
         ("run", "--non-blocking", "--name", "people", "serve.app:build", *arguments),
@@ -186,15 +186,21 @@ def test_the_service_runs_on_such_nodes_and_a_real_vllm_describes_an_added_image
         finish(done, 200)
     try:
         with Client(f"http://127.0.0.1:{port}", timeout_s=120, job_timeout_s=240) as client:
+            client.ready()
+            assert running.alive()[1] == 1  # none for an engine that nobody needs
             image_id = client.add(picture.getvalue()).image_id
             found = {hit.image_id: hit for hit in client.search("a man in a yellow cap", 200).hits}
-        assert running.alive()[1] == 2  # that one, and one for vLLM
+        assert running.alive()[1] == 2
         assert image_id in found
         (added,) = find_edition(Store("s3://bucket/data")).read_added(["image_id", "turns", "dialogue_model"])
         (told,) = added.to_pylist()
         assert (told["image_id"], told["dialogue_model"]) == (image_id, "s3://bucket/tiny-vlm")
         assert told["turns"]
         assert all(turn["answer"] for turn in told["turns"])
+        deadline = time.monotonic() + 120
+        while running.alive()[1] != 1:  # the engine goes, and its node
+            assert time.monotonic() < deadline, running.alive()
+            time.sleep(1)
     finally:
         subprocess.run([serve, "shutdown", "--yes"], env=running.environment, check=True, timeout=120)
 
