@@ -160,14 +160,19 @@ def test_no_question_is_lost_and_no_answer_mixes_versions(chaos: Chaos) -> None:
 
 
 def test_replicas_come_with_the_load_and_go_after_it(chaos: Chaos) -> None:
-    grown = {"encoder_replicas": 1, "encoder_replicas_max": 2, "search_replicas": 1, "shrink_s": 2}
-    deploy(chaos.store, dataclasses.replace(chaos.config, **grown))  # type: ignore[arg-type]
-    chaos.until(lambda: chaos.replicas("QueryEncoder") == 2)
+    """Half of a queue of sixteen is what one ingress replica should have, and sixteen clients ask."""
     chaos.clients.stop()
-    chaos.until(lambda: chaos.replicas("QueryEncoder") == 1)
-    assert chaos.replicas("GallerySearch0") == 1
-    assert not chaos.clients.errors
-    assert {answer.status_code for answer in chaos.clients.answers} == {200}
+    grown = {"ingress_replicas": 1, "ingress_replicas_max": 2, "queue": CLIENTS, "shrink_s": 2}
+    deploy(chaos.store, dataclasses.replace(chaos.config, **grown))  # type: ignore[arg-type]
+    chaos.until(lambda: chaos.replicas("Ingress") == 1)
+    crowd = Clients(chaos.clients.url)
+    try:
+        chaos.until(lambda: chaos.replicas("Ingress") == 2)
+    finally:
+        crowd.stop()
+    chaos.until(lambda: chaos.replicas("Ingress") == 1)
+    assert not crowd.errors
+    assert {answer.status_code for answer in crowd.answers} == {200}
 
 
 def test_who_asks_too_much_is_told_when_to_come_again(running: Running, chaos: Chaos) -> None:
