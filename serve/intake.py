@@ -119,7 +119,7 @@ class Intake:
                 self.metrics.problems.inc(1, {"where": "intake"})
             if not done:
                 if self.questioner:
-                    self.questioner.rest()
+                    self.questioner.rest(wanted=bool(self.unasked))
                 try:
                     await asyncio.wait_for(self.more.wait(), POLL_S)
                 except TimeoutError:
@@ -147,6 +147,7 @@ class Intake:
     async def _add_some(self) -> int:
         names = await asyncio.to_thread(self.store.names, "arrivals")
         self.metrics.arrivals.set(len(names))
+        self.unasked &= set(names)
         if self.questioner and self.unasked and self.questioner.ready():
             self.unasked.clear()
         names = [name for name in names if name not in self.unasked][:AT_ONCE]
@@ -189,6 +190,8 @@ class Intake:
             await self._write(edition, rows, pair)
         for record in rows:
             await asyncio.to_thread(self.store.remove, "arrivals", record["arrival"])
+        there = {record["image_id"] for record in rows}  # the next turn takes away what else was sent of them
+        self.unasked = {name for name in self.unasked if waiting_image(name) not in there}
         for found in told:
             if isinstance(found, BaseException) and not isinstance(found, DialogueError):
                 raise found

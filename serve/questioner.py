@@ -114,7 +114,12 @@ class Questioner:
             raise DialogueError(*found)
         return found
 
-    def rest(self) -> None:
-        """Let go of an engine that nobody has needed for long."""
+    def rest(self, wanted: bool) -> None:
+        """Nobody is asked about now; is somebody waiting for that? Else let go of what is not needed any more."""
+        if wanted:
+            return
+        if self.starting is not None:  # those who waited are gone, and a machine need not come
+            self.starting.cancel()
+        self.problem = ""
         if self.engine is not None and time.monotonic() > self.used + self.config.shrink_s:
             self.engine = None  # Ray ends an actor of which nobody has a handle

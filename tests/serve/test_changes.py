@@ -170,6 +170,7 @@ def test_an_engine_without_its_gpus_holds_nothing_up_but_what_needs_it(
             again = changing.add(picture("beige"), summary="A person in beige.")
             assert again == waiting
             assert changing.finished(again)["status"] == "done"
+            changing.until(lambda: client.get("/v1/status").json()["intake"] == "")  # no machine is asked for any more
     finally:
         ray_serve.delete("vllm")
 
