@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import ray
 from ray import serve
@@ -71,12 +72,25 @@ def _connect(config: ServeConfig) -> ServeConfig:
     cores = os.cpu_count() or 1
     alone = dataclasses.replace(config, cpus=config.cpus or min(cores, CORES))
     needed = (alone.cpus or 1) * (encoders + searchers)
-    try:
-        ray.init(num_cpus=max(needed, cores), include_dashboard=False, **quiet)
-        return alone
-    except ValueError:  # there is a cluster, and it knows its CPUs
-        ray.init(**quiet)
+    address = os.environ.get("RAY_ADDRESS") or _left_here()
+    if address:  # it knows its CPUs
+        ray.init(address=address, **quiet)
         return config
+    ray.init(address="local", num_cpus=max(needed, cores), include_dashboard=False, **quiet)
+    return alone
+
+
+def _left_here() -> str | None:
+    """The address of the cluster that `ray start` left on this machine, where it answers: of one that was killed Ray
+    keeps the address, and would wait for it for minutes."""
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    try:
+        address = file.read_text().strip()
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except (OSError, ValueError):
+        return None
+    return address
 
 
 def _stop() -> None:

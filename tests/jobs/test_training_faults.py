@@ -175,6 +175,7 @@ def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturb
     assert [record["epoch"] for record in made.training["history"]] == [1, 2, 3]
 
 
+@pytest.mark.long
 def test_a_killed_redo_goes_on_and_the_next_one_begins_anew(start, undisturbed, tmp_path):
     dataset = tmp_path / "data"
     shutil.copytree(undisturbed, dataset)  # with a model

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -21,8 +23,8 @@ from tests.serve.conftest import ROOT
 from tests.serve.dataset import QUERY, publish_tiny
 
 
-def start(data: str, *options: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+def start(data: str, *options: str, **variables: str) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | variables
     command = [sys.executable, "-m", "serve", "--data", data, *options]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -63,8 +65,11 @@ def test_build_reads_strings_as_the_command_line_gives_them(people: Store) -> No
 
 
 def test_command_serves_until_it_is_interrupted(people: Store) -> None:
-    port = free_port()
-    process = start(people.uri, "--port", str(port))
+    """Also where a cluster that is gone has left its address."""
+    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="ceca-"))  # short: Ray's sockets lie below
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
+    process = start(people.uri, "--port", str(port), RAY_TMPDIR=str(folder))
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline().strip() for _ in range(3)]
@@ -79,6 +84,7 @@ def test_command_serves_until_it_is_interrupted(people: Store) -> None:
         assert "Traceback" not in error
     finally:
         process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/healthz")
 
