@@ -3,8 +3,7 @@
 It is the one exception to "nothing published is changed in place". A part that holds such an image is written again
 without it under another name, then the manifests that name the old part name the new one, and when none names the old
 part any more it is removed. Versions keep their names. Killed at any moment nothing else is lost, and the same call
-finishes; so does another erasure at the same time. No stage may run meanwhile: what it read before, it would write
-again.
+finishes; so does another erasure at the same time. Callers keep stages away meanwhile (`undisturbed`).
 
     removed/<name>.json           ids that no search may find, and whether they are to be erased
     removed/<name>.erased.json    they are: nothing is left of them but these ids

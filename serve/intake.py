@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import logging
 import os
@@ -230,7 +231,9 @@ class Intake:
             await self._carry(edition)
 
     async def _carry(self, edition: Edition) -> None:
-        there = await asyncio.to_thread(_added_ids, edition) | edition.removed_ids
+        names = await asyncio.to_thread(self.store.names, ADDED, edition.digest)  # with what another call has carried
+        now = dataclasses.replace(edition, added=tuple(names))
+        there = await asyncio.to_thread(_added_ids, now) | edition.removed_ids
         for digest in await asyncio.to_thread(self.store.names, ADDED):
             if digest == edition.digest:
                 continue
