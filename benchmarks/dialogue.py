@@ -277,8 +277,8 @@ def read_subjects(settings: Settings, place: Path) -> list[tuple[str, str]]:
     """Name and data URL of every image."""
     import base64
 
+    from ceca.data.store import Store
     from ceca.datasets.images import mime_type
-    from ceca.store import Store
 
     store = Store(str(place / "data"))
     table = store.read(store.current("images"), ["image_id", "image"]).slice(0, settings.images).to_pylist()

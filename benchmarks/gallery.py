@@ -100,7 +100,7 @@ def run_arm(arm: str, folder: Path) -> None:
     if arm.startswith("faiss"):
         import faiss  # noqa: F401  before memory is measured
     if arm.startswith("ceca"):
-        import ceca.gallery  # noqa: F401
+        import ceca.search.gallery  # noqa: F401
     before = most()
     if arm == "reading":
         words = torch.from_numpy(np.load(folder / "rows.npy", mmap_mode="c")).view(torch.int64)
@@ -129,7 +129,7 @@ def timed(call: Callable[[], Any], times: int = 9) -> float:
 
 
 def ceca_search(folder: Path, queries: list[torch.Tensor], rerank: int = 0) -> Callable[[int], Any]:
-    from ceca.gallery import Gallery
+    from ceca.search.gallery import Gallery
 
     rows = torch.from_numpy(np.load(folder / "rows.npy", mmap_mode="c"))
     gallery = Gallery([f"{n:08d}" for n in range(len(rows))], range(len(rows)), rows.split(2**18), WIDTHS[0])

@@ -11,11 +11,11 @@ two answers.
     fixed      the next attribute of the vocabulary that the few words did not say
     static     the attribute that tells most about all images before anything is known, then the second
     random     any attribute that the few words did not say
-    chosen     `ceca.questions.next_question`; nobody tells it what the words said
+    chosen     `ceca.search.questions.next_question`; nobody tells it what the words said
 
 An answer can be taken in three ways:
 
-    beliefs    the candidates' probabilities (`ceca.questions.beliefs`)
+    beliefs    the candidates' probabilities (`ceca.search.questions.beliefs`)
     words      its words are added to the query, which is embedded again
     both
 
@@ -41,19 +41,19 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ceca.config import OracleConfig
+from ceca.data.store import Store
+from ceca.data.tables import add_summaries, list_images
 from ceca.datasets.images import decode_image
 from ceca.dialogue.attributes import attributes_of
 from ceca.dialogue.conversation import QUESTIONS, Subject
 from ceca.dialogue.oracle import OracleEngine
-from ceca.gallery import embed_texts
+from ceca.evaluation.significance import paired_bootstrap
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
 from ceca.model.weights import load_model
-from ceca.questions import beliefs, next_question
-from ceca.samples import add_summaries, list_images
-from ceca.significance import paired_bootstrap
-from ceca.store import Store
-from ceca.transforms import normalize
+from ceca.search.gallery import embed_texts
+from ceca.search.questions import beliefs, next_question
+from ceca.training.augment import normalize
 
 OMEGA, BATCH, ANSWERS = 0.3, 64, 2
 SAID = ("upper_kind", "lower_kind", "shoes_kind", "hair_length")  # besides the gender

@@ -35,15 +35,15 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ceca import schema
-from ceca.client import Client
 from ceca.config import ModelConfig
-from ceca.edition import find_edition
-from ceca.gallery import Searcher, embed_texts
+from ceca.data import schema
+from ceca.data.store import Receipt, Store
 from ceca.model.ceca import CECA
 from ceca.model.weights import publish_model, serialize
-from ceca.store import Receipt, Store
+from ceca.search.edition import find_edition
+from ceca.search.gallery import Searcher, embed_texts
 from cluster.object_store import free_port
+from serve.client import Client
 
 TINY = {"backbone": "ceca-tiny", "image_height": 128, "image_width": 64, "mixer_heads": 4, "local_dim": 256}
 WORDS = (

@@ -42,7 +42,7 @@ from benchmarks.straightforward import Straightforward, total_loss
 from ceca.commandline import load_recipe
 from ceca.config import LossConfig, ModelConfig, OptimiserConfig, OracleConfig, TrainConfig
 from ceca.model.ceca import CECA
-from ceca.training import loss_terms, scaled_loss, step_flops
+from ceca.training.step import loss_terms, scaled_loss, step_flops
 
 # The share of an arm's work that is bf16 products where the benchmark's precision is fp32.
 ARMS = {"straightforward": 0.0, "ceca": 0.0, "ceca, bf16 back": 2 / 3, "ceca, bf16": 1.0, "ceca, gpu12gb": 1.0}
@@ -116,7 +116,7 @@ def prepare(settings: Settings, place: Path) -> int:
     from ceca.dialogue.conversation import Subject, converse
     from ceca.dialogue.oracle import OracleEngine
     from ceca.model.backbone import tokenize
-    from ceca.transforms import normalize
+    from ceca.training.augment import normalize
 
     people = max(2, settings.batch // 2)
     split = (people, 0, 0)
@@ -197,11 +197,11 @@ def memory(settings: Settings) -> int:
 
 
 def ceca_step(settings: Settings, weights: dict[str, Any], batch: dict[str, Any], arm: str) -> Any:
-    """The step of jobs/train_worker.py: DeepSpeed around the model, without the data's part."""
+    """The step of jobs/training/worker.py: DeepSpeed around the model, without the data's part."""
     os.environ |= {"DS_ACCELERATOR": settings.device, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     from ceca.model.backbone import trim
-    from ceca.model.precision import BF16Backward, keep_freed_memory
-    from jobs.train_engine import make_engine
+    from ceca.training.engine import make_engine
+    from ceca.training.precision import BF16Backward, keep_freed_memory
 
     if settings.device == "cpu":
         keep_freed_memory()

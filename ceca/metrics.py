@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ceca.rerank import rerank
+from ceca.search.feedback import rerank
 
 ArrayLike = np.ndarray | Tensor
 
@@ -122,7 +122,7 @@ def rank_embeddings(
     Args:
         queries: normalised (global [Q, D], local [Q, E]), fp32. gallery: the same of G images.
         omegas: shares of the local similarity. only_first: ranks alone; the last two figures of a query stay 0.
-        rerank_first: so many best images of each query are ranked again (`ceca.rerank`) and stay before the others.
+        rerank_first: so many best images of each query are ranked again (`search.feedback`) and stay before the others.
         strip: queries compared at a time; it bounds memory and changes nothing else.
 
     Returns:

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-from jobs import stages
+from jobs.runtime import stages
 
 COMMANDS = {
     "demo": "draw pedestrians and take them through every stage",

@@ -19,11 +19,11 @@ from rich.table import Table as TextTable
 
 from ceca.commandline import load_recipe
 from ceca.config import EvaluateConfig, Split, TrainConfig, from_mapping
+from ceca.data.store import Store
 from ceca.errors import UserError
-from ceca.report import draw_comparison
-from ceca.store import Store
-from jobs import stages
+from ceca.report.figures import draw_comparison
 from jobs.evaluate import METRICS, evaluate
+from jobs.runtime import stages
 from jobs.train import train
 
 # Published figures on the test splits (method: Retrieval and evaluation): Rank-1 and, where it is known, mAP.

@@ -16,16 +16,16 @@ import numpy as np
 import tyro
 from rich.table import Table as TextTable
 
-from ceca.catalogue import Catalogue
+from ceca.data.store import Store
+from ceca.data.tables import list_images, make_pairs
 from ceca.datasets.drawn import contact_sheet
-from ceca.gallery import Searcher
-from ceca.report import draw_ranked_lists
-from ceca.samples import list_images, make_pairs
-from ceca.store import Store
-from jobs import stages
+from ceca.report.figures import draw_ranked_lists
+from ceca.search.catalogue import Catalogue
+from ceca.search.gallery import Searcher
 from jobs.draw import draw
 from jobs.evaluate import METRICS, evaluate
 from jobs.pipeline import pipeline, recipe_config
+from jobs.runtime import stages
 from jobs.search import ranked_list
 from jobs.train import train
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from ceca.commandline import parse_arguments
 from ceca.config import DialogueConfig, to_mapping
+from ceca.data.schema import SCHEMA_VERSION
+from ceca.data.store import Manifest, Receipt, Store, version_of
+from ceca.data.tables import ImageRow, list_images, read_vocabulary
 from ceca.dialogue.conversation import PROMPT_VERSION
 from ceca.errors import UserError
-from ceca.samples import ImageRow, list_images, read_vocabulary
-from ceca.schema import SCHEMA_VERSION
-from ceca.store import Manifest, Receipt, Store, version_of
-from jobs import stages
-from jobs.dialogue_import import import_published
-from jobs.dialogue_worker import DialogueWorker
+from jobs.dialogues.authors import import_published
+from jobs.dialogues.worker import DialogueWorker
+from jobs.runtime import stages
 
 CANARIES = 4  # images whose answers are compared before the work
 UNITS_AT_ONCE = 2  # on one worker: while one drains, the next fills the engine

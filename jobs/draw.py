@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ceca.commandline import parse_arguments
 from ceca.config import DrawConfig
+from ceca.data.store import filesystem
 from ceca.datasets.drawn import DrawnStatistics, draw_dataset
 from ceca.errors import UserError
-from ceca.store import filesystem
-from jobs import stages
+from jobs.runtime import stages
 
 
 def draw(folder: str, config: DrawConfig) -> DrawnStatistics:

@@ -18,17 +18,17 @@ import ray
 import torch
 from rich.table import Table as TextTable
 
-from ceca import schema
 from ceca.commandline import parse_arguments
 from ceca.config import EvaluateConfig, to_mapping
-from ceca.devices import gpus_there
-from ceca.gallery import agree_with_neighbours, matrix
+from ceca.data import schema
+from ceca.data.store import Store, StoreError, version_of
+from ceca.data.tables import list_images
+from ceca.environment import gpus_there
 from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_embeddings, rank_strip, slices
-from ceca.model.published import require_model
-from ceca.samples import list_images
-from ceca.store import Store, StoreError, version_of
-from jobs import stages
-from jobs.embed import EmbedWorker, cut, image_item, plan_images
+from ceca.model.registry import require_model
+from ceca.search.gallery import agree_with_neighbours, matrix
+from jobs.runtime import stages
+from jobs.runtime.embed import EmbedWorker, cut, image_item, plan_images
 
 ALONE = 2**28  # similarities that this process computes without asking the cluster
 TASK_ROWS = 512  # queries of one task

@@ -14,16 +14,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from ceca import schema
 from ceca.commandline import parse_arguments
 from ceca.config import IndexConfig, to_mapping
-from ceca.devices import gpus_there
+from ceca.data import schema
+from ceca.data.store import Manifest, Receipt, Store, StoreError, version_of
+from ceca.data.tables import ImageRow, read_summaries, removed_images
+from ceca.environment import gpus_there
 from ceca.errors import UserError
-from ceca.model.published import PublishedModel, require_model
-from ceca.samples import ImageRow, read_summaries, removed_images
-from ceca.store import Manifest, Receipt, Store, StoreError, version_of
-from jobs import stages
-from jobs.embed import EmbedWorker, cut, image_item, plan_images
+from ceca.model.registry import PublishedModel, require_model
+from jobs.runtime import stages
+from jobs.runtime.embed import EmbedWorker, cut, image_item, plan_images
 
 SMALL_PARTS = 8  # so many parts under half the usual size are left alone; each is a shard that a search begins anew
 

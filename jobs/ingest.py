@@ -16,11 +16,11 @@ from rich.table import Table as TextTable
 
 from ceca.commandline import parse_arguments
 from ceca.config import IngestConfig, to_mapping
+from ceca.data.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, caption_id, image_id
+from ceca.data.store import Manifest, Reject, Store, StoreError, filesystem, version_of
 from ceca.datasets.images import ImageError, check_image
-from ceca.datasets.published import Annotations, count_splits, differences, read_annotations, read_attributes
-from ceca.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, caption_id, image_id
-from ceca.store import Manifest, Reject, Store, StoreError, filesystem, version_of
-from jobs import stages
+from ceca.datasets.layouts import Annotations, count_splits, differences, read_annotations, read_attributes
+from jobs.runtime import stages
 
 
 def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, Manifest]:

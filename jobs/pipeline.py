@@ -14,12 +14,12 @@ import tyro
 
 from ceca.commandline import load_recipe
 from ceca.config import STAGES, from_mapping
-from ceca.store import Store
-from jobs import stages
+from ceca.data.store import Store
 from jobs.dialogue import dialogue
 from jobs.evaluate import evaluate
 from jobs.index import index
 from jobs.ingest import ingest
+from jobs.runtime import stages
 from jobs.train import train
 
 

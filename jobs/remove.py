@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from ceca.erase import (
+from ceca.data.erase import (
     Busy,
     Watch,
     added_images,
@@ -27,12 +27,12 @@ from ceca.erase import (
     pending_erasures,
     undisturbed,
 )
+from ceca.data.lease import Holders, LeaseError
+from ceca.data.schema import NOBODY
+from ceca.data.store import Store
+from ceca.data.tables import list_images
 from ceca.errors import UserError
-from ceca.lease import Holders, LeaseError
-from ceca.samples import list_images
-from ceca.schema import NOBODY
-from ceca.store import Store
-from jobs import stages
+from jobs.runtime import stages
 
 NOT_REACHED = (
     "copies elsewhere (the source of ingest, backups, reports, shards below CECA_CACHE of machines that searched, "

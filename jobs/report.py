@@ -24,13 +24,16 @@ import tyro
 from rich.table import Table as TextTable
 
 from ceca.config import EvaluateConfig, Split
+from ceca.data.store import Store
+from ceca.data.tables import ImageRow, add_summaries, list_images
 from ceca.datasets.images import open_image
 from ceca.errors import UserError
+from ceca.evaluation.significance import Difference, paired_bootstrap
 from ceca.metrics import STRIP, RetrievalMetrics, slices
 from ceca.model.backbone import CONTEXT, count_tokens
 from ceca.model.ceca import fused_similarity
-from ceca.model.published import model_file, require_model
-from ceca.report import (
+from ceca.model.registry import model_file, require_model
+from ceca.report.figures import (
     Described,
     RankedList,
     draw_attributes,
@@ -40,11 +43,8 @@ from ceca.report import (
     draw_statistics,
     draw_training,
 )
-from ceca.samples import ImageRow, add_summaries, list_images
-from ceca.significance import Difference, paired_bootstrap
-from ceca.store import Store
-from jobs import stages
 from jobs.evaluate import Embedded, compared, embed_split, rank, result_name
+from jobs.runtime import stages
 
 # What of a query is compared between runs, by its column.
 COMPARED = {"Rank-1": "rank1", "Rank-5": "rank5", "Rank-10": "rank10", "AP": "average_precision"}
@@ -300,7 +300,7 @@ def _title(uri: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from jobs.report_page import report_page  # it gathers what the functions above make
+    from jobs.reports.page import report_page  # it gathers what the functions above make
 
     kinds: dict[str, Any] = {
         "dialogues": report_dialogues,

@@ -12,17 +12,17 @@ from typing import Annotated
 import tyro
 from rich.table import Table as TextTable
 
-from ceca.catalogue import Catalogue
+from ceca.data.store import Store
+from ceca.data.tables import list_images
 from ceca.datasets.images import open_image
-from ceca.edition import Edition
 from ceca.errors import UserError
-from ceca.facets import parse_conditions
-from ceca.gallery import Searcher
-from ceca.ranking import Hit
-from ceca.report import RankedList, draw_ranked_lists
-from ceca.samples import list_images
-from ceca.store import Store
-from jobs import stages
+from ceca.report.figures import RankedList, draw_ranked_lists
+from ceca.search.catalogue import Catalogue
+from ceca.search.edition import Edition
+from ceca.search.facets import parse_conditions
+from ceca.search.gallery import Searcher
+from ceca.search.ranking import Hit
+from jobs.runtime import stages
 
 
 def search(

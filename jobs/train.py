@@ -30,17 +30,17 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ceca.commandline import parse_arguments
 from ceca.config import TrainConfig, to_mapping
-from ceca.devices import gpus_there
+from ceca.data.schema import SCHEMA_VERSION
+from ceca.data.store import Manifest, Reject, Store, StoreError, version_of
+from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs, shuffled_captions
+from ceca.environment import gpus_there
 from ceca.errors import UserError
 from ceca.model.backbone import count_tokens, tokenize
-from ceca.model.published import PublishedModel, find_model
+from ceca.model.registry import PublishedModel, find_model
 from ceca.model.weights import publish_model
-from ceca.samples import ImageRow, add_summaries, list_images, make_pairs, shuffled_captions
-from ceca.schema import SCHEMA_VERSION
-from ceca.store import Manifest, Reject, Store, StoreError, version_of
-from jobs import stages
-from jobs.train_data import Run, TrainingSet, load_images
-from jobs.train_worker import train_worker
+from jobs.runtime import stages
+from jobs.training.data import Run, TrainingSet, load_images
+from jobs.training.worker import train_worker
 
 WHOLE = "whole.json"  # in a run's folder, once its training has ended
 

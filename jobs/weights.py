@@ -13,12 +13,12 @@ from typing import Annotated, Any
 import tyro
 
 from ceca.config import LossConfig, ModelConfig, TrainConfig, to_mapping
+from ceca.data.store import Store
 from ceca.errors import UserError
-from ceca.model.checkpoints import export_clip, import_checkpoint
-from ceca.model.published import PublishedModel, find_model
+from ceca.model.foreign import export_clip, import_checkpoint
+from ceca.model.registry import PublishedModel, find_model
 from ceca.model.weights import load_model, publish_model, serialize
-from ceca.store import Store
-from jobs import stages
+from jobs.runtime import stages
 
 Data = Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")]
 

@@ -18,9 +18,9 @@ from ray import serve
 
 from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
-from ceca.edition import find_edition
+from ceca.data.store import Store
 from ceca.errors import UserError
-from ceca.store import Store
+from ceca.search.edition import find_edition
 from serve.app import QUIET, application
 from serve.proxy import ENVIRONMENT
 

@@ -18,12 +18,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
 
-from ceca.catalogue import Catalogue, Picture
 from ceca.config import ServeConfig
+from ceca.data.schema import NOBODY
 from ceca.datasets.images import check_image
-from ceca.edition import Edition
-from ceca.ranking import Hit
-from ceca.schema import NOBODY
+from ceca.search.catalogue import Catalogue, Picture
+from ceca.search.edition import Edition
+from ceca.search.ranking import Hit
 from serve.access import Gate, Refusal, Scope, audit, hashed
 from serve.refusals import NotFound, Overloaded, add_handlers, problem, refused, told, unavailable
 from serve.schema import (

@@ -30,17 +30,17 @@ from ray.serve.schema import LoggingConfig
 
 from ceca.commandline import load_recipe
 from ceca.config import ServeConfig, from_mapping
+from ceca.data.store import Store
 from ceca.datasets.images import decode_image
-from ceca.devices import gpus_there
-from ceca.edition import Edition, find_edition
+from ceca.environment import gpus_there
 from ceca.errors import UserError
-from ceca.facets import Facets, open_facets
-from ceca.gallery import Gallery, embed_images, embed_texts, open_gallery
 from ceca.model.ceca import CECA
 from ceca.model.weights import load_weights
-from ceca.ranking import Candidates
-from ceca.store import Store
-from ceca.topk import FEW
+from ceca.search.edition import Edition, find_edition
+from ceca.search.facets import Facets, open_facets
+from ceca.search.gallery import Gallery, embed_images, embed_texts, open_gallery
+from ceca.search.ranking import Candidates
+from ceca.search.topk import FEW
 from serve.access import read_keys
 from serve.batches import Batches, by_kind
 from serve.held import Held

@@ -19,16 +19,16 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from ceca.catalogue import Catalogue, Picture
 from ceca.config import ServeConfig
+from ceca.data.erase import hide, pending_erasures, waiting_image
+from ceca.data.store import Store, StoreError, version_of
+from ceca.data.tables import read_vocabulary, removed_images
 from ceca.dialogue.attributes import attributes_of
-from ceca.edition import Edition, find_edition
-from ceca.erase import hide, pending_erasures, waiting_image
 from ceca.errors import UserError
-from ceca.questions import beliefs, next_question, wording
-from ceca.ranking import Candidates, Hit, rank
-from ceca.samples import read_vocabulary, removed_images
-from ceca.store import Store, StoreError, version_of
+from ceca.search.catalogue import Catalogue, Picture
+from ceca.search.edition import Edition, find_edition
+from ceca.search.questions import beliefs, next_question, wording
+from ceca.search.ranking import Candidates, Hit, rank
 from serve.access import AUDIT, Gate, Key
 from serve.api import Explained, Found, make_api
 from serve.batches import Batches

@@ -3,9 +3,9 @@
 What is acknowledged is in the store first, so that nothing is lost with a process:
 
     arrivals/<image id>-<request>.json    acknowledged, not yet searchable: the image and what was said of it
-    added/<digest>/                       searchable (`ceca.edition`)
+    added/<digest>/                       searchable (`ceca.search.edition`)
     failed/<image id>.json                why an image could not be added
-    removed/<name>.json                   out of every search (`ceca.erase`); erased everywhere by this deployment
+    removed/<name>.json                   out of every search (`ceca.data.erase`); erased everywhere by this deployment
 
 Each step leaves the store so that the next start goes on from it, and may be done twice.
 """
@@ -29,18 +29,18 @@ import pyarrow.parquet as pq
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from ceca import schema
 from ceca.config import DialogueConfig, ServeConfig, from_mapping
+from ceca.data import schema
+from ceca.data.erase import Busy, erase, finish, pending_erasures, undisturbed, waiting_image
+from ceca.data.lease import Holders, LeaseError
+from ceca.data.store import Store
+from ceca.data.tables import removed_images
 from ceca.datasets.images import open_image
 from ceca.dialogue.conversation import DialogueError, Subject
-from ceca.edition import ADDED, Edition, find_edition, read_added, write_added
-from ceca.erase import Busy, erase, finish, pending_erasures, undisturbed, waiting_image
 from ceca.errors import UserError
-from ceca.lease import Holders, LeaseError
-from ceca.samples import removed_images
-from ceca.store import Store
+from ceca.search.edition import ADDED, Edition, find_edition, read_added, write_added
+from serve.describer import Questioner
 from serve.metrics import Metrics
-from serve.questioner import Questioner
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from ceca.data.store import StoreError
 from ceca.datasets.images import ImageError
 from ceca.errors import UserError
-from ceca.facets import FacetError
-from ceca.store import StoreError
+from ceca.search.facets import FacetError
 from serve.access import Refusal
 from serve.schema import Refused
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ceca.config import OracleConfig
+from ceca.data.schema import image_id as key_of
 from ceca.dialogue.attributes import UNKNOWN, Choices
 from ceca.dialogue.conversation import QUESTIONS, Answer, DialogueError, EngineError, Subject, Turn
-from ceca.schema import image_id as key_of
 
 log = logging.getLogger(__name__)
 

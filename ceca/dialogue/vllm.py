@@ -22,10 +22,10 @@ from PIL import Image
 
 from ceca.config import VLLMConfig
 from ceca.datasets.images import ImageError, open_image
-from ceca.devices import gpus_there
 from ceca.dialogue.attributes import Choices, json_schema
 from ceca.dialogue.conversation import Answer, DialogueError, EngineDied, EngineError, Subject, Turn, one_line
-from ceca.dialogue.models import fetch_model
+from ceca.dialogue.fetch import fetch_model
+from ceca.environment import gpus_there
 
 CONVERSATIONS_KEPT = 512  # those in flight, whose next turns continue them
 ANSWER_HERE = "\u2603answer\u2603"  # stands for the last answer where only what follows it is wanted

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ceca.config import ModelConfig, from_mapping, to_mapping
+from ceca.data.schema import SCHEMA_VERSION
+from ceca.data.store import Store, StoreError
 from ceca.model.backbone import Backbone, WeightsError
 from ceca.model.ceca import CECA
-from ceca.model.published import PublishedModel, locate, require_model
-from ceca.schema import SCHEMA_VERSION
-from ceca.store import Store, StoreError
+from ceca.model.registry import PublishedModel, locate, require_model
 
 # What OpenAI's files carry besides weights, and the scale that nothing here uses.
 NOT_WEIGHTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")

@@ -18,7 +18,7 @@ from ceca.config import (
     from_mapping,
     to_mapping,
 )
-from ceca.store import version_of
+from ceca.data.store import version_of
 
 BENCHMARKS = ("cuhk_pedes", "icfg_pedes", "rstpreid", "tiny")
 METHODS = sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))

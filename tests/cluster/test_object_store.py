@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ceca.store import Store, StoreError
+from ceca.data.store import Store, StoreError
 
 
 def test_a_store_on_s3_reads_what_it_wrote(s3_environment):

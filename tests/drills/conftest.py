@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ceca.model.published import find_model
-from ceca.store import Store
+from ceca.data.store import Store
+from ceca.model.registry import find_model
 from tests.conftest import Command
 
 RECIPE = "tests/drills/oracle.yaml"

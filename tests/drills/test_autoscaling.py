@@ -21,12 +21,12 @@ import pytest
 import s3fs
 from PIL import Image
 
-from ceca.client import Client
+from ceca.data.store import Store
 from ceca.dialogue.tiny import make_tiny_vlm
-from ceca.edition import find_edition
-from ceca.store import Store
+from ceca.search.edition import find_edition
 from cluster import local
 from cluster.object_store import free_port
+from serve.client import Client
 from tests.conftest import REPOSITORY, finish
 from tests.drills.conftest import submit
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ceca.store import Store
+from ceca.data.store import Store
 from cluster import local
 from tests.conftest import REPOSITORY, finish
 from tests.drills.conftest import AT_WORK, RECIPE, assert_same, result, submit, wait_for

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from ceca.store import Store
+from ceca.data.store import Store
 from tests.conftest import REPOSITORY
 from tests.drills.conftest import AT_WORK, RECIPE, assert_same, result, wait_for
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ceca.store import Store
+from ceca.data.store import Store
 from cluster.object_store import S3Server
 from tests.conftest import Command
 from tests.drills.conftest import RECIPE, assert_same, result

@@ -16,13 +16,13 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from ceca.config import DialogueConfig, OpenAIConfig, OracleConfig, to_mapping
+from ceca.data.store import Store
+from ceca.data.tables import list_images
 from ceca.dialogue.attributes import UNKNOWN
 from ceca.dialogue.conversation import EngineError
 from ceca.errors import UserError
-from ceca.samples import list_images
-from ceca.store import Store
 from jobs.dialogue import dialogue
-from jobs.dialogue_worker import DialogueWorker
+from jobs.dialogues.worker import DialogueWorker
 from tests.endpoint import ChatServer, completion, digest_of
 
 IMAGES = 24

@@ -22,12 +22,12 @@ import ray
 from PIL import Image
 
 from ceca.config import VLLMConfig
+from ceca.data.store import Manifest, Store
 from ceca.datasets.drawn import draw_dataset
 from ceca.dialogue.conversation import Dialogue, Subject, converse
 from ceca.dialogue.supervised import Supervised
 from ceca.dialogue.tiny import make_tiny_vlm
 from ceca.dialogue.vllm import VLLMEngine
-from ceca.store import Manifest, Store
 from tests.conftest import REPOSITORY, finish
 from tests.endpoint import ChatServer, Describer
 

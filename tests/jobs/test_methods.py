@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ceca.data.store import Store
 from ceca.datasets.drawn import draw_dataset
 from ceca.model.weights import load_model
-from ceca.store import Store
 from jobs.compare import summarise
 from tests.conftest import REPOSITORY
 

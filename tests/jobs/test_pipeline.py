@@ -18,18 +18,18 @@ import ray
 import torch
 
 from ceca.config import TrainConfig
-from ceca.edition import find_edition
+from ceca.data.store import Receipt, Store
+from ceca.data.tables import list_images
 from ceca.errors import UserError
-from ceca.gallery import Searcher, open_gallery
-from ceca.model.published import find_model
+from ceca.model.registry import find_model
 from ceca.model.weights import load_model
-from ceca.samples import list_images
-from ceca.store import Receipt, Store
+from ceca.search.edition import find_edition
+from ceca.search.gallery import Searcher, open_gallery
 from jobs import evaluate
 from jobs.index import SMALL_PARTS, reuse
 from jobs.remove import remove
 from jobs.report import report_attributes, report_omega, report_ranked, report_significance
-from jobs.report_page import report_page
+from jobs.reports.page import report_page
 from jobs.train import train
 from tests.conftest import REPOSITORY
 from tests.jobs.test_stages import SMALL, digests, kill_after_some_units

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ceca.data.store import Store
 from ceca.dialogue.conversation import QUESTIONS
 from ceca.dialogue.tiny import make_tiny_vlm
-from ceca.store import Store
 from jobs.report import describe, report_dialogues
 from tests.conftest import finish
 

@@ -24,8 +24,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ceca.model.published import find_model
-from ceca.store import Store
+from ceca.data.store import Store
+from ceca.model.registry import find_model
 from tests.conftest import REPOSITORY, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

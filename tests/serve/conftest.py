@@ -19,9 +19,9 @@ from fastapi import Request
 from ray import serve as ray_serve
 
 from ceca.config import DialogueConfig, OpenAIConfig, ServeConfig, to_mapping
-from ceca.edition import find_edition
-from ceca.gallery import Searcher
-from ceca.store import Store
+from ceca.data.store import Store
+from ceca.search.edition import find_edition
+from ceca.search.gallery import Searcher
 from cluster.object_store import free_port
 from serve.app import QUIET, application
 from serve.proxy import ENVIRONMENT

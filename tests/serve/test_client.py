@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from ceca import schema
-from ceca.client import Answer, Client, ClientError, Hit, Job, Ready
+from ceca.data import schema
 from ceca.datasets.images import check_image
 from ceca.errors import UserError
+from serve.client import Answer, Client, ClientError, Hit, Job, Ready
 from tests.serve.conftest import ROOT, TEXT_LIMIT, TOP_K_LIMIT, Changing, Running
 from tests.serve.dataset import COLOURS, QUERY, draw_person, summarize
 from tests.serve.test_changes import picture

@@ -22,11 +22,11 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from ceca.client import Client
 from ceca.config import ServeConfig, from_mapping
-from ceca.store import Store
+from ceca.data.store import Store
 from cluster.object_store import free_port
 from serve.app import build
+from serve.client import Client
 from serve.proxy import ENVIRONMENT
 from tests.serve.conftest import COUNT, ROOT
 from tests.serve.dataset import QUERY

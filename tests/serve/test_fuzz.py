@@ -30,9 +30,9 @@ from schemathesis.core.transport import Response
 from schemathesis.engine import Status, events, from_schema
 from schemathesis.schemas import BaseSchema
 
-from ceca import schema as tables
 from ceca.config import DialogueConfig, OpenAIConfig, ServeConfig, to_mapping
-from ceca.store import Store
+from ceca.data import schema as tables
+from ceca.data.store import Store
 from serve.access import Gate, Key
 from serve.api import HEADERS_LIMIT, make_api
 from serve.app import GallerySearch, QueryEncoder

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import ray
 
-from ceca import schema
+from ceca.data import schema
 from tests.serve.conftest import Running
 from tests.serve.dataset import QUERY
 

@@ -12,11 +12,11 @@ import pytest
 import ray
 from PIL import Image
 
-from ceca import schema
-from ceca.catalogue import Catalogue
+from ceca.data import schema
+from ceca.data.store import Store
 from ceca.datasets.images import mime_type
-from ceca.edition import find_edition
-from ceca.store import Store
+from ceca.search.catalogue import Catalogue
+from ceca.search.edition import find_edition
 from tests.serve.conftest import TEXT_LIMIT, TOP_K_LIMIT, Running
 from tests.serve.dataset import COLOURS, QUERY, draw_person, summarize
 
@@ -267,7 +267,7 @@ def test_an_answer_brings_those_that_agree_to_the_front(running: Running) -> Non
 
 def test_pictures_are_kept_up_to_a_size(people: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {number: len(draw_person(number)) for number in range(16)}
-    monkeypatch.setattr("ceca.catalogue.CACHE_BYTES", sizes[0] + sizes[1] + 1)
+    monkeypatch.setattr("ceca.search.catalogue.CACHE_BYTES", sizes[0] + sizes[1] + 1)
     catalogue = Catalogue(find_edition(people))
     ids = [schema.image_id(f"{number:04d}.jpg") for number in range(3)]
     for image_id in (*ids[:2], ids[0], ids[2]):

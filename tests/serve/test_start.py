@@ -15,8 +15,8 @@ import httpx
 import pytest
 from ray import serve as ray_serve
 
+from ceca.data.store import Store
 from ceca.errors import UserError
-from ceca.store import Store
 from cluster.object_store import free_port
 from serve.app import build
 from tests.serve.conftest import ROOT

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ceca.data.store import Store
 from ceca.dialogue.conversation import EngineError
-from ceca.dialogue.models import CACHE, fetch_model
-from ceca.store import Store
+from ceca.dialogue.fetch import CACHE, fetch_model
 
 
 @pytest.fixture

@@ -1,0 +1,154 @@
+"""What is known of an edition's images besides their embeddings: pictures, dialogues, facets. Looked up by image id.
+
+Ids are kept as 64-bit numbers and texts as Arrow columns, so that a million images take hundreds of megabytes and not
+gigabytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import pyarrow as pa
+
+from ceca.data.store import StoreError
+from ceca.datasets.images import mime_type
+from ceca.search.edition import Edition, read_added
+from ceca.search.facets import Facets, open_facets
+
+CACHE_BYTES = 64 * 1024 * 1024  # of encoded images in one process: a few thousand pedestrian crops
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image as it came: encoded bytes, media type, and the tag that names this content."""
+
+    content: bytes
+    media_type: str
+    etag: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """A dialogue: its turns (question, answer) and summary."""
+
+    turns: list[tuple[str, str]]
+    summary: str
+
+
+class Index:
+    """Row numbers by image id; ids are 16 hex digits."""
+
+    def __init__(self, ids: pa.ChunkedArray | list[str]):
+        # Of an image that is there twice, the first one counts.
+        numbers = np.array([int(image_id, 16) for image_id in _listed(ids)], dtype=np.uint64)
+        self.order = np.argsort(numbers, kind="stable")
+        self.sorted = numbers[self.order]
+
+    def __len__(self) -> int:
+        return len(self.sorted)
+
+    def row(self, image_id: str) -> int | None:
+        number = np.uint64(int(image_id, 16))
+        place = int(np.searchsorted(self.sorted, number))
+        return int(self.order[place]) if place < len(self.sorted) and self.sorted[place] == number else None
+
+
+def _listed(ids: pa.ChunkedArray | list[str]) -> list[str]:
+    return ids if isinstance(ids, list) else ids.to_pylist()
+
+
+class Catalogue:
+    """Pictures, dialogues and facets of an edition's images, and of no others. Methods block and may run in threads."""
+
+    def __init__(self, edition: Edition):
+        self.edition = edition
+        store = self.store = edition.store
+        self.images = edition.manifest("images")
+        added = edition.read_added(["image_id"])
+        indexed = store.read(edition.manifest("gallery"), ["image_id"])["image_id"].to_pylist()
+        listed = indexed + [name for table in added for name in table["image_id"].to_pylist()]
+        self.ids = sorted(set(listed) - edition.removed_ids)
+        self.known = Index(self.ids)
+        # Where pictures are: rows of the images table, after them rows of each object that was added.
+        stored = store.read(self.images, ["image_id"])["image_id"].to_pylist()
+        sizes = [*(part.rows for part in self.images.parts), *map(len, added)]
+        self.starts = np.cumsum([0, *sizes])
+        self.pictured = Index(stored + [name for table in added for name in table["image_id"].to_pylist()])
+        told = edition.told()
+        columns = ["image_id", "turns", "summary"]
+        tables = [store.read(told, columns)] if told else []
+        self.dialogues = pa.concat_tables([*tables, *edition.read_added(columns)]) if tables or added else None
+        self.described = Index(self.dialogues["image_id"] if self.dialogues else [])
+        self._cache: OrderedDict[str, Picture] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def facets(self) -> Facets:
+        """Of the images in the order of `ids`."""
+        return open_facets(self.edition, self.ids)
+
+    def __contains__(self, image_id: str) -> bool:
+        return self.known.row(image_id) is not None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def summary(self, image_id: str) -> str | None:
+        row = self.described.row(image_id)
+        return None if row is None or self.dialogues is None else self.dialogues["summary"][row].as_py()
+
+    def told(self, image_id: str) -> Told | None:
+        """The dialogue about an image, if there was one."""
+        row = self.described.row(image_id)
+        if row is None or self.dialogues is None:
+            return None
+        turns = self.dialogues["turns"][row].as_py() or []
+        return Told([(turn["question"], turn["answer"]) for turn in turns], self.dialogues["summary"][row].as_py())
+
+    def cached(self, image_id: str) -> Picture | None:
+        """A picture if it is at hand; never blocks for long."""
+        with self._lock:
+            picture = self._cache.get(image_id)
+            if picture is not None:
+                self._cache.move_to_end(image_id)
+            return picture
+
+    def picture(self, image_id: str) -> Picture | None:
+        """The picture of an image; None where the edition has no such image.
+
+        Raises:
+            StoreError: the images table cannot be read.
+        """
+        picture = self.cached(image_id)
+        row = self.pictured.row(image_id) if image_id in self else None
+        if picture is not None or row is None:
+            return picture
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        place = row - int(self.starts[part])
+        try:
+            if part < len(self.images.parts):
+                content = self.store.take(self.images, [(part, place)], ["image"])["image"][0].as_py()
+            else:
+                name = self.edition.added[part - len(self.images.parts)]
+                content = read_added(self.store, self.edition.digest, name, ["image"])["image"][place].as_py()
+        except FileNotFoundError:
+            raise StoreError(f"a part of {self.store.place('images')} that holds {image_id} is gone") from None
+        picture = Picture(content, mime_type(content), f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        self._keep(image_id, picture)
+        return picture
+
+    def _keep(self, image_id: str, picture: Picture) -> None:
+        with self._lock:
+            if image_id in self._cache:
+                return
+            self._cache[image_id] = picture
+            self._cached_bytes += len(picture.content)
+            while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached_bytes -= len(oldest.content)

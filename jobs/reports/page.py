@@ -1,0 +1,205 @@
+"""All of a dataset's figures and tables in one HTML file, with each figure beside it as PNG and SVG."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ceca.config import EvaluateConfig, Split
+from ceca.data.store import Store
+from ceca.errors import UserError
+from ceca.model.registry import find_model, list_models, require_model
+from ceca.report.figures import draw_comparison
+from ceca.report.html import paragraph, picture, table, write_page
+from jobs import report
+from jobs.evaluate import METRICS, SIMILARITIES, evaluate
+from jobs.runtime import stages
+
+Section = tuple[str, list[str]]
+
+
+class Figures:
+    """Draws each figure as PNG and SVG in a folder; the page takes the one that suits it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, draw: Callable[[Path], Any], description: str, *, photographs: bool = False) -> str:
+        draw(self.folder / name)  # without a suffix: both
+        return picture(self.folder / f"{name}{'.png' if photographs else '.svg'}", description)
+
+
+def report_page(
+    data: Annotated[str, tyro.conf.arg(help="dataset URI")],
+    models: Annotated[tuple[str, ...], tyro.conf.arg(help="published models; default: all of this dataset")] = (),
+    split: Annotated[Split, tyro.conf.arg(help="the split to evaluate")] = "test",
+    omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
+    folder: Annotated[Path, tyro.conf.arg(help="where index.html and the figures are put")] = Path("report"),
+    seed: Annotated[int, tyro.conf.arg(help="chooses the samples that are shown")] = 0,
+) -> Path:
+    """Everything about a dataset and its models in one HTML file."""
+    store = Store(data)
+    names = models or tuple(name for name in list_models(store) if find_model(store, name))
+    if not names:
+        raise UserError(f"{store.uri} has no published model to report on; run the stage `train` first")
+    if not 0 <= omega <= 1:
+        raise UserError(f"--omega must be between 0 and 1, found {omega}")
+    figures = Figures(folder)
+    results = {name: evaluate(data, EvaluateConfig(model=name, split=split, omega=omega)) for name in names}
+    best = max(names, key=lambda name: results[name]["metrics"]["fused"]["rsum"])
+    other = next((name for name in names if name != best), None)
+    pair = tuple(name for name in (other, best) if name)
+    sections: list[Section] = [
+        ("Results", _results(results, omega)),
+        ("Local and global similarity", _omega(figures, data, names, split)),
+        ("Ranked lists", _ranked(figures, data, pair, split, omega, seed)),
+        *_attributes(figures, store, best, split, omega),
+        ("Training", _training(figures, store, names)),
+        ("Dataset", _dataset(figures, store, data)),
+        *_samples(figures, store, data, seed),
+    ]
+    if other:
+        sections[0][1].append(_significance(data, (other, best), split))
+    sections[0][1].extend(_comparisons(figures, store))
+    first = results[best]
+    lead = (
+        f"Split {split}: {first['queries']:,} sentences, {first['gallery']:,} images. Best by Rsum: {best}. "
+        f"{store.uri}, {time.strftime('%Y-%m-%d')}."
+    )
+    out = write_page("Text-to-image person retrieval", lead, sections, folder / "index.html")
+    stages.console.print(f"report: {len(names)} models → {out} ({out.stat().st_size / 1e6:.1f} MB, complete in itself)")
+    return out
+
+
+def _row(name: str, metrics: dict[str, float]) -> list[str]:
+    return [name, *(f"{metrics[key]:.2f}" for key in METRICS)]
+
+
+def _results(results: dict[str, Any], omega: float) -> list[str]:
+    headings = ["", *METRICS.values()]
+    parts = []
+    for key, title in (("metrics", "Text to image"), ("image_to_text", "Image to text")):
+        rows = [_row(name, found[key]["fused"]) for name, found in results.items()]
+        chance = next(iter(results.values()))[key]["chance"]
+        parts.append(table(f"{title}, ω = {omega:g}, percent", headings, [*rows, _row("chance", chance)], best=True))
+    rows = [
+        _row(f"{name}, {similarity}", found["metrics"][similarity])
+        for name, found in results.items()
+        for similarity in SIMILARITIES
+    ]
+    return [*parts, table("Text to image by similarity, percent", headings, rows)]
+
+
+def _significance(data: str, models: tuple[str, str], split: Split) -> str:
+    found = report.report_significance(data, models, split)
+    rows = [
+        [label, f"{made.mean:+.2f}", f"{made.low:+.2f} … {made.high:+.2f}", f"{made.p:.4f}"]
+        for label, made in found.items()
+    ]
+    caption = f"{models[1]} minus {models[0]}: paired bootstrap over the people asked for"
+    return table(caption, ["", "difference", "95 % interval", "p"], rows)
+
+
+def _comparisons(figures: Figures, store: Store) -> list[str]:
+    """The tables that `ceca compare` left: several seeds of each method."""
+    parts = []
+    for number, name in enumerate(store.names("comparisons")):
+        made: dict[str, Any] = store.read_json("comparisons", name) or {}
+        rows = [
+            [method, *(f"{row[key][0]:.2f} ± {row[key][1]:.2f}" for key in METRICS)]
+            for method, row in made["summary"].items()
+        ]
+        caption = f"{made['recipe']}, split {made['split']}, {made['seeds']} seeds: mean ± deviation, percent"
+        draw = functools.partial(draw_comparison, made["summary"])
+        parts.append(table(caption, ["method", *METRICS.values()], rows, best=True))
+        parts.append(figures.add(f"comparison-{number}", draw, caption))
+    return parts
+
+
+def _omega(figures: Figures, data: str, models: tuple[str, ...], split: Split) -> list[str]:
+    curves: dict[str, dict[float, tuple[float, float]]] = {}
+
+    def draw(out: Path) -> None:
+        curves.update(report.report_omega(data, models, split, picture=out))
+
+    shown = figures.add("omega", draw, "Rank-1 and Rsum by ω")
+    words = []
+    for name, curve in curves.items():
+        (first, (rank1, _)), (second, (_, rsum)) = (max(curve.items(), key=lambda p: p[1][i]) for i in (0, 1))
+        inside = "inside the range: both similarities help" if 0 < first < 1 else "at an end: one similarity is enough"
+        words.append(
+            paragraph(
+                f"{name}: Rank-1 peaks at ω = {first:g} ({rank1:.2f}), {inside}; Rsum at {second:g} ({rsum:.2f})."
+            )
+        )
+    return [*words, shown]
+
+
+def _ranked(figures: Figures, data: str, models: tuple[str, ...], split: Split, omega: float, seed: int) -> list[str]:
+    words = "Framed green: the person described."
+    if len(models) == 2:
+        words = (
+            f"The same sentences asked of {models[0]} and {models[1]}, drawn at random among those where exactly one "
+            "of them is right at rank 1 (others where there are too few). " + words
+        )
+
+    def draw(out: Path) -> None:
+        report.report_ranked(data, models, split, omega=omega, seed=seed, picture=out)
+
+    return [paragraph(words), figures.add("ranked", draw, "Ranked lists", photographs=True)]
+
+
+def _attributes(figures: Figures, store: Store, model: str, split: Split, omega: float) -> list[Section]:
+    if store.manifest("attributes") is None:
+        return []
+    words = (
+        f"Where {model} errs. An attribute whose bar ends near the mark of any stranger is not looked at; one with a "
+        "short bar is right even where the person is not."
+    )
+
+    def draw(out: Path) -> None:
+        report.report_attributes(store.uri, model, split, omega=omega, picture=out)
+
+    return [("Errors by attribute", [paragraph(words), figures.add("attributes", draw, "Errors by attribute")])]
+
+
+def _training(figures: Figures, store: Store, models: tuple[str, ...]) -> list[str]:
+    own = tuple(name for name in models if "history" in require_model(store, name).training)
+    if not own:
+        return [paragraph("These models were not trained here.")]
+
+    def draw(out: Path) -> None:
+        report.report_training(store.uri, own, picture=out)
+
+    return [figures.add("training", draw, "Loss by step and validation by epoch")]
+
+
+def _dataset(figures: Figures, store: Store, data: str) -> list[str]:
+    counts: dict[str, list[int]] = {}
+
+    def draw(out: Path) -> None:
+        counts.update(report.report_statistics(data, picture=out))
+
+    shown = figures.add("statistics", draw, "Images of a person, words of a caption, tokens of a summary")
+    rows = [[split, *(f"{number:,}" for number in numbers)] for split, numbers in counts.items()]
+    reasons = Counter((row["stage"], row["reason"]) for row in store.rejects().to_pylist())
+    rejected = [[stage, reason, f"{count:,}"] for (stage, reason), count in sorted(reasons.items())]
+    parts = [table("What there is", ["split", "people", "images", "captions"], rows), shown]
+    if rejected:
+        parts.append(table("Rows that a stage could not use", ["stage", "reason", "rows"], rejected))
+    return parts
+
+
+def _samples(figures: Figures, store: Store, data: str, seed: int) -> list[Section]:
+    if store.manifest("dialogues") is None:
+        return []
+    out = figures.folder / "samples.png"  # drawn as pixels; there is no SVG of it
+    report.report_dialogues((data,), out, seed=seed)
+    return [("Images, captions and summaries", [picture(out, "Images with their caption and summary")])]

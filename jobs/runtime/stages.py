@@ -1,0 +1,393 @@
+"""How a stage runs on Ray: numbered units of work, each done exactly once, then one atomic publication.
+
+A stage says what its units are and gives a worker class. Ray Data runs the workers; each reads its unit's input
+from the store and writes its output there, so no row passes through the driver. A finished unit leaves a
+receipt, and a stage started again skips those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ceca.data.erase import ERASING
+from ceca.data.lease import Holders, Lease, holding
+from ceca.data.store import Manifest, Receipt, Reject, Store
+from ceca.errors import UserError
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
+
+# What Ray's own processes would print among a stage's lines, unless it is set otherwise.
+WORKERS = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "PYTHONWARNINGS": "ignore",  # of libraries about other libraries
+}
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+@dataclasses.dataclass
+class Output:
+    """What one unit of work came to: rows per table, rejected rows, and sums for the summary."""
+
+    tables: dict[str, pa.Table]
+    rejects: list[Reject] = dataclasses.field(default_factory=list)
+    counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Worker(Protocol):
+    """Does a unit of work. A UserError it raises ends the stage; a bad row is a Reject."""
+
+    def __call__(self, work: Any) -> Output: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that decides a stage's result, and how it is cut up."""
+
+    stage: str
+    version: str
+    tables: tuple[str, ...]  # published in this order: the one that readers look at last
+    units: Sequence[Any]  # JSON values
+    sizes: Sequence[int]  # rows per unit, for the progress display
+    worker: Callable[..., Worker]
+    arguments: Mapping[str, Any]  # of the worker's constructor
+    made_from: Mapping[str, str]
+    config: Mapping[str, Any]
+    rejects: Sequence[Reject] = ()
+    kept: Sequence[Receipt] = ()  # parts of an earlier version that this one has too, before its own
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    progress: Callable[[Mapping[str, float], float], str] | None = None  # words from the sums so far and the seconds
+
+
+@contextlib.contextmanager
+def alone(store: Store, name: str) -> Iterator[Lease]:
+    """While it lasts no other process works on this name (ceca/data/lease.py), and nothing is erased.
+
+    Raises:
+        LeaseError: another one does.
+    """
+
+    def say(words: str) -> None:
+        console.print(f"[yellow]waiting:[/] {words}", highlight=False)
+
+    holders, told = Holders(store), False
+    with holding(store, name, who(), on_lost=interrupt, say=say) as lease:
+        while erasing := holders.of([ERASING]):
+            if not told:
+                say(f"images are erased by {erasing[ERASING]}")
+                told = True
+            time.sleep(1)
+        yield lease
+
+
+def who() -> str:
+    """This process, for others who want what it holds."""
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("metadata", {}).get("job_submission_id", "")
+    return f"{job or 'a command'} (process {os.getpid()} on {socket.gethostname()})"
+
+
+def interrupt() -> None:
+    """As by Ctrl-C, and wherever the main thread waits."""
+    main = threading.main_thread().ident
+    if main is not None:
+        signal.pthread_kill(main, signal.SIGINT)
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (as in `ray job submit`), else start Ray on this machine.
+
+    On one machine the logical CPUs are at least eight, for the trainer's workers hold one each while others
+    decode their images.
+    """
+    if not ray.is_initialized():
+        for name, value in WORKERS.items():
+            os.environ.setdefault(name, value)
+        options: dict[str, Any] = {}
+        if not os.environ.get("RAY_ADDRESS"):
+            options = {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
+        elif JOB_CONFIG not in os.environ:
+            # Workers on other machines reach the object store as this process does.
+            names = [name for name in os.environ if name.startswith("AWS_") or name in WORKERS]
+            options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in names}}
+        else:  # a submitted job brings its own
+            brought = json.loads(os.environ[JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
+            own = {name: os.environ[name] for name in WORKERS if name not in brought}
+            options["runtime_env"] = {"env_vars": own}
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+    quiet()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def quiet() -> None:
+    """Keep Ray's libraries to warnings: a stage reports its own progress."""
+    for name in ("ray.train.v2", "ray.data._internal.execution", "DeepSpeed", "botocore", "aiobotocore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    reports = sys.modules.get("ray.train.v2._internal.execution.context")
+    if reports is not None and reports.__file__:  # Ray names this logger by its file
+        logging.getLogger(reports.__file__).setLevel(logging.WARNING)
+
+
+def run(
+    store: Store,
+    plan: Plan,
+    *,
+    redo: bool,
+    replicas: int,
+    cpus: float,
+    gpus: float = 0,
+    units_at_once: int = 1,
+) -> dict[str, Manifest]:
+    """Do what is left of a plan and publish its tables; nothing where they are published already.
+
+    At most `replicas` workers with so many `cpus` and `gpus` each; with `units_at_once` above 1, a worker is called
+    by as many threads.
+    """
+    if not redo and (there := _published(store, plan)):
+        return there
+    with alone(store, f"{plan.stage}-{plan.version}"):
+        if not redo and (there := _published(store, plan)):  # by another process, a moment ago
+            return there
+        version = plan.version
+        if redo:
+            # A new name beside the published one: readers keep the old until the new is whole, and a --redo that
+            # is killed goes on where it was.
+            repeats = 1
+            while store.manifest(plan.tables[-1], version) is not None:
+                version = f"{plan.version}-{repeats}"
+                repeats += 1
+        if store.manifest(plan.tables[-1], version) is not None:
+            return _restore(store, plan, version)
+        return _make(store, plan, version, replicas=replicas, cpus=cpus, gpus=gpus, units_at_once=units_at_once)
+
+
+def _published(store: Store, plan: Plan) -> dict[str, Manifest] | None:
+    """A plan's tables, where they are the current ones."""
+    found = store.manifest(plan.tables[-1])
+    if found is None or found.version.partition("-")[0] != plan.version:
+        return None
+    console.print(f"{plan.stage}: {store.place(plan.tables[-1])} is published already (--redo makes it again)")
+    return {table: store.current(table) for table in plan.tables}
+
+
+def _make(
+    store: Store, plan: Plan, version: str, *, replicas: int, cpus: float, gpus: float, units_at_once: int
+) -> dict[str, Manifest]:
+    started = time.monotonic()
+    done = store.receipts(plan.stage, version)
+    if done:
+        console.print(f"{plan.stage}: continuing, {len(done)} of {len(plan.units)} parts are there")
+    todo = [unit for unit in range(len(plan.units)) if unit not in done]
+    if todo:
+        connect()
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=min(replicas, len(todo)),
+            max_concurrent_calls_per_actor=units_at_once,
+            enable_true_multi_threading=units_at_once > 1,
+        )
+        _run_units(store, plan, version, todo, pool, cpus=cpus, gpus=gpus)
+    receipts = store.receipts(plan.stage, version)
+    _refuse_empty(store, plan, version, receipts)
+    manifests = store.publish(
+        plan.stage,
+        version,
+        plan.tables,
+        [*plan.kept, *(receipts[unit] for unit in range(len(plan.units)))],
+        made_from=plan.made_from,
+        config=plan.config,
+        rejects=plan.rejects,
+        notes={**plan.notes, "counts": _sum_counts(receipts.values())},
+    )
+    _print_summary(store, plan, manifests, time.monotonic() - started)
+    return manifests
+
+
+def _refuse_empty(store: Store, plan: Plan, version: str, receipts: Mapping[int, Receipt]) -> None:
+    """A stage that rejected every row has met a mistake, not bad rows: nothing is published, and it starts anew."""
+    if not plan.units or plan.kept or any(plan.tables[-1] in receipt.parts for receipt in receipts.values()):
+        return
+    rejects = Counter(f"{reject.reason}: {reject.detail}" for r in receipts.values() for reject in r.rejects)
+    store.remove(".work", plan.stage, version)
+    common = "; ".join(f"{count} x {reason}" for reason, count in rejects.most_common(3))
+    raise UserError(f"{plan.stage}: all {sum(plan.sizes)} rows were rejected and nothing is published; {common}")
+
+
+def _restore(store: Store, plan: Plan, version: str) -> dict[str, Manifest]:
+    """Make an earlier version the current one again: same input and settings as then, so nothing to compute."""
+    console.print(f"{plan.stage}: version {version} was published before and is made current again")
+    manifests = {}
+    for table in (f"rejects/{plan.stage}", *plan.tables):
+        found = store.manifest(table, version)
+        if found is not None:
+            store.write_json(dataclasses.asdict(found), table, "manifest.json")
+            manifests[table] = found
+    return manifests
+
+
+def _run_units(
+    store: Store,
+    plan: Plan,
+    version: str,
+    todo: Sequence[int],
+    pool: ray.data.ActorPoolStrategy,
+    *,
+    cpus: float,
+    gpus: float,
+) -> None:
+    rows = [{"unit": unit, "work": json.dumps(plan.units[unit])} for unit in todo]
+    results = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map(
+            _UnitWorker,
+            fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments)),
+            compute=pool,
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+        )
+        .iter_rows()
+    )
+    total = sum(plan.sizes)
+    finished = total - sum(plan.sizes[unit] for unit in todo)
+    sums: Counter[str] = Counter()
+    started = 0.0
+    with Track(plan.stage, total, finished) as track:
+        for result in results:
+            if result["fatal"]:
+                raise UserError(result["fatal"])
+            counts = json.loads(result["counts"])
+            sums.update(counts)
+            started = started or time.monotonic() - counts.get("engine_busy_s", 0.0)
+            words = [plan.progress(sums, time.monotonic() - started)] if plan.progress else []
+            words += [f"{result['rejects']} rejected"] if result["rejects"] else []
+            track.advance(plan.sizes[result["unit"]], ", ".join(filter(None, words)))
+
+
+class _UnitWorker:
+    """A Ray Data actor: does units with the stage's worker and commits each before the next."""
+
+    def __init__(self, uri: str, stage: str, version: str, make: Callable[..., Worker], arguments: dict[str, Any]):
+        self.store, self.stage, self.version = Store(uri), stage, version
+        self.make, self.arguments = make, arguments
+        self.worker: Worker | None = None
+        self.broken: UserError | None = None
+        self.making = threading.Lock()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        unit = row["unit"]
+        try:
+            output = self._ready()(json.loads(row["work"]))
+            parts = {
+                table: self.store.write_part(table, self.version, unit, rows)
+                for table, rows in output.tables.items()
+                if rows.num_rows
+            }
+            receipt = Receipt(parts, tuple(output.rejects), output.counts)
+            self.store.write_receipt(self.stage, self.version, unit, receipt)
+        except UserError as error:
+            return {"unit": unit, "rejects": 0, "counts": "{}", "fatal": f"{plain(error)}"}
+        return {"unit": unit, "rejects": len(output.rejects), "counts": json.dumps(output.counts), "fatal": ""}
+
+    def _ready(self) -> Worker:
+        """The worker, made at the first unit and not in __init__, where Ray would retry an error that stays."""
+        with self.making:
+            if self.broken is not None:
+                raise self.broken
+            if self.worker is None:
+                try:
+                    self.worker = self.make(**self.arguments)
+                except UserError as error:
+                    self.broken = error
+                    raise
+            return self.worker
+
+
+def plain(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())
+
+
+def _sum_counts(receipts: Any) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for receipt in receipts:
+        for name, count in receipt.counts.items():
+            sums[name] = sums.get(name, 0) + count
+    return sums
+
+
+def _print_summary(store: Store, plan: Plan, manifests: Mapping[str, Manifest], seconds: float) -> None:
+    rejects = manifests[f"rejects/{plan.stage}"]
+    made = ", ".join(f"{manifests[table].rows:,} {table}" for table in plan.tables)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.notes["rejects"].items()))
+    rejected = (
+        f"{rejects.rows} rejected ({reasons}; see {store.place(f'rejects/{plan.stage}')})"
+        if rejects.rows
+        else "none rejected"
+    )
+    console.print(f"{plan.stage}: {made}; {rejected}; {seconds:.1f} s → {store.place(plan.tables[-1])}")
+
+
+class Track:
+    """Progress for a person: a live bar in a terminal, a line every ten seconds in a log file."""
+
+    def __init__(self, title: str, total: int, finished: int = 0, unit: str = "rows"):
+        self.title, self.total, self.finished, self.unit = title, total, finished, unit
+        self.begun, self.first, self.last_line = time.monotonic(), finished, time.monotonic()
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+            self.task = self.bar.add_task(title, total=total, completed=finished, note="")
+
+    def __enter__(self) -> Track:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.finished += amount
+        if self.bar is not None:
+            self.bar.update(self.task, advance=amount, note=note)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= 10 or self.finished >= self.total:
+            self.last_line = now
+            rate = (self.finished - self.first) / max(now - self.begun, 1e-9)
+            left = (self.total - self.finished) / rate if rate else float("inf")
+            end = f", {left:.0f} s left" if self.finished < self.total else ""
+            console.print(f"{self.title}: {self.finished}/{self.total} {self.unit}, {rate:.1f}/s{end} {note}".rstrip())
+
+
+def entry(main: Callable[[], None]) -> None:
+    """Run a command: a UserError is printed alone and exits with 2, an interrupt with 130."""
+    try:
+        main()
+    except UserError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues")
+        sys.exit(130)

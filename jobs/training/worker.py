@@ -1,0 +1,262 @@
+"""What every training worker does: DeepSpeed steps over the global batch, validation, checkpoints.
+
+Checkpoints are taken every so many steps and at every epoch's end, and go to the store while training goes on. One
+carries the number of finished steps, so a worker that starts finds where to go on, in the middle of an epoch too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from torch import Tensor
+
+from ceca.config import TrainConfig
+from ceca.data.store import Store
+from ceca.data.tables import share
+from ceca.errors import UserError
+from ceca.model.backbone import trim
+from ceca.model.ceca import CECA, Features
+from ceca.model.weights import build_model, serialize
+from ceca.training.augment import augment_images, draw, generator, hide_words, mask_words
+from ceca.training.engine import (
+    Progress,
+    load_checkpoint,
+    make_engine,
+    published_state,
+    save_checkpoint,
+    whole_model,
+)
+from ceca.training.precision import BF16Backward, keep_freed_memory
+from ceca.training.step import (
+    better,
+    cawl,
+    gather_features,
+    gather_identities,
+    loss_terms,
+    scaled_loss,
+    world,
+)
+from jobs.runtime import stages
+from jobs.training.data import Run, TrainingSet, stream_batches
+from jobs.training.validate import validate
+from jobs.training.watch import Watch, model_flops_utilisation
+
+SELECTED_BY = ("rank1", "mean_average_precision")
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """The function Ray Train runs on each worker."""
+    run: Run = settings["run"]
+    config = run.config
+    rank, size = world()
+    device = _prepare_device(config, size)
+    samples: TrainingSet = ray.get(run.samples)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model)
+    if {"identity", "words"} & set(config.losses.terms):
+        model.add_heads(samples.identities)
+    steps = len(samples) // config.global_batch
+    scratch = _scratch(run)
+    engine = make_engine(model, config, steps)
+    progress = _resume(engine, config, steps)
+    total = steps * config.epochs
+    if progress.steps < total:
+        watch = Watch(config, Store(run.store_uri), run.run, steps, progress.steps) if rank == 0 else None
+        try:
+            _train(engine, run, progress, steps, device, watch, scratch)
+        finally:
+            if watch is not None:
+                watch.close()
+
+
+def _prepare_device(config: TrainConfig, size: int) -> torch.device:
+    on_gpu = config.gpus_per_worker > 0
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    import deepspeed  # noqa: F401  after the accelerator is chosen
+
+    stages.quiet()
+    if on_gpu:
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    keep_freed_memory()
+    return torch.device("cpu")
+
+
+def _train(
+    engine: Any, run: Run, progress: Progress, steps: int, device: torch.device, watch: Watch | None, scratch: Path
+) -> None:
+    config = run.config
+    batches = stream_batches(config, *world(), run.samples, run.images, progress.steps)
+    engine.train()
+    waited, begun, first = 0.0, time.perf_counter(), progress.steps
+    while progress.steps < steps * config.epochs:
+        before = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - before
+        epoch, step = divmod(progress.steps, steps)
+        features, identities, terms = _train_step(engine, batch, config, epoch, step, device)
+        progress.curve.add(terms)
+        progress.steps += 1
+        ends_epoch = step + 1 == steps
+        if watch is not None and (progress.steps % config.log_every == 0 or ends_epoch or watch.due()):
+            _watch_step(watch, engine, progress, features, identities, config)
+        if ends_epoch:
+            seconds = time.perf_counter() - begun
+            rate = (progress.steps - first) * config.global_batch / seconds
+            record = {
+                "epoch": epoch + 1,
+                **progress.curve.mean(steps),
+                "learning_rate": float(engine.get_lr()[0]),
+                "samples_per_second": rate,
+                "input_wait": waited / seconds,
+                **model_flops_utilisation(config, ray.get(run.samples), rate),
+            }
+            record |= _validate_and_keep_best(engine, run, progress, epoch, device)
+            progress.history.append(record)
+            if watch is not None:
+                watch.epoch(record)
+                watch.point(progress.steps, {f"epoch/{name}": value for name, value in record.items()})
+            waited, begun, first = 0.0, time.perf_counter(), progress.steps
+            engine.train()
+        if ends_epoch or (config.checkpoint_every and progress.steps % config.checkpoint_every == 0):
+            _checkpoint(engine, progress, watch, scratch, last=progress.steps == steps * config.epochs)
+
+
+def _train_step(
+    engine: Any, batch: dict[str, np.ndarray], config: TrainConfig, epoch: int, step: int, device: torch.device
+) -> tuple[Features, Tensor, dict[str, Tensor]]:
+    """One step over the global batch; the features of all workers, their identities, and the losses."""
+    whole = config.global_batch
+    mine = share(*world(), whole)
+    ids = torch.tensor(batch["caption"], dtype=torch.long)
+    source = generator(config.seed, epoch, step)
+    draws = draw(whole, ids.shape[1], source).rows(mine)
+    captions = mask_words(ids, draws, config.augmentation.word_mask)
+    texts, words = [captions], None
+    if config.model.summary_weight > 0:
+        texts.append(torch.tensor(batch["summary"], dtype=torch.long))
+    if "words" in config.losses.terms:
+        words = hide_words(ids, draw(whole, ids.shape[1], source).rows(mine))
+        texts.append(words.ids)
+    trimmed = trim(torch.cat(texts))
+    if words is not None:
+        words = words.trimmed(trimmed.shape[1]).to(device)
+    parts = trimmed.to(device).split(len(ids))
+    images = augment_images(torch.tensor(batch["image"]).to(device), draws, config.augmentation)
+    images = images.to(next(engine.module.parameters()).dtype)
+    own = torch.tensor(batch["identity"]).to(device)
+    labels = own if "identity" in config.losses.terms else None
+    summaries = parts[1] if config.model.summary_weight > 0 else None
+    with BF16Backward() if config.backward == "bf16" else contextlib.nullcontext():
+        own_features = engine(images, parts[0], summaries, labels, words)
+    features = gather_features(own_features, whole)
+    identities = gather_identities(own, whole)
+    terms = loss_terms(features, identities, config.losses)
+    engine.backward(scaled_loss(terms))
+    engine.step()
+    return features, identities, terms
+
+
+@torch.no_grad()
+def _watch_step(
+    watch: Watch, engine: Any, progress: Progress, features: Features, identities: Tensor, config: TrainConfig
+) -> None:
+    """A point of every curve: losses, rates, gates, the weights of CAWL."""
+    last = progress.curve.mean(1)
+    rates = engine.get_lr()
+    values = {f"loss/{name}": value for name, value in last.items()}
+    values |= {"rate/clip": float(min(rates)), "rate/new": float(max(rates))}
+    module: CECA = engine.module
+    for side, mixer in (("image", module.visual_mixer), ("text", module.textual_mixer)):
+        if mixer is not None and mixer.gate.numel():  # ZeRO 3 may hold it elsewhere
+            values[f"gate/{side}"] = float(torch.sigmoid(mixer.gate.float()))
+    if "cawl" in config.losses.terms:
+        _, weights = cawl(features, identities, config.losses)
+        for name, share_below in (("min", 0.0), ("median", 0.5), ("max", 1.0)):
+            values[f"cawl_weight/{name}"] = float(weights.quantile(share_below))
+    watch.point(progress.steps, values)
+    if watch.due():
+        watch.line(progress.steps, last)
+
+
+def _validate_and_keep_best(
+    engine: Any, run: Run, progress: Progress, epoch: int, device: torch.device
+) -> dict[str, float]:
+    """Metrics on the validation images; the best model's weights go to the store from rank 0."""
+    config = run.config
+    last = epoch + 1 == config.epochs
+    validates = run.validation is not None and config.validate_every > 0
+    if not (last or (validates and (epoch + 1) % config.validate_every == 0)):
+        return {}
+    model = whole_model(engine)
+    metrics = validate(model, run, device) if validates else {}
+    if not validates or better(metrics, progress.best, SELECTED_BY):
+        progress.best = {"epoch": epoch + 1, **metrics}
+        if world()[0] == 0:
+            state = {n: v.float() if v.is_floating_point() else v for n, v in published_state(model).items()}
+            Store(run.store_uri).write_bytes(serialize(state), run.run, f"best-{epoch + 1:04d}.safetensors")
+    return {f"val_{name}": value for name, value in metrics.items()}
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+
+def _scratch(run: Run) -> Path:
+    """Where this worker's checkpoints lie until they are uploaded; what a killed one left there goes."""
+    place = Path(tempfile.gettempdir()) / f"ceca-{Path(run.run).name}-worker-{world()[0]}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    return place
+
+
+def _checkpoint(engine: Any, progress: Progress, watch: Watch | None, scratch: Path, *, last: bool) -> None:
+    """Every rank writes its shard here; Ray Train brings them to the store while the next steps run.
+
+    A checkpoint counts once all ranks' parts are there; the last one is waited for.
+    """
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    try:
+        save_checkpoint(engine, progress, folder)
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        free = shutil.disk_usage(scratch).free
+        if free > 2**26:
+            raise
+        raise UserError(
+            f"no room for a checkpoint in {scratch}: {free / 1e6:.0f} MB are left on its disk; make room there, or set "
+            "TMPDIR on the nodes to a larger one"
+        ) from error
+    if watch is not None:
+        watch.save()
+    mode = ray.train.CheckpointUploadMode
+    ray.train.report(
+        progress.history[-1] if progress.history else {},
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=mode.SYNC if last else mode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def _resume(engine: Any, config: TrainConfig, steps: int) -> Progress:
+    """Load the last checkpoint of this run, where there is one."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return Progress()
+    with checkpoint.as_directory() as folder:
+        progress = load_checkpoint(engine, Path(folder), ray.get_runtime_context().get_node_id())
+    if world()[0] == 0:
+        epoch, step = divmod(progress.steps, steps)
+        place = f"after epoch {epoch}" if not step else f"after step {step} of epoch {epoch + 1}"
+        workers = world()[1]
+        moved = f", from {progress.workers} workers to {workers}" if progress.workers != workers else ""
+        print(f"{config.name}: resuming {place} of {config.epochs}{moved}", flush=True)
+    return progress

@@ -1,0 +1,172 @@
+"""The store: publication is atomic, versions are kept, damage and other schemas are told; on disk and on S3."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import uuid
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ceca.data.schema import SCHEMA_VERSION
+from ceca.data.store import ROW_GROUP, Manifest, Receipt, Reject, Store, StoreError, filesystem, version_of
+
+
+@pytest.fixture(params=["path", "file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty dataset, by each kind of URI."""
+    if request.param == "s3":
+        request.getfixturevalue("s3_environment")
+        return Store(f"s3://bucket/{uuid.uuid4().hex}")
+    return Store(str(tmp_path / "data") if request.param == "path" else f"file://{tmp_path}/data")
+
+
+def publish(store: Store, version: str, *parts: list[int], **options) -> Manifest:
+    receipts = []
+    for unit, numbers in enumerate(parts):
+        rows = pa.table({"number": pa.array(numbers, pa.int64()), "text": [f"row {n}" for n in numbers]})
+        receipts.append(Receipt({"things": store.write_part("things", version, unit, rows)}))
+        store.write_receipt("make", version, unit, receipts[-1])
+    return store.publish(
+        "make", version, ["things"], receipts, made_from={"source": "abc"}, config={"x": 1}, **options
+    )["things"]
+
+
+def test_a_published_table_is_read_back_in_order(store: Store):
+    made = publish(store, "v1", [1, 2, 3], [4, 5])
+    manifest = store.current("things")
+    assert manifest == made
+    assert (manifest.rows, manifest.made_from, manifest.config) == (5, {"source": "abc"}, {"x": 1})
+    assert store.read(manifest)["number"].to_pylist() == [1, 2, 3, 4, 5]
+    assert store.read(manifest, ["text"]).column_names == ["text"]
+    assert store.read_part(manifest, 1)["number"].to_pylist() == [4, 5]
+
+
+def test_readers_see_the_old_version_until_the_new_one_is_published(store: Store):
+    publish(store, "v1", [1])
+    rows = pa.table({"number": [2], "text": ["new"]})
+    receipt = Receipt({"things": store.write_part("things", "v2", 0, rows)})
+    assert store.current("things").version == "v1"
+    store.publish("make", "v2", ["things"], [receipt], made_from={}, config={})
+    assert store.read(store.current("things"))["number"].to_pylist() == [2]
+    assert store.read(store.manifest("things", "v1"))["number"].to_pylist() == [1]
+
+
+def test_a_finished_unit_leaves_a_receipt_until_its_table_is_published(store: Store):
+    assert store.receipts("make", "v1") == {}
+    part = store.write_part("things", "v1", 3, pa.table({"number": [1]}))
+    receipt = Receipt({"things": part}, (Reject("a.jpg", "not_an_image", "7 bytes"),), {"tokens": 5})
+    store.write_receipt("make", "v1", 3, receipt)
+    assert store.receipts("make", "v1") == {3: receipt}
+    assert store.receipts("make", "v2") == {}
+    publish(store, "v1", [1])
+    assert store.receipts("make", "v1") == {}
+
+
+def test_rejects_are_published_with_their_stage_and_counted(store: Store):
+    publish(store, "v1", [1], rejects=[Reject("a.jpg", "missing_file", "not there"), Reject("b", "missing_file", "no")])
+    manifest = store.current("rejects/make")
+    assert manifest.notes["rejects"] == {"missing_file": 2}
+    assert store.read(manifest).to_pylist()[0] == {
+        "stage": "make",
+        "key": "a.jpg",
+        "reason": "missing_file",
+        "detail": "not there",
+    }
+
+
+def test_a_damaged_part_is_refused(store: Store):
+    manifest = publish(store, "v1", [1, 2, 3])
+    content = bytearray(store.read_bytes("things", manifest.parts[0].path))
+    content[10] ^= 255
+    store.write_bytes(bytes(content), "things", manifest.parts[0].path)
+    with pytest.raises(StoreError, match=r"part-00000\.parquet is damaged.*--redo"):
+        store.read_part(manifest, 0)
+
+
+def test_a_missing_part_is_told_apart(store: Store):
+    manifest = publish(store, "v1", [1])
+    store.remove("things", manifest.parts[0].path)
+    with pytest.raises(StoreError, match="named by its manifest but missing"):
+        store.read_part(manifest, 0)
+
+
+def test_another_schema_version_is_refused(store: Store):
+    manifest = publish(store, "v1", [1])
+    store.write_json({**dataclasses.asdict(manifest), "schema_version": SCHEMA_VERSION + 1}, "things", "manifest.json")
+    with pytest.raises(StoreError, match=f"has schema version {SCHEMA_VERSION + 1}, this program reads"):
+        store.current("things")
+
+
+def test_a_manifest_that_is_not_json_is_told(store: Store):
+    store.write_bytes(b"{half", "things", "manifest.json")
+    with pytest.raises(StoreError, match=r"things/manifest\.json is not valid JSON"):
+        store.current("things")
+
+
+def test_a_missing_table_names_the_stage_that_makes_it(store: Store):
+    assert store.manifest("captions") is None
+    with pytest.raises(StoreError, match=r"no table 'captions'.*run the stage `ingest` first"):
+        store.current("captions", "ingest")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 3 * ROW_GROUP), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_take_gives_the_rows_asked_for_in_the_order_asked(tmp_path_factory, sizes: list[int], data: st.DataObject):
+    store = Store(str(tmp_path_factory.mktemp("take")))
+    starts = [sum(sizes[:part]) for part in range(len(sizes))]
+    manifest = publish(store, "v1", *(list(range(s, s + n)) for s, n in zip(starts, sizes, strict=True)))
+    places = st.integers(0, len(sizes) - 1).flatmap(lambda p: st.tuples(st.just(p), st.integers(0, sizes[p] - 1)))
+    rows = data.draw(st.lists(places, min_size=1, max_size=20))
+    found = store.take(manifest, rows, ["number"])["number"].to_pylist()
+    assert found == [starts[part] + row for part, row in rows]
+
+
+def test_the_same_description_has_the_same_version_whatever_its_order():
+    assert version_of({"a": 1, "b": [2, 3]}) == version_of({"b": [2, 3], "a": 1})
+    assert version_of({"a": 1}) != version_of({"a": 2})
+
+
+def test_a_writer_that_dies_leaves_the_old_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = Store(str(tmp_path))
+    store.write_bytes(b"old", "object")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StoreError, match=r"cannot write .*object.*the disk is full"):
+        store.write_bytes(b"new", "object")
+    assert store.read_bytes("object") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+
+
+def test_uris_that_cannot_be_used_say_what_can():
+    with pytest.raises(StoreError, match="pass --data"):
+        filesystem("")
+    with pytest.raises(StoreError, match=r"use a folder, file://… or s3://bucket/prefix"):
+        filesystem("gopher://there/data")
+
+
+def test_a_wrong_key_says_which_variables_to_check(s3_environment, monkeypatch: pytest.MonkeyPatch):
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    try:
+        with pytest.raises(StoreError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+            Store("s3://bucket/data").manifest("images")
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_bucket_that_is_not_there_is_one_error(s3_environment):
+    with pytest.raises(StoreError, match="cannot write s3://nowhere/data/object"):
+        Store("s3://nowhere/data").write_bytes(b"x", "object")

@@ -1,0 +1,88 @@
+"""Exact top-k against fp32 over all rows, whatever precision is fastest."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ceca.search import topk
+from ceca.search.topk import top_k
+
+
+def by_hand(rows: torch.Tensor, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None):
+    """fp32 over all rows; of equal similarities the lower row first."""
+    similarity = queries @ rows.float().T
+    if allowed is not None:
+        similarity = similarity.masked_fill(~allowed, -torch.inf)
+    order = torch.sort(similarity, dim=1, descending=True, stable=True).indices[:, :k]
+    return similarity.gather(1, order), order
+
+
+def made(rows: int, queries: int, width: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    centre = torch.randn(1, width, generator=source)
+    made = [centre + spread * torch.randn(count, width, generator=source) for count in (rows, queries)]
+    rows_, queries_ = (torch.nn.functional.normalize(part, dim=1) for part in made)
+    return rows_.half(), queries_
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def matrix_precision(request, monkeypatch):
+    monkeypatch.setattr(topk, "_matrix_precision", lambda: request.param)
+
+
+@pytest.mark.usefixtures("matrix_precision")
+@pytest.mark.parametrize("queries", [1, 3, 4, 70])
+@pytest.mark.parametrize("spread", [1.0, 0.02])  # rows far apart, and so alike that rounding would reorder them
+def test_the_best_rows_are_those_of_fp32(queries: int, spread: float):
+    rows, asked = made(3000, queries, 48, seed=queries, spread=spread)
+    found = top_k([rows[:1000], rows[1000:1001], rows[1001:]], asked, 10, row_norm=1.001)
+    similarity, order = by_hand(rows, asked, 10)
+    torch.testing.assert_close(found.similarity, similarity, rtol=0, atol=1e-6)
+    differs = found.row != order  # only where fp32 itself, summed in another order, does not tell two rows apart
+    assert (found.similarity[differs] - similarity[differs]).abs().max() < 1e-6 if differs.any() else True
+    assert differs.float().mean() < 0.05
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 60), queries=st.integers(1, 6), k=st.integers(1, 70))
+def test_ties_come_in_the_order_of_rows_and_filters_before_the_top_k(seed: int, rows: int, queries: int, k: int):
+    source = torch.Generator().manual_seed(seed)
+    # Multiples of a quarter: every sum is exact, and many are equal.
+    matrix = torch.randint(-2, 3, (rows, 8), generator=source) / 4
+    asked = torch.randint(-2, 3, (queries, 8), generator=source) / 4
+    allowed = torch.rand(rows, generator=source) < 0.5
+    found = top_k([matrix.half()], asked, k, row_norm=2.0, allowed=allowed)
+    similarity, order = by_hand(matrix, asked, min(k, rows), allowed)
+    assert torch.equal(found.similarity, similarity)
+    assert torch.equal(found.row, torch.where(similarity == -torch.inf, -1, order))
+
+
+def test_rows_that_are_all_alike_are_all_compared_again():
+    rows = torch.full((40_000, 4), 0.5).half()
+    rows[39_999] = torch.tensor([0.5, 0.5, 0.5, 0.50048828125])
+    found = top_k([rows], torch.full((5, 4), 0.5), 2, row_norm=1.01)
+    assert found.row.tolist() == [[39_999, 0]] * 5
+
+
+def test_fp16_becomes_bf16_within_the_bound_that_is_counted_on():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = every[every.isfinite() & (every.abs() < 65_280)][None]
+    made = topk._convert(finite, torch.empty(finite.shape, dtype=torch.bfloat16)).float()
+    normal = finite.abs() >= 2.0**-14
+    relative = (made - finite.float()).abs() / finite.float().abs().clamp_min(2.0**-14)
+    assert relative[normal].max() <= topk.ROUNDING[torch.bfloat16]
+    assert (made - finite.float()).abs()[~normal].max() <= 2.0**-15
+
+
+def test_the_threads_of_a_search_leave_torchs_own_number_alone():
+    before = torch.get_num_threads()
+    rows, asked = made(2000, 8, 16, seed=1)
+    top_k([rows], asked, 3, row_norm=1.001)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == before
+    assert torch.get_num_threads() == before

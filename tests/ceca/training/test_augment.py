@@ -1,0 +1,104 @@
+"""Augmentation of pixels and words: what each change does, and that workers share one stream of random numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ceca.config import AugmentationConfig
+from ceca.model.backbone import MASK, tokenize
+from ceca.training.augment import MEAN, STD, augment_images, draw, generator, mask_words, normalize
+
+NONE = AugmentationConfig(flip=0, pad=0, erase=0, word_mask=0)
+IMAGES = torch.randint(0, 256, (6, 12, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_normalisation_is_clips():
+    pixel = torch.tensor([10, 128, 250], dtype=torch.uint8)
+    found = normalize(pixel.expand(1, 2, 2, 3))
+    assert found.shape == (1, 3, 2, 2)
+    expected = [(value / 255 - m) / s for value, m, s in zip(pixel.tolist(), MEAN, STD, strict=True)]
+    assert found[0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_augmentation_pixels_are_only_normalised():
+    torch.testing.assert_close(augment_images(IMAGES, draw(6, 5, generator(1)), NONE), normalize(IMAGES))
+
+
+def test_a_flip_mirrors_left_and_right():
+    flipped = augment_images(IMAGES, draw(6, 5, generator(1)), dataclasses.replace(NONE, flip=1))
+    torch.testing.assert_close(flipped, normalize(IMAGES).flip(3))
+
+
+def test_a_crop_shifts_the_image_over_a_black_frame():
+    draws = draw(1, 5, generator(1))
+    draws = dataclasses.replace(draws, shift=torch.tensor([[0.99, 0.0]]))  # pad 2: two down, two to the left
+    (found,) = augment_images(IMAGES[:1], draws, dataclasses.replace(NONE, pad=2))
+    whole = normalize(IMAGES[:1])[0]
+    black = normalize(torch.zeros(1, 12, 8, 3, dtype=torch.uint8))[0]
+    torch.testing.assert_close(found[:, :10, 2:], whole[:, 2:, :6])
+    torch.testing.assert_close(found[:, 10:, :], black[:, 10:, :])
+    torch.testing.assert_close(found[:, :, :2], black[:, :, :2])
+
+
+@given(seed=st.integers(0, 10**6), low=st.floats(0.02, 0.4), extra=st.floats(0, 0.3))
+def test_an_erased_area_is_one_rectangle_of_the_size_asked_for(seed: int, low: float, extra: float):
+    config = dataclasses.replace(NONE, erase=1, erase_area=(low, low + extra))
+    white = torch.full((4, 64, 32, 3), 255, dtype=torch.uint8)
+    erased = (augment_images(white, draw(4, 5, generator(seed)), config) == 0).all(dim=1)
+    for mask in erased:
+        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+        tall, wide = int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
+        assert int(mask.sum()) == tall * wide
+        # A rectangle wider than the image is cut, so only the upper bound is sure; half a pixel of rounding each side.
+        assert tall * wide <= (low + extra) * 64 * 32 + (tall + wide) / 2 + 1
+
+
+def test_workers_draw_what_one_worker_draws_for_their_rows():
+    whole, again = (draw(8, 77, generator(3, 1, 5)) for _ in range(2))
+    for field in dataclasses.fields(whole):
+        own = getattr(again.rows(slice(4, 8)), field.name)
+        assert torch.equal(own, getattr(whole, field.name)[4:])
+
+
+def test_every_step_has_its_own_random_numbers():
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1)]
+    assert len({float(torch.rand((), generator=generator(*key), dtype=torch.double)) for key in keys}) == len(keys)
+
+
+TEXT = "a woman in a long grey coat with a fur collar carries a handbag"
+
+
+def test_words_are_touched_masked_replaced_and_dropped_in_the_published_shares():
+    ids = tokenize([TEXT] * 4000)
+    words = int(ids[0].argmax()) - 1
+    draws = draw(4000, 77, generator(0))
+    found = mask_words(ids, draws, 0.2)
+    masked = int((found == MASK).sum())
+    dropped = int((found == 0).sum() - (ids == 0).sum())
+    assert masked / (4000 * words) == pytest.approx(0.2 * 0.6, rel=0.05)
+    assert dropped / (4000 * (words - 1)) == pytest.approx(0.2 * 0.2, rel=0.05)  # the first word is never dropped
+    whole = found[(found == 0).sum(dim=1) == (ids[0] == 0).sum()]
+    replaced = ((whole != ids[0]) & (whole != MASK)).float().mean() * 77 / words
+    assert float(replaced) == pytest.approx(0.2 * 0.2, rel=0.15)
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_a_masked_text_keeps_start_end_and_at_least_one_word(seed: int, share: float):
+    ids = tokenize([TEXT, "man", "", "x " * 100])
+    found = mask_words(ids, draw(4, 77, generator(seed)), share)
+    ends = found.argmax(dim=1)
+    assert torch.equal(found[:, 0], ids[:, 0])
+    assert torch.equal(found.amax(dim=1), ids.amax(dim=1))
+    assert torch.equal(ends >= 2, ids.argmax(dim=1) >= 2)
+    positions = torch.arange(77)
+    assert bool(((found == 0) == (positions > ends[:, None])).all())  # nothing but padding after the end
+
+
+def test_no_share_touches_nothing():
+    ids = tokenize([TEXT])
+    assert torch.equal(mask_words(ids, draw(1, 77, generator(0)), 0.0), ids)
