@@ -50,10 +50,9 @@ from ceca.dialogue.oracle import OracleEngine
 from ceca.evaluation.significance import paired_bootstrap
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
+from ceca.model.embed import embed_texts, normalize
 from ceca.model.weights import load_model
-from ceca.search.gallery import embed_texts
 from ceca.search.questions import beliefs, next_question
-from ceca.training.augment import normalize
 
 OMEGA, BATCH, ANSWERS = 0.3, 64, 2
 SAID = ("upper_kind", "lower_kind", "shoes_kind", "hair_length")  # besides the gender

@@ -39,9 +39,10 @@ from ceca.config import ModelConfig
 from ceca.data import schema
 from ceca.data.store import Receipt, Store
 from ceca.model.ceca import CECA
+from ceca.model.embed import embed_texts
 from ceca.model.weights import publish_model, serialize
 from ceca.search.edition import find_edition
-from ceca.search.gallery import Searcher, embed_texts
+from ceca.search.searcher import Searcher
 from cluster.object_store import free_port
 from serve.client import Client
 

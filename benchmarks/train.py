@@ -42,7 +42,8 @@ from benchmarks.straightforward import Straightforward, total_loss
 from ceca.commandline import load_recipe
 from ceca.config import LossConfig, ModelConfig, OptimiserConfig, OracleConfig, TrainConfig
 from ceca.model.ceca import CECA
-from ceca.training.step import loss_terms, scaled_loss, step_flops
+from ceca.training.flops import step_flops
+from ceca.training.step import loss_terms, scaled_loss
 
 # The share of an arm's work that is bf16 products where the benchmark's precision is fp32.
 ARMS = {"straightforward": 0.0, "ceca": 0.0, "ceca, bf16 back": 2 / 3, "ceca, bf16": 1.0, "ceca, gpu12gb": 1.0}
@@ -116,7 +117,7 @@ def prepare(settings: Settings, place: Path) -> int:
     from ceca.dialogue.conversation import Subject, converse
     from ceca.dialogue.oracle import OracleEngine
     from ceca.model.backbone import tokenize
-    from ceca.training.augment import normalize
+    from ceca.model.embed import normalize
 
     people = max(2, settings.batch // 2)
     split = (people, 0, 0)

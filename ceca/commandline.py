@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from ceca.config import STAGES, ConfigError, from_mapping
+from ceca.config import STAGES
+from ceca.settings import ConfigError, from_mapping
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-from jobs.runtime import stages
+from jobs.runtime.console import entry
 
 COMMANDS = {
     "demo": "draw pedestrians and take them through every stage",
@@ -41,7 +41,7 @@ def main() -> None:
         sys.exit(2)
     if name in PROGRAMS:
         os.execv(sys.executable, [sys.executable, "-m", PROGRAMS[name], *rest])
-    stages.entry(lambda: importlib.import_module(f"jobs.{name}").main(rest))
+    entry(lambda: importlib.import_module(f"jobs.{name}").main(rest))
 
 
 if __name__ == "__main__":

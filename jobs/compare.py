@@ -18,12 +18,15 @@ import tyro
 from rich.table import Table as TextTable
 
 from ceca.commandline import load_recipe
-from ceca.config import EvaluateConfig, Split, TrainConfig, from_mapping
+from ceca.config import EvaluateConfig, Split, TrainConfig
+from ceca.data.names import COMPARISONS
 from ceca.data.store import Store
 from ceca.errors import UserError
 from ceca.report.figures import draw_comparison
+from ceca.settings import from_mapping
 from jobs.evaluate import METRICS, evaluate
-from jobs.runtime import stages
+from jobs.runtime.console import console, entry
+from jobs.runtime.ray_session import connect
 from jobs.train import train
 
 # Published figures on the test splits (method: Retrieval and evaluation): Rank-1 and, where it is known, mAP.
@@ -52,20 +55,20 @@ def compare(
     if seeds < 1 or not methods:
         raise UserError(f"--seeds must be at least 1 and --methods name one, found {seeds} and {list(methods)}")
     runs = [plan(method, recipe, seed, split) for method in methods for seed in range(seeds)]  # typos first
-    stages.connect()
+    connect()
     found: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for number, (method, training, evaluation) in enumerate(runs, 1):
-        stages.console.print(f"compare: {training.name} ({number} of {len(runs)})")
+        console.print(f"compare: {training.name} ({number} of {len(runs)})")
         train(data, training)
         found[method].append(evaluate(data, evaluation)["metrics"]["fused"])
     store = Store(data)
     rows = {method: summarise(results) for method, results in found.items()}
     result = {"recipe": recipe, "split": split, "seeds": seeds, "methods": found, "summary": rows}
-    store.write_json(result, "comparisons", f"{recipe.replace('/', '_')}.json")
+    store.write_json(result, COMPARISONS, f"{recipe.replace('/', '_')}.json")
     print_comparison(recipe, split, seeds, rows)
     if picture is not None:
         draw_comparison(rows, picture)
-        stages.console.print(f"compare: → {picture}")
+        console.print(f"compare: → {picture}")
     return result
 
 
@@ -107,7 +110,7 @@ def print_comparison(recipe: str, split: str, seeds: int, rows: dict[str, dict[s
         known = published.get(method)
         words = [f"{known[0]:.2f} ({known[1] or '–'})" if known else ""] if published else []
         table.add_row(method, *marked, *words)
-    stages.console.print(table)
+    console.print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,4 +118,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

@@ -21,11 +21,12 @@ from ceca.data.tables import list_images, make_pairs
 from ceca.datasets.drawn import contact_sheet
 from ceca.report.figures import draw_ranked_lists
 from ceca.search.catalogue import Catalogue
-from ceca.search.gallery import Searcher
+from ceca.search.searcher import Searcher
 from jobs.draw import draw
 from jobs.evaluate import METRICS, evaluate
 from jobs.pipeline import pipeline, recipe_config
-from jobs.runtime import stages
+from jobs.runtime.console import console, entry
+from jobs.runtime.ray_session import connect
 from jobs.search import ranked_list
 from jobs.train import train
 
@@ -38,7 +39,7 @@ def demo(folder: Path, recipe: str, searches: int = 3) -> dict[str, dict[str, fl
     source, data = folder / "drawn", str(folder / "data")
     draw(str(source), recipe_config(recipe, "draw"))
     contact_sheet(source, folder / "pedestrians.png", rows=2, columns=6)
-    stages.connect()
+    connect()
     found = pipeline(data, str(source), recipe)
     settings = recipe_config(recipe, "train")
     without = dataclasses.replace(
@@ -60,8 +61,8 @@ def demo(folder: Path, recipe: str, searches: int = 3) -> dict[str, dict[str, fl
     }
     picture = _answer_searches(Store(data), folder / "searches.png", searches, seed=settings.seed)
     _print_table(rows, found)
-    stages.console.print(f"demo: {time.monotonic() - started:.0f} s; the ranked lists are in {picture}")
-    stages.console.print("demo: `make serve` opens the search page on this gallery")
+    console.print(f"demo: {time.monotonic() - started:.0f} s; the ranked lists are in {picture}")
+    console.print("demo: `make serve` opens the search page on this gallery")
     return rows
 
 
@@ -77,7 +78,7 @@ def _answer_searches(store: Store, picture: Path, count: int, seed: int) -> Path
         query, identity = pairs["caption"][row].as_py(), pairs["identity"][row].as_py()
         hits = searcher.search(query, omega=0.3, top_k=8)
         ranks = [rank for rank, hit in enumerate(hits, 1) if hit.identity == identity]
-        stages.console.print(f"search: “{query}” → right at rank {', '.join(map(str, ranks)) or 'none of 8'}")
+        console.print(f"search: “{query}” → right at rank {', '.join(map(str, ranks)) or 'none of 8'}")
         lists.append(ranked_list(catalogue, query, identity, hits))
     return draw_ranked_lists(lists, picture)
 
@@ -93,7 +94,7 @@ def _print_table(rows: dict[str, dict[str, float]], found: dict[str, Any]) -> No
         table.add_column(heading, justify="right")
     for name, metrics in rows.items():
         table.add_row(name, *(f"{metrics[key]:.2f}" for key in METRICS))
-    stages.console.print(table)
+    console.print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,4 +108,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

@@ -12,15 +12,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ceca.commandline import parse_arguments
-from ceca.config import DialogueConfig, to_mapping
+from ceca.config import DialogueConfig
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Manifest, Receipt, Store, version_of
-from ceca.data.tables import ImageRow, list_images, read_vocabulary
+from ceca.data.tables import ImageRow, list_images
+from ceca.dialogue.attributes import read_vocabulary
 from ceca.dialogue.conversation import PROMPT_VERSION
 from ceca.errors import UserError
+from ceca.settings import to_mapping
 from jobs.dialogues.authors import import_published
 from jobs.dialogues.worker import DialogueWorker
-from jobs.runtime import stages
+from jobs.runtime.console import console, entry
+from jobs.runtime.units import Plan, run_plan
 
 CANARIES = 4  # images whose answers are compared before the work
 UNITS_AT_ONCE = 2  # on one worker: while one drains, the next fills the engine
@@ -44,7 +47,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
                 "of attributes; choose --engine vllm or --engine openai"
             )
         made_from["attributes"] = attributes.version
-        stages.console.print(
+        console.print(
             f"dialogue: the oracle is a simulated annotator that knows the truth and errs in "
             f"{config.oracle.error_rate:.0%} of attributes; its summaries say nothing about a multimodal model"
         )
@@ -55,7 +58,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         earlier = store.current("dialogues")
         rows = _missing(store, earlier, rows, settings)
         if not rows and earlier.made_from.get("images") == images.version:
-            stages.console.print(f"dialogue: no image lacks one in {store.place('dialogues')}")
+            console.print(f"dialogue: no image lacks one in {store.place('dialogues')}")
             return {"dialogues": earlier}
         made_from["dialogues"] = earlier.version
         kept = [Receipt({"dialogues": part}) for part in earlier.parts]
@@ -64,7 +67,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         for start in range(0, len(rows), config.images_per_part)
     ]
     canaries = rows[:: max(1, len(rows) // CANARIES)][:CANARIES] if config.canary and config.engine != "oracle" else []
-    plan = stages.Plan(
+    plan = Plan(
         stage="dialogue",
         version=version_of("dialogue", SCHEMA_VERSION, PROMPT_VERSION, made_from, _deciding(settings), choices),
         tables=("dialogues",),
@@ -86,7 +89,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         progress=_progress,
     )
     gpus = config.vllm.gpus * config.vllm.tensor_parallel if config.engine == "vllm" else 0
-    manifests = stages.run(
+    manifests = run_plan(
         store, plan, redo=redo, replicas=config.replicas, cpus=1, gpus=gpus, units_at_once=UNITS_AT_ONCE
     )
     _print_report(manifests["dialogues"], gpus)
@@ -156,7 +159,7 @@ def _print_report(dialogues: Manifest, gpus: int) -> None:
             f"{1000 * whole * max(gpus, 1) / asked:,.0f} {'GPU ' if gpus else 'worker '}seconds per 1,000 images"
         )
     for line in lines:
-        stages.console.print(f"dialogue: {line}")
+        console.print(f"dialogue: {line}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -165,4 +168,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

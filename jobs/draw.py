@@ -15,7 +15,7 @@ from ceca.config import DrawConfig
 from ceca.data.store import filesystem
 from ceca.datasets.drawn import DrawnStatistics, draw_dataset
 from ceca.errors import UserError
-from jobs.runtime import stages
+from jobs.runtime.console import Track, console, entry
 
 
 def draw(folder: str, config: DrawConfig) -> DrawnStatistics:
@@ -33,7 +33,7 @@ def draw(folder: str, config: DrawConfig) -> DrawnStatistics:
 
 
 def _draw(folder: Path, config: DrawConfig, shown: str) -> DrawnStatistics:
-    with stages.Track("draw", config.identities * config.images_per_identity, unit="images") as track:
+    with Track("draw", config.identities * config.images_per_identity, unit="images") as track:
         try:
             made = draw_dataset(
                 folder,
@@ -49,7 +49,7 @@ def _draw(folder: Path, config: DrawConfig, shown: str) -> DrawnStatistics:
         except ValueError as error:
             raise UserError(str(error)) from error
     images = ", ".join(f"{count:,} {split}" for split, count in made.images.items())
-    stages.console.print(f"draw: {images} images, {made.captions:,} captions → {shown}")
+    console.print(f"draw: {images} images, {made.captions:,} captions → {shown}")
     return made
 
 
@@ -59,4 +59,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

@@ -19,16 +19,21 @@ import torch
 from rich.table import Table as TextTable
 
 from ceca.commandline import parse_arguments
-from ceca.config import EvaluateConfig, to_mapping
+from ceca.config import EvaluateConfig
 from ceca.data import schema
+from ceca.data.names import EVALUATIONS
 from ceca.data.store import Store, StoreError, version_of
 from ceca.data.tables import list_images
-from ceca.environment import gpus_there
+from ceca.environment import usable_gpus
 from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_embeddings, rank_strip, slices
 from ceca.model.registry import require_model
-from ceca.search.gallery import agree_with_neighbours, matrix
-from jobs.runtime import stages
+from ceca.search.agreement import agree_with_neighbours
+from ceca.search.shards import matrix
+from ceca.settings import to_mapping
+from jobs.runtime.console import Track, console, entry
 from jobs.runtime.embed import EmbedWorker, cut, image_item, plan_images
+from jobs.runtime.ray_session import connect
+from jobs.runtime.units import Plan, run_plan
 
 ALONE = 2**28  # similarities that this process computes without asking the cluster
 TASK_ROWS = 512  # queries of one task
@@ -85,12 +90,12 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         store.read(store.current("captions", "ingest"), ["caption_id", "text"]),
         {similarity: ranked[omega] for similarity, omega in omegas.items()},
     )
-    store.write_bytes(content, "evaluations", model.digest, f"{name}.queries.parquet")
-    store.write_json(result, "evaluations", model.digest, f"{name}.json")
+    store.write_bytes(content, EVALUATIONS, model.digest, f"{name}.queries.parquet")
+    store.write_json(result, EVALUATIONS, model.digest, f"{name}.json")
     size = f"{result['queries']:,} queries, {result['gallery']:,} images"
     print_metrics(f"{config.model} on {config.split}, text to image: {size}", metrics)
     print_metrics(f"{config.model} on {config.split}, image to text", image_to_text)
-    stages.console.print(f"evaluate: → {store.place('evaluations', model.digest, f'{name}.json')}")
+    console.print(f"evaluate: → {store.place('evaluations', model.digest, f'{name}.json')}")
     return result
 
 
@@ -129,11 +134,11 @@ def rank(queries: Embedded, gallery: Embedded, omegas: list[float], rerank_first
     count, size = len(queries.identities), len(gallery.identities)
     if count * size <= ALONE:
         return rank_embeddings(queries.pair, gallery.pair, matches, omegas, rerank_first=rerank_first)
-    stages.connect()
+    connect()
     shared = ray.put(
         ([part.numpy() for part in gallery.pair], matches, omegas, rerank_first)
     )  # read in place by every task
-    with stages.Track("evaluate", count, unit="queries") as track:
+    with Track("evaluate", count, unit="queries") as track:
         pending = {}
         for rows in slices(count, TASK_ROWS):
             pending[_rank_rows.remote(tuple(part[rows] for part in queries.pair), shared, rows)] = rows
@@ -185,7 +190,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
             f"in split {config.split!r}"
         )
     widths = (model.global_dim, model.local_dim, pa.float32())
-    place = f"evaluations/{model.digest}/{config.split}"
+    place = f"{EVALUATIONS}/{model.digest}/{config.split}"
     tables = {
         "queries": (f"{place}/queries", schema.queries(*widths)),
         "images": (f"{place}/images", schema.gallery(*widths)),
@@ -193,7 +198,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
     units = [{"images": unit} for unit in cut([image_item(row) for row in rows], config.rows_per_part)]
     units += [{"queries": unit} for unit in cut(queries, config.rows_per_part)]
     made_from = {**made_from, "captions": captions.version}
-    plan = stages.Plan(
+    plan = Plan(
         stage="evaluate",
         version=version_of("evaluate", schema.SCHEMA_VERSION, made_from, config.split, config.rows_per_part),
         tables=(f"{place}/queries", f"{place}/images"),
@@ -206,7 +211,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
             "images": images,
             "schemas": tables,
             "batch": config.batch,
-            "gpu": gpus_there(config.gpus) > 0,
+            "gpu": usable_gpus(config.gpus) > 0,
             "replicas": config.replicas,
         },
         made_from=made_from,
@@ -214,7 +219,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
         rejects=rejects,
         notes={"model": config.model},
     )
-    manifests = stages.run(store, plan, redo=redo, replicas=config.replicas, cpus=1, gpus=config.gpus)
+    manifests = run_plan(store, plan, redo=redo, replicas=config.replicas, cpus=1, gpus=config.gpus)
     return store.read(manifests[f"{place}/queries"]), store.read(manifests[f"{place}/images"])
 
 
@@ -239,7 +244,7 @@ def print_metrics(title: str, found: dict[str, dict[str, float]]) -> None:
         table.add_column(heading, justify="right")
     for name, metrics in found.items():
         table.add_row(name, *(f"{metrics[key]:.2f}" for key in METRICS))
-    stages.console.print(table)
+    console.print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -248,4 +253,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

@@ -15,15 +15,18 @@ from typing import Any
 import pyarrow as pa
 
 from ceca.commandline import parse_arguments
-from ceca.config import IndexConfig, to_mapping
+from ceca.config import IndexConfig
 from ceca.data import schema
+from ceca.data.changes import removed_images
 from ceca.data.store import Manifest, Receipt, Store, StoreError, version_of
-from ceca.data.tables import ImageRow, read_summaries, removed_images
-from ceca.environment import gpus_there
+from ceca.data.tables import ImageRow, read_summaries
+from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel, require_model
-from jobs.runtime import stages
+from ceca.settings import to_mapping
+from jobs.runtime.console import console, entry
 from jobs.runtime.embed import EmbedWorker, cut, image_item, plan_images
+from jobs.runtime.units import Output, Plan, run_plan
 
 SMALL_PARTS = 8  # so many parts under half the usual size are left alone; each is a shard that a search begins anew
 
@@ -46,16 +49,16 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
         rows = [row for row in rows if row.image_id not in reused.ids]
         before = {name: version for name, version in earlier.made_from.items() if name != "gallery"}
         if not rows and not reused.copies and before == made_from:
-            stages.console.print(f"index: {store.place('gallery')} lacks nothing")
+            console.print(f"index: {store.place('gallery')} lacks nothing")
             return {"gallery": earlier}
         made_from = {**made_from, "gallery": earlier.version}
         kept = sum(part.rows for part in reused.parts)
-        stages.console.print(
+        console.print(
             f"index: {kept:,} rows stay where they are, {len(reused.ids) - kept:,} are copied, {len(rows):,} images "
             "are embedded"
         )
     embedded = cut([image_item(row) for row in rows], config.images_per_part)
-    plan = stages.Plan(
+    plan = Plan(
         stage="index",
         version=version_of("index", schema.SCHEMA_VERSION, made_from, config.split, config.images_per_part),
         tables=("gallery",),
@@ -69,7 +72,7 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
             "images": images,
             "schemas": {"images": ("gallery", schema.gallery(model.global_dim, model.local_dim))},
             "batch": config.batch,
-            "gpu": gpus_there(config.gpus) > 0,
+            "gpu": usable_gpus(config.gpus) > 0,
             "replicas": config.replicas,
         },
         made_from=made_from,
@@ -78,7 +81,7 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
         kept=[Receipt({"gallery": part}) for part in reused.parts],
         notes={"model": config.model},
     )
-    return stages.run(store, plan, redo=redo, replicas=config.replicas, cpus=1, gpus=config.gpus)
+    return run_plan(store, plan, redo=redo, replicas=config.replicas, cpus=1, gpus=config.gpus)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +155,11 @@ class IndexWorker:
         self.store, self.earlier, self.embedding = Store(uri), earlier, {"uri": uri, **embedding}
         self.embedder: EmbedWorker | None = None
 
-    def __call__(self, work: dict[str, list[Any]]) -> stages.Output:
+    def __call__(self, work: dict[str, list[Any]]) -> Output:
         if "copy" in work:
             assert self.earlier is not None
             parts = [self.store.read_part(self.earlier, part).take(rows) for part, rows in work["copy"]]
-            return stages.Output({"gallery": pa.concat_tables(parts)})
+            return Output({"gallery": pa.concat_tables(parts)})
         if self.embedder is None:
             self.embedder = EmbedWorker(**self.embedding)
         return self.embedder(work)
@@ -168,4 +171,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

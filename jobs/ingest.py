@@ -15,12 +15,14 @@ import pyarrow as pa
 from rich.table import Table as TextTable
 
 from ceca.commandline import parse_arguments
-from ceca.config import IngestConfig, to_mapping
+from ceca.config import IngestConfig
 from ceca.data.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, caption_id, image_id
 from ceca.data.store import Manifest, Reject, Store, StoreError, filesystem, version_of
 from ceca.datasets.images import ImageError, check_image
 from ceca.datasets.layouts import Annotations, count_splits, differences, read_annotations, read_attributes
-from jobs.runtime import stages
+from ceca.settings import to_mapping
+from jobs.runtime.console import console, entry
+from jobs.runtime.units import Output, Plan, run_plan
 
 
 def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, Manifest]:
@@ -45,7 +47,7 @@ def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, 
     digest = hashlib.sha256(annotations.content).hexdigest()
     # The folder's name is not part of the version: the same dataset elsewhere is the same dataset.
     decides = {**settings, "source": "", "layout": annotations.layout.name}
-    plan = stages.Plan(
+    plan = Plan(
         stage="ingest",
         version=version_of("ingest", SCHEMA_VERSION, digest, notes, decides),
         tables=tables,
@@ -58,7 +60,7 @@ def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, 
         rejects=annotations.rejects,
         notes=notes,
     )
-    return stages.run(store, plan, redo=redo, replicas=len(units), cpus=config.cpus_per_task)
+    return run_plan(store, plan, redo=redo, replicas=len(units), cpus=config.cpus_per_task)
 
 
 class IngestWorker:
@@ -70,7 +72,7 @@ class IngestWorker:
         drawn = read_attributes(self.fs, self.root)
         self.attributes = {image["path"]: image for image in drawn["images"]} if drawn else {}
 
-    def __call__(self, work: list[Any]) -> stages.Output:
+    def __call__(self, work: list[Any]) -> Output:
         images, captions, attributes, rejects = [], [], [], []
         with ThreadPoolExecutor(16) as readers:  # an object store answers many requests at once
             contents = readers.map(self._read, [record[0] for record in work])
@@ -94,7 +96,7 @@ class IngestWorker:
         tables = {"images": _table(images, IMAGES), "captions": _table(captions, CAPTIONS)}
         if self.attributes:
             tables["attributes"] = _table(attributes, ATTRIBUTES)
-        return stages.Output(tables, rejects)
+        return Output(tables, rejects)
 
     def _read(self, path: str) -> bytes | Reject:
         try:
@@ -119,12 +121,12 @@ def print_statistics(annotations: Annotations) -> None:
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split, count in counts.items():
         table.add_row(split, f"{count.images:,}", f"{count.identities:,}", f"{count.captions:,}")
-    stages.console.print(table)
+    console.print(table)
     if annotations.attributes is not None:
-        stages.console.print("drawn pedestrians in this layout: the published figures do not apply")
+        console.print("drawn pedestrians in this layout: the published figures do not apply")
         return
     for difference in differences(annotations.layout, counts):
-        stages.console.print(f"[yellow]warning:[/] {difference}")
+        console.print(f"[yellow]warning:[/] {difference}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,4 +135,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

@@ -13,13 +13,15 @@ from typing import Annotated, Any
 import tyro
 
 from ceca.commandline import load_recipe
-from ceca.config import STAGES, from_mapping
+from ceca.config import STAGES
 from ceca.data.store import Store
+from ceca.settings import from_mapping
 from jobs.dialogue import dialogue
 from jobs.evaluate import evaluate
 from jobs.index import index
 from jobs.ingest import ingest
-from jobs.runtime import stages
+from jobs.runtime.alone import alone
+from jobs.runtime.console import entry
 from jobs.train import train
 
 
@@ -42,7 +44,7 @@ def pipeline(data: str, source: str, recipe: str, name: str = "ceca") -> dict[st
         stage: recipe_config(recipe, stage, **named.get(stage, {}))
         for stage in ("ingest", "dialogue", "train", "evaluate", "index")
     }
-    with stages.alone(Store(data), f"pipeline-{name}"):
+    with alone(Store(data), f"pipeline-{name}"):
         ingest(data, settings["ingest"])
         dialogue(data, settings["dialogue"])
         train(data, settings["train"])
@@ -64,4 +66,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

@@ -17,22 +17,15 @@ from typing import Annotated
 
 import tyro
 
-from ceca.data.erase import (
-    Busy,
-    Watch,
-    added_images,
-    finish,
-    hide,
-    mentioned_images,
-    pending_erasures,
-    undisturbed,
-)
+from ceca.data.changes import added_images, hide, mentioned_images, pending_erasures
+from ceca.data.erase import Busy, Watch, finish, undisturbed
 from ceca.data.lease import Holders, LeaseError
 from ceca.data.schema import NOBODY
 from ceca.data.store import Store
 from ceca.data.tables import list_images
 from ceca.errors import UserError
-from jobs.runtime import stages
+from jobs.runtime.alone import who
+from jobs.runtime.console import Track, console, entry
 
 NOT_REACHED = (
     "copies elsewhere (the source of ingest, backups, reports, shards below CECA_CACHE of machines that searched, "
@@ -55,11 +48,9 @@ def remove(
         chosen = choose(store, images, identities)
         name = hide(store, chosen, erase)
         back = "" if erase else f" (to take it back, remove {store.place('removed', f'{name}.json')})"
-        stages.console.print(
-            f"remove: {len(chosen)} images are out of search for all that open the gallery from now on{back}"
-        )
+        console.print(f"remove: {len(chosen)} images are out of search for all that open the gallery from now on{back}")
         if not erase:
-            stages.console.print("remove: `ceca index --only-missing` writes the gallery's parts without them")
+            console.print("remove: `ceca index --only-missing` writes the gallery's parts without them")
     elif not erase:
         raise UserError("name what to remove: --images ID … or --identities N …")
     if erase:
@@ -89,29 +80,29 @@ def _erase(store: Store) -> None:
     """Erase what is to be erased, also what an interrupted run left, and say what that came to."""
     names = pending_erasures(store)
     if not names:
-        stages.console.print("erase: nothing waits to be erased")
+        console.print("erase: nothing waits to be erased")
         return
     try:
-        with undisturbed(store, Holders(store), stages.who()), _progress() as watch:
+        with undisturbed(store, Holders(store), who()), _progress() as watch:
             erased = finish(store, *names, watch=watch)
     except (Busy, LeaseError) as error:
         later = f"run `ceca remove --data {store.uri} --erase` when that has ended"
         raise UserError(f"{error}; the images are out of search, {later}") from None
     found = ", ".join(f"{rows:,} of {table}" for table, rows in erased.items())
-    stages.console.print(f"erase: {found or 'nothing was left'} (rows, in all versions)")
-    stages.console.print(f"erase: not reached are {NOT_REACHED}")
+    console.print(f"erase: {found or 'nothing was left'} (rows, in all versions)")
+    console.print(f"erase: not reached are {NOT_REACHED}")
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Watch]:
     """Shows how far each thing that is done has come."""
-    tracks: dict[str, stages.Track] = {}
+    tracks: dict[str, Track] = {}
     with contextlib.ExitStack() as shown:
 
         def watch(doing: str, total: int) -> None:
             if doing not in tracks:
                 shown.close()  # what was done before
-                tracks[doing] = shown.enter_context(stages.Track(doing, total, unit="objects"))
+                tracks[doing] = shown.enter_context(Track(doing, total, unit="objects"))
             tracks[doing].advance(1)
 
         yield watch
@@ -122,4 +113,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

@@ -20,9 +20,9 @@ from ceca.report.figures import RankedList, draw_ranked_lists
 from ceca.search.catalogue import Catalogue
 from ceca.search.edition import Edition
 from ceca.search.facets import parse_conditions
-from ceca.search.gallery import Searcher
 from ceca.search.ranking import Hit
-from jobs.runtime import stages
+from ceca.search.searcher import Searcher
+from jobs.runtime.console import console, entry
 
 
 def search(
@@ -47,7 +47,7 @@ def search(
     searcher = Searcher(Store(data), model, neighbours=neighbours)
     hits = searcher.search(query, omega=omega, top_k=top_k, where=parse_conditions(where), rerank_first=rerank)
     if not hits:
-        stages.console.print("search: no image fulfils all conditions")
+        console.print("search: no image fulfils all conditions")
         return
     paths = find_paths(searcher.edition, hits)
     table = TextTable(title=query, title_justify="left")
@@ -56,10 +56,10 @@ def search(
     for rank, (hit, path) in enumerate(zip(hits, paths, strict=True), 1):
         figures = (f"{value:.3f}" for value in (hit.similarity, hit.global_similarity, hit.local_similarity))
         table.add_row(str(rank), *figures, str(hit.identity), path)
-    stages.console.print(table)
+    console.print(table)
     if picture is not None:
         draw_ranked_lists([ranked_list(Catalogue(searcher.edition), query, None, hits)], picture)
-        stages.console.print(f"search: → {picture}")
+        console.print(f"search: → {picture}")
 
 
 def find_paths(edition: Edition, hits: Sequence[Hit]) -> list[str]:
@@ -82,4 +82,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

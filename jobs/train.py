@@ -29,16 +29,21 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from ceca.commandline import parse_arguments
-from ceca.config import TrainConfig, to_mapping
+from ceca.config import TrainConfig
+from ceca.data.names import MODELS
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Manifest, Reject, Store, StoreError, version_of
-from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs, shuffled_captions
-from ceca.environment import gpus_there
+from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs
+from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.backbone import count_tokens, tokenize
 from ceca.model.registry import PublishedModel, find_model
 from ceca.model.weights import publish_model
-from jobs.runtime import stages
+from ceca.settings import to_mapping
+from ceca.training.order import shuffled_captions
+from jobs.runtime.alone import alone
+from jobs.runtime.console import console, entry
+from jobs.runtime.ray_session import connect
 from jobs.training.data import Run, TrainingSet, load_images
 from jobs.training.worker import train_worker
 
@@ -47,7 +52,7 @@ WHOLE = "whole.json"  # in a run's folder, once its training has ended
 
 def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedModel:
     """Train a model and publish it under models/<name>."""
-    if config.precision == "fp16" and not gpus_there(config.gpus_per_worker):
+    if config.precision == "fp16" and not usable_gpus(config.gpus_per_worker):
         raise UserError("precision fp16 needs GPUs, and this cluster only declares some; use bf16 or fp32")
     store = Store(data)
     tables = _tables(store, config)
@@ -55,7 +60,7 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
     version = version_of("train", SCHEMA_VERSION, made_from, to_mapping(config, results_only=True))
     if not redo and (there := _published(store, config, version)):
         return there
-    with stages.alone(store, f"train-{config.name}"):
+    with alone(store, f"train-{config.name}"):
         if not redo and (there := _published(store, config, version)):  # by another process, a moment ago
             return there
         return _train(store, config, tables, made_from, version, redo=redo)
@@ -76,7 +81,7 @@ def _published(store: Store, config: TrainConfig, version: str) -> PublishedMode
             f"{published.uri} is published with other settings or data ({difference}); "
             "use another --name, or pass --redo to replace it"
         )
-    stages.console.print(f"train: {published.uri} is published already (--redo trains it again)")
+    console.print(f"train: {published.uri} is published already (--redo trains it again)")
     return published
 
 
@@ -89,10 +94,10 @@ def _train(
     *,
     redo: bool,
 ) -> PublishedModel:
-    run = f"models/{config.name}/run-{version}"
+    run = f"{MODELS}/{config.name}/run-{version}"
     if redo and store.read_json(run, WHOLE) is not None:  # of a run that was killed between publishing and cleaning
         store.remove(run)
-    stages.connect()
+    connect()
     started = time.monotonic()
     prepared, used_validation = _prepare(store, config, tables, run)
     checkpoint = _fit(store, config, prepared, f"run-{version}")
@@ -118,9 +123,7 @@ def _train(
     store.remove(run)
     best = record["best"]
     chosen = f", best on {used_validation} with Rank-1 {best['rank1']:.1f}" if "rank1" in best else ""
-    stages.console.print(
-        f"train: {config.name} of epoch {best['epoch']}{chosen}; {record['seconds']:.0f} s → {made.uri}"
-    )
+    console.print(f"train: {config.name} of epoch {best['epoch']}{chosen}; {record['seconds']:.0f} s → {made.uri}")
     return made
 
 
@@ -147,14 +150,14 @@ def dry_run(data: str, config: TrainConfig) -> list[float]:
     )
     store = Store(data)
     tables = _tables(store, small)
-    stages.connect()
+    connect()
     with tempfile.TemporaryDirectory(prefix="ceca-dry-run-") as place:
         scratch = Store(place)
         prepared, _ = _prepare(store, small, tables, "models/dry-run/run", steps=2)
         checkpoint = _fit(scratch, small, dataclasses.replace(prepared, store_uri=scratch.uri), "run")
         table = pq.read_table(pa.BufferReader(scratch.read_bytes("models/dry-run/run", checkpoint, "curve.parquet")))
     losses = table["loss"].to_pylist()
-    stages.console.print(f"train: dry run of {config.model.backbone}, losses {', '.join(f'{x:.3f}' for x in losses)}")
+    console.print(f"train: dry run of {config.model.backbone}, losses {', '.join(f'{x:.3f}' for x in losses)}")
     return losses
 
 
@@ -201,7 +204,7 @@ def _prepare(
 
     rows, missing = told(config.split)
     if missing:
-        stages.console.print(f"[yellow]warning:[/] {len(missing)} images have no summary and are left out of training")
+        console.print(f"[yellow]warning:[/] {len(missing)} images have no summary and are left out of training")
     pairs = make_pairs(store, rows, captions)
     if pairs.num_rows < config.global_batch:
         raise UserError(
@@ -211,7 +214,7 @@ def _prepare(
     if steps is not None:
         pairs = pairs.take(np.linspace(0, pairs.num_rows - 1, steps * config.global_batch).astype(int))
     cut = sum(count_tokens(row.summary) > 77 for row in rows)
-    stages.console.print(
+    console.print(
         f"train: {len(rows):,} images, {pairs.num_rows:,} pairs, {len({row.identity for row in rows}):,} identities; "
         f"{cut / max(1, len(rows)):.1%} of summaries are longer than CLIP's 77 tokens"
     )
@@ -223,7 +226,7 @@ def _prepare(
         if not held_out:
             used = "test"
             held_out, _ = told(used)
-            stages.console.print(
+            console.print(
                 "[yellow]warning:[/] there is no split val; the model is chosen on test, as its benchmark does"
             )
         queries = make_pairs(store, held_out, captions)
@@ -248,7 +251,7 @@ def _prepare(
         caption=tokenize(pairs["caption"].to_pylist()).numpy().astype(np.uint16)[captions_of],
         summary=tokenize(pairs["summary"].to_pylist()).numpy().astype(np.uint16),
     )
-    computing = dataclasses.replace(config, gpus_per_worker=gpus_there(config.gpus_per_worker))
+    computing = dataclasses.replace(config, gpus_per_worker=usable_gpus(config.gpus_per_worker))
     return Run(computing, store.uri, run, ray.put(samples), references, validation), used
 
 
@@ -282,7 +285,7 @@ def _fit(store: Store, config: TrainConfig, run: Run, name: str) -> str:
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=store.path("models", config.name),
+            storage_path=store.path(MODELS, config.name),
             storage_filesystem=storage,
             failure_config=ray.train.FailureConfig(max_failures=config.failures_allowed),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoints_kept),
@@ -327,4 +330,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from ceca.config import LossConfig, ModelConfig, TrainConfig, to_mapping
+from ceca.config import LossConfig, ModelConfig, TrainConfig
 from ceca.data.store import Store
 from ceca.errors import UserError
 from ceca.model.foreign import export_clip, import_checkpoint
 from ceca.model.registry import PublishedModel, find_model
 from ceca.model.weights import load_model, publish_model, serialize
-from jobs.runtime import stages
+from ceca.settings import to_mapping
+from jobs.runtime.console import console, entry
 
 Data = Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")]
 
@@ -52,7 +53,7 @@ def import_weights(
         version=version,
     )
     kind = "RDE, global and local" if config.local_branch else "IRRA, global"
-    stages.console.print(f"weights: {len(state)} tensors ({kind}) → {made.uri}")
+    console.print(f"weights: {len(state)} tensors ({kind}) → {made.uri}")
     return made
 
 
@@ -67,7 +68,7 @@ def export_weights(
     loaded, _ = load_model(Store(data), model)
     export_clip(loaded, out)
     config = loaded.config
-    stages.console.print(
+    console.print(
         f"weights: → {out}; open_clip.create_model({config.backbone!r}, pretrained={str(out)!r}, "
         f"force_image_size=({config.image_height}, {config.image_width}))",
         highlight=False,
@@ -80,4 +81,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.entry(main)
+    entry(main)

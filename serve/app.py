@@ -29,18 +29,20 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from ceca.commandline import load_recipe
-from ceca.config import ServeConfig, from_mapping
+from ceca.config import ServeConfig
 from ceca.data.store import Store
 from ceca.datasets.images import decode_image
-from ceca.environment import gpus_there
+from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.ceca import CECA
+from ceca.model.embed import embed_images, embed_texts
 from ceca.model.weights import load_weights
 from ceca.search.edition import Edition, find_edition
 from ceca.search.facets import Facets, open_facets
-from ceca.search.gallery import Gallery, embed_images, embed_texts, open_gallery
+from ceca.search.gallery import Gallery, open_gallery
 from ceca.search.ranking import Candidates
 from ceca.search.topk import FEW
+from ceca.settings import from_mapping
 from serve.access import read_keys
 from serve.batches import Batches, by_kind
 from serve.held import Held
@@ -280,7 +282,7 @@ def _replicas(config: ServeConfig, kind: str, target: float) -> dict[str, Any]:
 def _device(config: ServeConfig) -> torch.device:
     """Where a replica computes; on CPUs torch gets as many threads as the replica has reserved."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if gpus_there(config.gpus):
+    if usable_gpus(config.gpus):
         return torch.device("cuda")
     torch.set_num_threads(config.cpus or 1)
     return torch.device("cpu")

@@ -15,8 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from ceca.config import DialogueConfig, ServeConfig
 from ceca.data.store import Store
-from ceca.data.tables import read_vocabulary
-from ceca.dialogue.attributes import Choices
+from ceca.dialogue.attributes import Choices, read_vocabulary
 from ceca.dialogue.conversation import Dialogue, DialogueError, EngineError, Subject, converse
 from ceca.dialogue.engines import make_engine
 

@@ -20,10 +20,19 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from ceca.config import ServeConfig
-from ceca.data.erase import hide, pending_erasures, waiting_image
+from ceca.data.changes import (
+    arrival_id,
+    hide,
+    pending_erasures,
+    removal,
+    removed_images,
+    waiting_images,
+    write_arrival,
+)
+from ceca.data.names import FAILED, REMOVED
 from ceca.data.store import Store, StoreError, version_of
-from ceca.data.tables import read_vocabulary, removed_images
-from ceca.dialogue.attributes import attributes_of
+from ceca.datasets.images import open_image
+from ceca.dialogue.attributes import attributes_of, read_vocabulary
 from ceca.errors import UserError
 from ceca.search.catalogue import Catalogue, Picture
 from ceca.search.edition import Edition, find_edition
@@ -32,7 +41,7 @@ from ceca.search.ranking import Candidates, Hit, rank
 from serve.access import AUDIT, Gate, Key
 from serve.api import Explained, Found, make_api
 from serve.batches import Batches
-from serve.intake import arrival_id, engine_settings, refuse_without_engine, write_arrival
+from serve.intake import engine_settings, refuse_without_engine
 from serve.metrics import Metrics
 from serve.refusals import NotFound, Overloaded, WrongAnswer
 from serve.schema import Job, Like, Proposed, Sentence, Status, Word
@@ -212,7 +221,7 @@ class Ingress:
         """Go on with this edition without what has been removed since, whether or not a newer gallery can be served."""
         while True:
             before = self.now
-            removed = tuple(await asyncio.to_thread(self.store.names, "removed"))
+            removed = tuple(await asyncio.to_thread(self.store.names, REMOVED))
             if set(removed) <= set(before.edition.removed):
                 return
             try:
@@ -405,9 +414,8 @@ class Ingress:
         refuse_without_engine(settings, summary)
         if arrival_id(content) in await asyncio.to_thread(removed_images, self.store):
             raise UserError("this image was deleted from the gallery, and does not come back")
-        image_id = await asyncio.to_thread(
-            write_arrival, self.store, content, identity=identity, camera=camera, name=name, summary=summary
-        )
+        said = {"identity": identity, "camera": camera, "source_path": name, "summary": summary}
+        image_id = await asyncio.to_thread(lambda: write_arrival(self.store, content, open_image(content).size, said))
         await self._wake()
         return Job(job=f"add-{image_id}", status="waiting", image_id=image_id)
 
@@ -418,7 +426,7 @@ class Ingress:
         if image_id in self.now.catalogue:
             await asyncio.to_thread(hide, self.store, [image_id], True)
             await self._leave_out()
-        elif await asyncio.to_thread(self.store.read_json, "removed", f"{name}.json") is None:
+        elif await asyncio.to_thread(removal, self.store, name) is None:
             return None  # else the answer to the first request was lost
         await self._wake()
         return Job(job=f"delete-{name}", status="waiting", image_id=image_id)
@@ -434,17 +442,17 @@ class Ingress:
         """How far a job is; None where there is no such job."""
         kind, _, name = job.partition("-")
         if kind == "delete":
-            if await asyncio.to_thread(self.store.read_json, "removed", f"{name}.json") is None:
+            if await asyncio.to_thread(removal, self.store, name) is None:
                 return None
             pending = name in await asyncio.to_thread(pending_erasures, self.store)
             return Job(job=job, status="waiting" if pending else "done", detail=await self._why(pending))
         for again in (True, False):
             if name in self.now.catalogue:
                 return Job(job=job, status="done", image_id=name)
-            failed = await asyncio.to_thread(self.store.read_json, "failed", f"{name}.json")
+            failed = await asyncio.to_thread(self.store.read_json, FAILED, f"{name}.json")
             if failed is not None:
                 return Job(job=job, status="failed", image_id=name, detail=failed["detail"])
-            if name in map(waiting_image, await asyncio.to_thread(self.store.names, "arrivals")):
+            if name in await asyncio.to_thread(waiting_images, self.store):
                 return Job(job=job, status="waiting", image_id=name, detail=await self._why(True))
             if again:
                 await self.follow()
@@ -454,7 +462,7 @@ class Ingress:
     async def status(self) -> Status:
         """What is served and what is not, for those who run it."""
         edition = self.now.edition
-        arrivals = await asyncio.to_thread(self.store.names, "arrivals")
+        arrivals = await asyncio.to_thread(waiting_images, self.store)
         erasures = await asyncio.to_thread(pending_erasures, self.store)
         return Status(
             model=edition.model_name,

@@ -15,11 +15,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import hashlib
 import logging
 import os
 import socket
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,16 +27,17 @@ import pyarrow.parquet as pq
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from ceca.config import DialogueConfig, ServeConfig, from_mapping
+from ceca.config import DialogueConfig, ServeConfig
 from ceca.data import schema
-from ceca.data.erase import Busy, erase, finish, pending_erasures, undisturbed, waiting_image
+from ceca.data.changes import ADDED, pending_erasures, read_added, removed_images, waiting_image, write_added
+from ceca.data.erase import Busy, erase, finish, undisturbed
 from ceca.data.lease import Holders, LeaseError
+from ceca.data.names import ARRIVALS, FAILED
 from ceca.data.store import Store
-from ceca.data.tables import removed_images
-from ceca.datasets.images import open_image
 from ceca.dialogue.conversation import DialogueError, Subject
 from ceca.errors import UserError
-from ceca.search.edition import ADDED, Edition, find_edition, read_added, write_added
+from ceca.search.edition import Edition, find_edition
+from ceca.settings import from_mapping
 from serve.describer import Questioner
 from serve.metrics import Metrics
 
@@ -48,25 +47,6 @@ AT_ONCE = 32  # images that are asked about and written together
 POLL_S = 2.0  # between looks for what another ingress replica or another service has left
 SMALL = 16  # so many small objects of `added` are joined into one
 WHOLE = 1024  # images in an object that is not joined any more
-
-
-def arrival_id(content: bytes) -> str:
-    """The id of an image that is added: of its bytes, so that the same image is added once."""
-    return schema.image_id(f"added/{hashlib.sha256(content).hexdigest()}")
-
-
-def write_arrival(
-    store: Store, content: bytes, *, identity: int | None, camera: str | None, name: str, summary: str
-) -> str:
-    """Acknowledge an image. Returns its id."""
-    image_id = arrival_id(content)
-    width, height = open_image(content).size
-    told = {"identity": identity, "camera": camera, "source_path": name, "summary": summary}
-    image = {"image": base64.b64encode(content).decode(), "width": width, "height": height}
-    store.remove("failed", f"{image_id}.json")
-    # Of each request its own, so that nothing that is done for an earlier one takes it away.
-    store.write_json({"image_id": image_id, **told, **image}, "arrivals", f"{image_id}-{uuid.uuid4().hex}.json")
-    return image_id
 
 
 def engine_settings(edition: Edition, config: ServeConfig) -> DialogueConfig | None:
@@ -146,7 +126,7 @@ class Intake:
         return ""
 
     async def _add_some(self) -> int:
-        names = await asyncio.to_thread(self.store.names, "arrivals")
+        names = await asyncio.to_thread(self.store.names, ARRIVALS)
         self.metrics.arrivals.set(len(names))
         self.unasked &= set(names)
         if self.questioner and self.unasked and self.questioner.ready():
@@ -164,9 +144,9 @@ class Intake:
         records: list[dict[str, Any]] = []
         for name in names:
             if waiting_image(name) in there | gone:  # killed between writing it and this, or sent twice
-                await asyncio.to_thread(self.store.remove, "arrivals", name)
+                await asyncio.to_thread(self.store.remove, ARRIVALS, name)
                 continue
-            record = await asyncio.to_thread(self.store.read_json, "arrivals", name)
+            record = await asyncio.to_thread(self.store.read_json, ARRIVALS, name)
             if record is None:
                 continue
             if self.questioner and not record["summary"] and not self.questioner.ready():
@@ -190,7 +170,7 @@ class Intake:
             pair = await self.encoder.images.remote(edition, images, summaries)
             await self._write(edition, rows, pair)
         for record in rows:
-            await asyncio.to_thread(self.store.remove, "arrivals", record["arrival"])
+            await asyncio.to_thread(self.store.remove, ARRIVALS, record["arrival"])
         there = {record["image_id"] for record in rows}  # the next turn takes away what else was sent of them
         self.unasked = {name for name in self.unasked if waiting_image(name) not in there}
         for found in told:
@@ -206,8 +186,8 @@ class Intake:
 
     async def _fail(self, record: dict[str, Any], error: DialogueError) -> None:
         problem = {"image_id": record["image_id"], "reason": error.reason, "detail": error.detail}
-        await asyncio.to_thread(self.store.write_json, problem, "failed", f"{record['image_id']}.json")
-        await asyncio.to_thread(self.store.remove, "arrivals", record["arrival"])
+        await asyncio.to_thread(self.store.write_json, problem, FAILED, f"{record['image_id']}.json")
+        await asyncio.to_thread(self.store.remove, ARRIVALS, record["arrival"])
         self.metrics.problems.inc(1, {"where": "dialogue"})
 
     async def _describe(self, record: dict[str, Any]) -> dict[str, Any] | DialogueError:

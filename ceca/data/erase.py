@@ -4,9 +4,7 @@ It is the one exception to "nothing published is changed in place". A part that 
 without it under another name, then the manifests that name the old part name the new one, and when none names the old
 part any more it is removed. Versions keep their names. Killed at any moment nothing else is lost, and the same call
 finishes; so does another erasure at the same time. Callers keep stages away meanwhile (`undisturbed`).
-
-    removed/<name>.json           ids that no search may find, and whether they are to be erased
-    removed/<name>.erased.json    they are: nothing is left of them but these ids
+Which images are to be erased is recorded in removed/ (`ceca.data.changes`).
 """
 
 from __future__ import annotations
@@ -26,21 +24,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from ceca.data.changes import READERS, erased_images, mark_erased, removal, waiting_image, write_added
 from ceca.data.lease import Holders, holding
-from ceca.data.schema import image_id
-from ceca.data.store import Part, Store, StoreError, encode, version_of
-from ceca.data.tables import removed_images
+from ceca.data.names import ADDED, ARRIVALS, FAILED, MANIFEST, PART, REMOVED, WORK, rewritten_part_name
+from ceca.data.schema import image_id, image_of
+from ceca.data.store import Part, Store, StoreError, encode
 from ceca.errors import UserError
-from ceca.search.edition import ADDED, write_added
 
-REMOVED, WORK = "removed", ".work"
 ERASING = "erase"  # the name that is held by who erases, and for which stages wait
-WAITING = ("arrivals", "failed")  # objects of images that are to be added, named as `waiting_image` reads them
 KEYS = ("image_id", "caption_id", "key")  # columns that say whose a row is, the first that a table has; key: of rejects
-READERS = 8  # objects that are looked at at once: an object store answers many requests
 UNTOUCHED = 10  # seconds without a write, after which nobody writes a file aside any more
 
-PART = re.compile(r"(?P<table>.+)/(?P<version>[^/]+)/(?P<stem>part-\d+)(-[0-9a-f]{8})?\.parquet")
 ASIDE = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
 Watch = Callable[[str, int], None]  # called after each object with what is done, and how many objects that concerns
@@ -70,28 +64,6 @@ def undisturbed(store: Store, holders: Holders, who: str) -> Iterator[None]:
         yield
 
 
-def hide(store: Store, image_ids: Collection[str], erase: bool = False) -> str:
-    """Take images out of every search that is opened from now on; returns the record's name.
-
-    Args:
-        erase: they are also to be erased, by `finish`. Said once, it stays so.
-    """
-    ids = sorted(set(image_ids))
-    name = version_of(ids)
-    before = store.read_json(REMOVED, f"{name}.json") or {}
-    if erase:
-        store.remove(REMOVED, f"{name}.erased.json")  # they may have come back with another ingest
-    erase = erase or bool(before.get("erase"))
-    store.write_json({"images": ids, "created": _now(), "erase": erase}, REMOVED, f"{name}.json")
-    return name
-
-
-def pending_erasures(store: Store) -> list[str]:
-    """Names of the removals whose images are to be erased and are not yet."""
-    there = set(store.names(REMOVED))
-    return sorted(_erasures(store, {name for name in there if name.replace(".json", ".erased.json") not in there}))
-
-
 def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, int]:
     """Erase the images of these removals, all in one pass, and record that; returns rows erased by table.
 
@@ -101,54 +73,18 @@ def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, i
     Raises:
         StoreError: there is no such removal, or as in `erase`.
     """
-    ids = {image for images in _erasures(store, store.names(REMOVED)).values() for image in images}
+    ids = erased_images(store)
     for name in names:
-        record = store.read_json(REMOVED, f"{name}.json")
+        record = removal(store, name)
         if record is None:
             raise StoreError(f"no removal {store.place(REMOVED, f'{name}.json')}; name one that is there")
         ids.update(record["images"])
     erased = erase(store, ids, watch)
     for name in names:
-        store.write_json({"images": [], "erased": _now()}, REMOVED, f"{name}.erased.json")
+        mark_erased(store, name)
     return erased
 
-
-def _erasures(store: Store, objects: Collection[str]) -> dict[str, list[str]]:
-    """The images of those removals, of these objects, that are or were to be erased."""
-    names = [name for name in objects if not name.endswith(".erased.json")]
-    with ThreadPoolExecutor(READERS) as readers:
-        found = list(readers.map(lambda name: store.read_json(REMOVED, name) or {}, names))
-    return {
-        name.removesuffix(".json"): record["images"]
-        for name, record in zip(names, found, strict=True)
-        if record.get("erase")
-    }
-
-
-def waiting_image(name: str) -> str:
-    """The id of the image of an object below `WAITING`: <image id>.json or <image id>-<request>.json."""
-    return re.sub(r"(-[0-9a-f]{32})?\.json$", "", name)
-
-
-def added_images(store: Store) -> dict[str, int]:
-    """Images that were added one by one, by any model, and their identities."""
-
-    def read(name: str) -> dict[str, list[Any]]:
-        with store.open(name) as file:
-            return pq.read_table(file, columns=["image_id", "identity"]).to_pydict()
-
-    while True:
-        names = [name for name in store.walk(ADDED) if name.endswith(".parquet")]
-        with ThreadPoolExecutor(READERS) as readers, contextlib.suppress(FileNotFoundError):
-            tables = list(readers.map(read, names))
-            return {key: who for rows in tables for key, who in zip(rows["image_id"], rows["identity"], strict=True)}
-        # One was replaced meanwhile: look again.
-
-
-def mentioned_images(store: Store) -> set[str]:
-    """Ids of images that were removed, or wait to be added."""
-    waiting = {waiting_image(name) for folder in WAITING for name in store.names(folder)}
-    return waiting | removed_images(store)
+    # One was replaced meanwhile: look again.
 
 
 def erase(store: Store, image_ids: Collection[str], watch: Watch | None = None) -> dict[str, int]:
@@ -168,7 +104,7 @@ def erase(store: Store, image_ids: Collection[str], watch: Watch | None = None) 
         # What is to be added goes first, so that as little as can be is added after the look.
         for name in store.walk():
             folder, _, rest = name.partition("/")
-            if folder in WAITING and waiting_image(rest) in ids:
+            if folder in (ARRIVALS, FAILED) and waiting_image(rest) in ids:
                 store.remove(name)
                 erased[folder] += 1
         held = {name: rows for name, rows in _look(store, ids, watch, f"erase, look{again}") if rows}
@@ -240,7 +176,7 @@ def _is_of(column: str, key: str, ids: Collection[str]) -> bool:
     """Whether a row is of one of these images. The key of a reject is an image's, a caption's or a path."""
     if column == "image_id":
         return key in ids
-    of_caption = key.rpartition("-")[0] in ids
+    of_caption = image_of(key) in ids
     return of_caption if column == "caption_id" else of_caption or key in ids or image_id(key) in ids
 
 
@@ -322,8 +258,8 @@ def _manifests(store: Store, table: str) -> Iterator[tuple[str, dict[str, Any]]]
 
     They are read as they are and not as `Manifest`: an older program's tables are erased from too.
     """
-    of_version = re.compile(re.escape(table) + r"/[^/]+/manifest\.json")
-    for name in [*filter(of_version.fullmatch, store.walk(table)), f"{table}/manifest.json"]:
+    of_version = re.compile(re.escape(f"{table}/") + "[^/]+/" + re.escape(MANIFEST))
+    for name in [*filter(of_version.fullmatch, store.walk(table)), f"{table}/{MANIFEST}"]:
         manifest = store.read_json(name)
         if manifest is not None:
             yield name, manifest
@@ -335,7 +271,7 @@ def _write_again(store: Store, table: str, path: str, rows: pa.Table) -> dict[st
     sha256 = hashlib.sha256(content).hexdigest()
     old = PART.fullmatch(f"{table}/{path}")
     assert old is not None
-    new = f"{old['version']}/{old['stem']}-{sha256[:8]}.parquet"
+    new = rewritten_part_name(old["version"], old["stem"], sha256)
     store.write_bytes(content, table, new)
     return dataclasses.asdict(Part(new, rows.num_rows, len(content), sha256))
 
@@ -350,7 +286,3 @@ def _remove_aside(store: Store) -> None:
             while time.time() - os.path.getmtime(path) < UNTOUCHED:
                 time.sleep(0.1)
             store.remove(name)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

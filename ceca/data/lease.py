@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ceca.data.names import LEASES
 from ceca.data.store import Store
+from ceca.environment import lease_silent_s
 from ceca.errors import UserError
 
-LEASES = ".leases"
-SILENT_S = float(os.environ.get("CECA_LEASE_SILENT_S", "60"))  # after which a claim is a dead process's
-BEAT_S = SILENT_S / 12  # between a holder's signs of life
+BEATS = 12  # a holder's signs of life in the time after which silence counts as death
 
 
 def _place() -> str:
@@ -185,8 +185,8 @@ def holding(
     *,
     on_lost: Callable[[], None],
     say: Callable[[str], None] = print,
-    silent_s: float = SILENT_S,
-    beat_s: float = BEAT_S,
+    silent_s: float | None = None,
+    beat_s: float | None = None,
 ) -> Iterator[Lease]:
     """Hold a name while the context lasts.
 
@@ -197,7 +197,8 @@ def holding(
     Raises:
         LeaseError: somebody else holds it, or it was lost meanwhile.
     """
-    lease = Lease(store, name, who, on_lost, silent_s, beat_s)
+    silent_s = lease_silent_s() if silent_s is None else silent_s
+    lease = Lease(store, name, who, on_lost, silent_s, silent_s / BEATS if beat_s is None else beat_s)
     lost = f"lost {name}: the store did not hear of this process for {silent_s / 2:.0f} s, or its claim was removed"
     try:
         lease.acquire(say)

@@ -113,3 +113,8 @@ def image_id(source_path: str) -> str:
 def caption_id(image: str, position: int) -> str:
     """A caption's key: its image's key and its position in the record."""
     return f"{image}-{position}"
+
+
+def image_of(caption: str) -> str:
+    """The key of a caption's image."""
+    return caption.rpartition("-")[0]

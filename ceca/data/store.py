@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
 from ceca.errors import UserError
 
@@ -211,7 +212,7 @@ class Store:
         Raises:
             StoreError: it was written with another schema version, or is not a manifest.
         """
-        names = (table, "manifest.json") if version is None else (table, version, "manifest.json")
+        names = (table, MANIFEST) if version is None else (table, version, MANIFEST)
         found = self.read_json(*names)
         if found is None:
             return None
@@ -285,7 +286,7 @@ class Store:
         """The rejected rows of every stage's current version."""
         tables = [REJECTS.empty_table()]
         for stage in ("ingest", "dialogue", "evaluate", "index"):
-            manifest = self.manifest(f"rejects/{stage}")
+            manifest = self.manifest(rejects_table(stage))
             if manifest is not None and manifest.rows:
                 tables.append(self.read(manifest))
         return pa.concat_tables(tables)
@@ -295,19 +296,19 @@ class Store:
     def write_part(self, table: str, version: str, number: int, rows: pa.Table) -> Part:
         """Write one part aside; nobody reads it before a manifest names it."""
         content = encode(rows)
-        path = f"{version}/part-{number:05d}.parquet"
+        path = part_name(version, number)
         self.write_bytes(content, table, path)
         return Part(path, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
 
     def write_receipt(self, stage: str, version: str, unit: int, receipt: Receipt) -> None:
         """Say that a unit is done. Comes after its parts, never before."""
-        self.write_json(dataclasses.asdict(receipt), ".work", stage, version, f"{unit:05d}.json")
+        self.write_json(dataclasses.asdict(receipt), WORK, stage, version, receipt_name(unit))
 
     def receipts(self, stage: str, version: str) -> dict[int, Receipt]:
         """The units of this version that are done."""
         found = {}
-        for name in self.names(".work", stage, version):
-            receipt = json.loads(self.read_bytes(".work", stage, version, name))
+        for name in self.names(WORK, stage, version):
+            receipt = json.loads(self.read_bytes(WORK, stage, version, name))
             found[int(Path(name).stem)] = Receipt(
                 parts={table: Part(**part) for table, part in receipt["parts"].items()},
                 rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
@@ -334,7 +335,7 @@ class Store:
         receipts = list(receipts)
         rejected = [*rejects, *(reject for receipt in receipts for reject in receipt.rejects)]
         rows = pa.Table.from_pylist([{"stage": stage, **dataclasses.asdict(reject)} for reject in rejected], REJECTS)
-        parts = {f"rejects/{stage}": [self.write_part(f"rejects/{stage}", version, 0, rows)]}
+        parts = {rejects_table(stage): [self.write_part(rejects_table(stage), version, 0, rows)]}
         for table in tables:
             parts[table] = [receipt.parts[table] for receipt in receipts if table in receipt.parts]
         notes = {**(notes or {}), "rejects": dict(Counter(reject.reason for reject in rejected))}
@@ -344,11 +345,11 @@ class Store:
             manifest = Manifest(
                 table, version, sum(part.rows for part in written), tuple(written), made_from, config, notes, created
             )
-            self.write_json(dataclasses.asdict(manifest), table, version, "manifest.json")
+            self.write_json(dataclasses.asdict(manifest), table, version, MANIFEST)
             manifests[table] = manifest
         for table, manifest in manifests.items():
-            self.write_json(dataclasses.asdict(manifest), table, "manifest.json")
-        self.remove(".work", stage, version)
+            self.write_json(dataclasses.asdict(manifest), table, MANIFEST)
+        self.remove(WORK, stage, version)
         return manifests
 
     def remove(self, *names: str) -> None:

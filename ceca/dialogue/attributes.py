@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ceca.data.store import Store
+
 Choices = Mapping[str, Sequence[str]]  # attribute → the values it can have
 
 UNKNOWN = "unknown"
@@ -171,3 +173,11 @@ def _pattern(values: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
     meant |= {value: value for value in values}
     longest = sorted(meant, key=len, reverse=True)
     return re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, longest))})(?:e?s)?(?![\w-])"), meant
+
+
+def read_vocabulary(store: Store) -> Choices:
+    """What structured answers choose from: the dataset's own vocabulary, or the usual one."""
+    attributes = store.manifest("attributes")
+    if attributes is None:
+        return PERSON
+    return {name: tuple(values) for name, values in attributes.notes["vocabulary"].items()}

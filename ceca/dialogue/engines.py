@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ceca.config import DialogueConfig, to_mapping
+from ceca.config import DialogueConfig
 from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import Engine
+from ceca.settings import to_mapping
 
 
 def make_engine(config: DialogueConfig, vocabulary: Choices | None = None) -> Engine:

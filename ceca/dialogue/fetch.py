@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from pathlib import Path
 
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from ceca.data.store import filesystem
 from ceca.dialogue.conversation import EngineError
-
-CACHE = "CECA_CACHE"  # environment variable: where a node keeps what it has fetched
+from ceca.environment import cache_folder
 
 
 def fetch_model(model: str) -> str:
@@ -39,7 +36,7 @@ def fetch_model(model: str) -> str:
         raise EngineError(f"no model at {model}: a folder with config.json and weights is expected there")
     described = sorted((name, found["size"], str(found.get("ETag", ""))) for name, found in files.items())
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "ceca")) / "models"
+    cache = cache_folder("models")
     folder = cache / digest
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{digest}.lock"):
@@ -53,6 +50,8 @@ def fetch_model(model: str) -> str:
                     fs.get_file(name, str(target))
             except OSError as error:
                 shutil.rmtree(aside, ignore_errors=True)
-                raise EngineError(f"cannot fetch {model} to {cache}: {error}; ${CACHE} names another place") from error
+                raise EngineError(
+                    f"cannot fetch {model} to {cache}: {error}; CECA_CACHE names another place"
+                ) from error
             aside.rename(folder)  # whole or not there
     return str(folder)

@@ -25,7 +25,7 @@ from ceca.datasets.images import ImageError, open_image
 from ceca.dialogue.attributes import Choices, json_schema
 from ceca.dialogue.conversation import Answer, DialogueError, EngineDied, EngineError, Subject, Turn, one_line
 from ceca.dialogue.fetch import fetch_model
-from ceca.environment import gpus_there
+from ceca.environment import usable_gpus
 
 CONVERSATIONS_KEPT = 512  # those in flight, whose next turns continue them
 ANSWER_HERE = "\u2603answer\u2603"  # stands for the last answer where only what follows it is wanted
@@ -58,7 +58,7 @@ class VLLMEngine:
         self.guard: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        if not gpus_there(self.config.gpus):  # read when vLLM is imported
+        if not usable_gpus(self.config.gpus):  # read when vLLM is imported
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self.config.kv_cache_gib)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -90,7 +90,7 @@ class VLLMEngine:
             # Between the brackets of an answer in JSON, a model might go on with spaces for ever.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
-        if gpus_there(self.config.gpus):
+        if usable_gpus(self.config.gpus):
             arguments["gpu_memory_utilization"] = self.config.memory_fraction
         else:
             # The prefix cache reuses whole blocks, and a turn is short against the CPU backend's own 128 tokens:

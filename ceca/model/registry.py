@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ceca.data.names import MANIFEST, MODELS
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError, filesystem
 
@@ -26,7 +27,7 @@ class PublishedModel:
 def find_model(store: Store, name: str) -> PublishedModel | None:
     """A published model's description by name below the dataset, or by URI; None where there is none."""
     home, names = locate(store, name)
-    manifest = home.read_json(*names, "manifest.json")
+    manifest = home.read_json(*names, MANIFEST)
     if manifest is None:
         return None
     if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -76,7 +77,7 @@ def model_file(store: Store, name: str, file: str) -> bytes:
 
 def list_models(store: Store) -> list[str]:
     """Names of the models below a dataset, published or not yet."""
-    folder = store.path("models")
+    folder = store.path(MODELS)
     if not store.fs.exists(folder):
         return []
     return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in store.fs.ls(folder, detail=False))
@@ -87,4 +88,4 @@ def locate(store: Store, name: str) -> tuple[Store, tuple[str, ...]]:
     if "://" in name or "/" in name:
         filesystem(name)  # a clear error for an unknown scheme
         return Store(name), ()
-    return store, ("models", name)
+    return store, (MODELS, name)

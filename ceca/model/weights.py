@@ -20,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ceca.config import ModelConfig, from_mapping, to_mapping
+from ceca.config import ModelConfig
+from ceca.data.names import MANIFEST, MODELS
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError
 from ceca.model.backbone import Backbone, WeightsError
 from ceca.model.ceca import CECA
 from ceca.model.registry import PublishedModel, locate, require_model
+from ceca.settings import from_mapping, to_mapping
 
 # What OpenAI's files carry besides weights, and the scale that nothing here uses.
 NOT_WEIGHTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -146,11 +148,11 @@ def publish_model(
     local_dim = model.local_dim if model.local_branch else global_dim
     described = {"schema_version": SCHEMA_VERSION, "model": to_mapping(model), "train": config}
     digest = hashlib.sha256(weights + json.dumps(described["model"], sort_keys=True).encode()).hexdigest()[:16]
-    store.write_bytes(weights, "models", name, digest, "model.safetensors")
-    store.write_json(described, "models", name, digest, "config.json")
-    store.write_json(training, "models", name, digest, "training.json")
+    store.write_bytes(weights, MODELS, name, digest, "model.safetensors")
+    store.write_json(described, MODELS, name, digest, "config.json")
+    store.write_json(training, MODELS, name, digest, "training.json")
     for extra, content in (extras or {}).items():
-        store.write_bytes(content, "models", name, digest, extra)
+        store.write_bytes(content, MODELS, name, digest, extra)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "digest": digest,
@@ -161,8 +163,8 @@ def publish_model(
         "made_from": made_from,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    store.write_json(manifest, "models", name, "manifest.json")
-    place = store.place("models", name)
+    store.write_json(manifest, MODELS, name, MANIFEST)
+    place = store.place(MODELS, name)
     return PublishedModel(place, digest, global_dim, local_dim, described, training, made_from, version)
 
 

@@ -15,9 +15,10 @@ from collections import OrderedDict
 import numpy as np
 import pyarrow as pa
 
+from ceca.data.changes import read_added
 from ceca.data.store import StoreError
 from ceca.datasets.images import mime_type
-from ceca.search.edition import Edition, read_added
+from ceca.search.edition import Edition
 from ceca.search.facets import Facets, open_facets
 
 CACHE_BYTES = 64 * 1024 * 1024  # of encoded images in one process: a few thousand pedestrian crops

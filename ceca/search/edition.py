@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import io
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ceca.data.changes import read_added, removed_images
+from ceca.data.names import ADDED, REMOVED
 from ceca.data.store import Manifest, Store, StoreError, version_of
-from ceca.data.tables import removed_images
 from ceca.model.registry import require_model
-
-ADDED = "added"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +104,7 @@ def find_edition(store: Store, model: str = "") -> Edition:
         images=images.version,
         dialogues=dialogues.version if dialogues else None,
         added=tuple(store.names(ADDED, published.digest)),
-        removed=tuple(store.names("removed")),
+        removed=tuple(store.names(REMOVED)),
     )
 
 
@@ -125,21 +121,3 @@ def _matching_dialogues(store: Store, gallery: Manifest, images: Manifest) -> Ma
         return store.manifest("dialogues", gallery.made_from["dialogues"])
     current = store.manifest("dialogues")
     return current if current is not None and current.made_from.get("images") == images.version else None
-
-
-def read_added(store: Store, digest: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows of one object of `added`; raises FileNotFoundError where it has been replaced meanwhile."""
-    if columns is None:
-        return pq.read_table(io.BytesIO(store.read_bytes(ADDED, digest, name)))
-    with store.open(ADDED, digest, name) as file:  # these columns alone: the images are most of it
-        return pq.read_table(file, columns=columns)
-
-
-def write_added(store: Store, digest: str, rows: pa.Table) -> str:
-    """Write one object of `added`; returns its name, the digest of its content."""
-    sink = io.BytesIO()
-    pq.write_table(rows, sink, row_group_size=1, compression="ZSTD")  # an image is read alone
-    content = sink.getvalue()
-    name = f"{hashlib.sha256(content).hexdigest()[:16]}.parquet"
-    store.write_bytes(content, ADDED, digest, name)
-    return name

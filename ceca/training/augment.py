@@ -14,17 +14,8 @@ from torch import Tensor
 
 from ceca.config import AugmentationConfig
 from ceca.model.backbone import MASK
+from ceca.model.embed import normalize
 from ceca.model.irra import WordTask
-
-# CLIP's pixel statistics.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] → float32 [B, 3, H, W], by CLIP's mean and deviation."""
-    mean, std = (torch.tensor(values, device=images.device) * 255 for values in (MEAN, STD))
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def generator(*key: int) -> torch.Generator:

@@ -19,17 +19,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 
 from ceca.config import TrainConfig
+from ceca.environment import cache_folder
 from ceca.errors import UserError
 from ceca.model.ceca import CECA, HEADS
 from ceca.model.mixer import GlobalBatchNorm
-from ceca.training.step import Curve, parameter_groups, rate_factor, world
+from ceca.training.curve import Curve
+from ceca.training.optimiser import parameter_groups, rate_factor
+from ceca.training.workers import world
 
 TAG = "state"  # DeepSpeed's name of the one state in a checkpoint
 
@@ -102,11 +104,18 @@ def compile_operation(builder: Any) -> None:
     for it, for ever and without a word. Our lock ends with its process, and in a folder of our own, who holds it knows
     that torch's is a dead process's.
     """
-    place = Path(os.environ.get("CECA_CACHE") or Path.home() / ".cache" / "ceca") / "extensions"
+    place = cache_folder("extensions")
     place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / f"{builder.name}.lock"), mock.patch.dict(os.environ, TORCH_EXTENSIONS_DIR=str(place)):
+    before = os.environ.get("TORCH_EXTENSIONS_DIR")
+    with FileLock(place / f"{builder.name}.lock"):
         (place / builder.name / "lock").unlink(missing_ok=True)
-        builder.load()
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(place)
+        try:
+            builder.load()
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if before is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from ceca.config import DialogueConfig, to_mapping
+from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES, SCHEMA_VERSION
 from ceca.data.store import Manifest, Reject, Store, filesystem, version_of
 from ceca.data.tables import ImageRow
 from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, read_published
 from ceca.errors import UserError
 from ceca.model.backbone import CONTEXT, count_tokens
-from jobs.runtime import stages
+from ceca.settings import to_mapping
+from jobs.runtime.units import Output, Plan, run_plan
 
 
 def import_published(
@@ -50,7 +51,7 @@ def import_published(
         entries[start : start + config.images_per_part] for start in range(0, len(entries), config.images_per_part)
     ]
     made_from = {"images": images.version, "published": digest}
-    plan = stages.Plan(
+    plan = Plan(
         stage="dialogue",
         version=version_of("dialogue", SCHEMA_VERSION, made_from, config.split, config.limit),
         tables=("dialogues",),
@@ -62,7 +63,7 @@ def import_published(
         config=to_mapping(config, results_only=True),
         rejects=[*unusable, *strangers, *without],
     )
-    return stages.run(store, plan, redo=redo, replicas=config.replicas, cpus=1)
+    return run_plan(store, plan, redo=redo, replicas=config.replicas, cpus=1)
 
 
 class ImportWorker:
@@ -71,7 +72,7 @@ class ImportWorker:
     def __init__(self, source: str):
         self.source = source
 
-    def __call__(self, work: list[Any]) -> stages.Output:
+    def __call__(self, work: list[Any]) -> Output:
         rows = []
         for image_id, entry in work:
             made = PublishedDialogue(**entry)
@@ -92,4 +93,4 @@ class ImportWorker:
                 }
             )
         counts = {"summaries_over_77_tokens": sum(count_tokens(row["summary"]) > CONTEXT for row in rows)}
-        return stages.Output({"dialogues": pa.Table.from_pylist(rows, DIALOGUES)}, counts=counts)
+        return Output({"dialogues": pa.Table.from_pylist(rows, DIALOGUES)}, counts=counts)

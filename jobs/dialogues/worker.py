@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ceca.config import DialogueConfig, from_mapping
+from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES
 from ceca.data.store import Manifest, Reject, Store
 from ceca.dialogue.attributes import Choices
@@ -27,7 +27,8 @@ from ceca.dialogue.conversation import (
 )
 from ceca.dialogue.engines import generation_settings, make_engine
 from ceca.model.backbone import CONTEXT, count_tokens
-from jobs.runtime import stages
+from ceca.settings import from_mapping
+from jobs.runtime.units import Output
 
 REPEATED_AMONG = 8  # images at least, of which more than half have one summary: then it is flagged
 
@@ -69,7 +70,7 @@ class DialogueWorker:
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
-    def __call__(self, work: list[Any]) -> stages.Output:
+    def __call__(self, work: list[Any]) -> Output:
         return self._run(self._converse(self._subjects(work)))
 
     def _subjects(self, work: list[Any]) -> list[Subject]:
@@ -99,7 +100,7 @@ class DialogueWorker:
                 "--no-canary if the images are the same"
             )
 
-    async def _converse(self, subjects: list[Subject]) -> stages.Output:
+    async def _converse(self, subjects: list[Subject]) -> Output:
         async def one(subject: Subject) -> Dialogue | Reject:
             async with self.in_flight:
                 self.occupancy.change(1)
@@ -136,7 +137,7 @@ class DialogueWorker:
             **{f"flag_{name}": count for name, count in Counter(f for row in table for f in row["flags"]).items()},
             **self.occupancy.take(),
         }
-        return stages.Output({"dialogues": pa.Table.from_pylist(table, DIALOGUES)}, rejects, counts)
+        return Output({"dialogues": pa.Table.from_pylist(table, DIALOGUES)}, rejects, counts)
 
     def _row(self, image_id: str, made: Dialogue, repeated: str | None) -> dict[str, Any]:
         return {

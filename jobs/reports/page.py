@@ -12,14 +12,23 @@ from typing import Annotated, Any
 import tyro
 
 from ceca.config import EvaluateConfig, Split
+from ceca.data.names import COMPARISONS
 from ceca.data.store import Store
 from ceca.errors import UserError
 from ceca.model.registry import find_model, list_models, require_model
 from ceca.report.figures import draw_comparison
 from ceca.report.html import paragraph, picture, table, write_page
-from jobs import report
 from jobs.evaluate import METRICS, SIMILARITIES, evaluate
-from jobs.runtime import stages
+from jobs.reports.figures import (
+    report_attributes,
+    report_dialogues,
+    report_omega,
+    report_ranked,
+    report_significance,
+    report_statistics,
+    report_training,
+)
+from jobs.runtime.console import console
 
 Section = tuple[str, list[str]]
 
@@ -74,7 +83,7 @@ def report_page(
         f"{store.uri}, {time.strftime('%Y-%m-%d')}."
     )
     out = write_page("Text-to-image person retrieval", lead, sections, folder / "index.html")
-    stages.console.print(f"report: {len(names)} models → {out} ({out.stat().st_size / 1e6:.1f} MB, complete in itself)")
+    console.print(f"report: {len(names)} models → {out} ({out.stat().st_size / 1e6:.1f} MB, complete in itself)")
     return out
 
 
@@ -98,7 +107,7 @@ def _results(results: dict[str, Any], omega: float) -> list[str]:
 
 
 def _significance(data: str, models: tuple[str, str], split: Split) -> str:
-    found = report.report_significance(data, models, split)
+    found = report_significance(data, models, split)
     rows = [
         [label, f"{made.mean:+.2f}", f"{made.low:+.2f} … {made.high:+.2f}", f"{made.p:.4f}"]
         for label, made in found.items()
@@ -110,8 +119,8 @@ def _significance(data: str, models: tuple[str, str], split: Split) -> str:
 def _comparisons(figures: Figures, store: Store) -> list[str]:
     """The tables that `ceca compare` left: several seeds of each method."""
     parts = []
-    for number, name in enumerate(store.names("comparisons")):
-        made: dict[str, Any] = store.read_json("comparisons", name) or {}
+    for number, name in enumerate(store.names(COMPARISONS)):
+        made: dict[str, Any] = store.read_json(COMPARISONS, name) or {}
         rows = [
             [method, *(f"{row[key][0]:.2f} ± {row[key][1]:.2f}" for key in METRICS)]
             for method, row in made["summary"].items()
@@ -127,7 +136,7 @@ def _omega(figures: Figures, data: str, models: tuple[str, ...], split: Split) -
     curves: dict[str, dict[float, tuple[float, float]]] = {}
 
     def draw(out: Path) -> None:
-        curves.update(report.report_omega(data, models, split, picture=out))
+        curves.update(report_omega(data, models, split, picture=out))
 
     shown = figures.add("omega", draw, "Rank-1 and Rsum by ω")
     words = []
@@ -151,7 +160,7 @@ def _ranked(figures: Figures, data: str, models: tuple[str, ...], split: Split, 
         )
 
     def draw(out: Path) -> None:
-        report.report_ranked(data, models, split, omega=omega, seed=seed, picture=out)
+        report_ranked(data, models, split, omega=omega, seed=seed, picture=out)
 
     return [paragraph(words), figures.add("ranked", draw, "Ranked lists", photographs=True)]
 
@@ -165,7 +174,7 @@ def _attributes(figures: Figures, store: Store, model: str, split: Split, omega:
     )
 
     def draw(out: Path) -> None:
-        report.report_attributes(store.uri, model, split, omega=omega, picture=out)
+        report_attributes(store.uri, model, split, omega=omega, picture=out)
 
     return [("Errors by attribute", [paragraph(words), figures.add("attributes", draw, "Errors by attribute")])]
 
@@ -176,7 +185,7 @@ def _training(figures: Figures, store: Store, models: tuple[str, ...]) -> list[s
         return [paragraph("These models were not trained here.")]
 
     def draw(out: Path) -> None:
-        report.report_training(store.uri, own, picture=out)
+        report_training(store.uri, own, picture=out)
 
     return [figures.add("training", draw, "Loss by step and validation by epoch")]
 
@@ -185,7 +194,7 @@ def _dataset(figures: Figures, store: Store, data: str) -> list[str]:
     counts: dict[str, list[int]] = {}
 
     def draw(out: Path) -> None:
-        counts.update(report.report_statistics(data, picture=out))
+        counts.update(report_statistics(data, picture=out))
 
     shown = figures.add("statistics", draw, "Images of a person, words of a caption, tokens of a summary")
     rows = [[split, *(f"{number:,}" for number in numbers)] for split, numbers in counts.items()]
@@ -201,5 +210,5 @@ def _samples(figures: Figures, store: Store, data: str, seed: int) -> list[Secti
     if store.manifest("dialogues") is None:
         return []
     out = figures.folder / "samples.png"  # drawn as pixels; there is no SVG of it
-    report.report_dialogues((data,), out, seed=seed)
+    report_dialogues((data,), out, seed=seed)
     return [("Images, captions and summaries", [picture(out, "Images with their caption and summary")])]

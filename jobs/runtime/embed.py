@@ -14,10 +14,10 @@ import torch
 from ceca.data.store import Manifest, Reject, Store
 from ceca.data.tables import ImageRow, add_summaries, list_images
 from ceca.datasets.images import ImageError, decode_image
+from ceca.model.embed import embed_images, embed_texts
 from ceca.model.registry import PublishedModel
 from ceca.model.weights import load_model
-from ceca.search.gallery import embed_images, embed_texts
-from jobs.runtime import stages
+from jobs.runtime.units import Output
 
 
 def plan_images(
@@ -78,17 +78,17 @@ class EmbedWorker:
         self.store, self.images, self.schemas, self.batch = Store(uri), images, schemas, batch
         self.model, self.published = load_model(self.store, model, self.device)
 
-    def __call__(self, work: dict[str, list[Any]]) -> stages.Output:
+    def __call__(self, work: dict[str, list[Any]]) -> Output:
         return self._embed_images(work["images"]) if "images" in work else self._embed_queries(work["queries"])
 
-    def _embed_images(self, items: list[Any]) -> stages.Output:
+    def _embed_images(self, items: list[Any]) -> Output:
         encoded = self.store.take(self.images, [(part, row) for part, row, *_ in items], ["image"])["image"]
         with ThreadPoolExecutor(2) as decoders:  # Pillow decodes without holding Python's lock
             decoded = list(decoders.map(self._decode, [item[2] for item in items], encoded.to_pylist()))
         rejects = [pixels for pixels in decoded if isinstance(pixels, Reject)]
         kept = [(item, pixels) for item, pixels in zip(items, decoded, strict=True) if not isinstance(pixels, Reject)]
         if not kept:
-            return stages.Output({}, rejects)
+            return Output({}, rejects)
         embeddings = [
             embed_images(self.model, [pixels for _, pixels in batch], [item[5] for item, _ in batch], self.device)
             for batch in cut(kept, self.batch)
@@ -99,14 +99,14 @@ class EmbedWorker:
             "split": [item[4] for item, _ in kept],
             "model_digest": [self.published.digest] * len(kept),
         }
-        return stages.Output(self._table("images", columns, embeddings), rejects)
+        return Output(self._table("images", columns, embeddings), rejects)
 
-    def _embed_queries(self, items: list[Any]) -> stages.Output:
+    def _embed_queries(self, items: list[Any]) -> Output:
         embeddings = [
             embed_texts(self.model, [text for _, _, text in batch], self.device) for batch in cut(items, self.batch)
         ]
         columns = {"caption_id": [item[0] for item in items], "identity": [item[1] for item in items]}
-        return stages.Output(self._table("queries", columns, embeddings))
+        return Output(self._table("queries", columns, embeddings))
 
     def _table(self, kind: str, columns: dict[str, list[Any]], embeddings: Sequence[Any]) -> dict[str, pa.Table]:
         table, schema = self.schemas[kind]

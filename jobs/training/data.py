@@ -17,8 +17,9 @@ import ray
 
 from ceca.config import TrainConfig
 from ceca.data.store import Manifest, Store
-from ceca.data.tables import epoch_order, epoch_partners, share
 from ceca.datasets.images import decode_image
+from ceca.training.order import epoch_order, epoch_partners
+from ceca.training.workers import share
 
 
 @dataclasses.dataclass(frozen=True)

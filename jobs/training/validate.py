@@ -14,8 +14,8 @@ from ceca.datasets.images import decode_image
 from ceca.metrics import retrieval_metrics
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
-from ceca.training.augment import normalize
-from ceca.training.step import world
+from ceca.model.embed import normalize
+from ceca.training.workers import world
 from jobs.training.data import EncodedImages, Run
 
 OMEGA = 0.3  # of validation; evaluation sweeps it

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from ceca.config import TrainConfig, to_mapping
+from ceca.config import TrainConfig
+from ceca.data.names import MODELS
 from ceca.data.store import Store
 from ceca.errors import UserError
-from ceca.training.step import step_flops, world
+from ceca.settings import to_mapping
+from ceca.training.flops import step_flops
+from ceca.training.workers import world
 from jobs.training.data import TrainingSet
 
 # Dense bf16 and fp16 peak of a GPU by a part of its name, in TFLOP/s, as their makers give it.
@@ -101,7 +104,7 @@ class _TensorBoard:
     def __init__(self, config: TrainConfig, store: Store, run: str, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        names = ("models", config.name, "curves", run.rsplit("run-", 1)[-1])
+        names = (MODELS, config.name, "curves", run.rsplit("run-", 1)[-1])
         self.store, self.target = store, store.path(*names)
         self.local = isinstance(store.fs, LocalFileSystem)
         self.folder = self.target if self.local else tempfile.mkdtemp(prefix="ceca-curves-")

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ceca.config import TrainConfig
 from ceca.data.store import Store
-from ceca.data.tables import share
 from ceca.errors import UserError
 from ceca.model.backbone import trim
 from ceca.model.ceca import CECA, Features
@@ -37,16 +36,9 @@ from ceca.training.engine import (
     whole_model,
 )
 from ceca.training.precision import BF16Backward, keep_freed_memory
-from ceca.training.step import (
-    better,
-    cawl,
-    gather_features,
-    gather_identities,
-    loss_terms,
-    scaled_loss,
-    world,
-)
-from jobs.runtime import stages
+from ceca.training.step import better, cawl, loss_terms, scaled_loss
+from ceca.training.workers import gather_features, gather_identities, share, world
+from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches
 from jobs.training.validate import validate
 from jobs.training.watch import Watch, model_flops_utilisation
@@ -84,7 +76,7 @@ def _prepare_device(config: TrainConfig, size: int) -> torch.device:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import deepspeed  # noqa: F401  after the accelerator is chosen
 
-    stages.quiet()
+    quiet()
     if on_gpu:
         return torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))

@@ -8,17 +8,9 @@ from pathlib import Path
 import pytest
 
 from ceca.commandline import RECIPES, list_recipes, load_recipe, parse_arguments
-from ceca.config import (
-    STAGES,
-    ConfigError,
-    DialogueConfig,
-    LossConfig,
-    ModelConfig,
-    TrainConfig,
-    from_mapping,
-    to_mapping,
-)
+from ceca.config import STAGES, DialogueConfig, LossConfig, ModelConfig, TrainConfig
 from ceca.data.store import version_of
+from ceca.settings import ConfigError, from_mapping, to_mapping
 
 BENCHMARKS = ("cuhk_pedes", "icfg_pedes", "rstpreid", "tiny")
 METHODS = sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))

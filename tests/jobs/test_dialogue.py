@@ -15,12 +15,13 @@ import pytest
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from ceca.config import DialogueConfig, OpenAIConfig, OracleConfig, to_mapping
+from ceca.config import DialogueConfig, OpenAIConfig, OracleConfig
 from ceca.data.store import Store
 from ceca.data.tables import list_images
 from ceca.dialogue.attributes import UNKNOWN
 from ceca.dialogue.conversation import EngineError
 from ceca.errors import UserError
+from ceca.settings import to_mapping
 from jobs.dialogue import dialogue
 from jobs.dialogues.worker import DialogueWorker
 from tests.endpoint import ChatServer, completion, digest_of

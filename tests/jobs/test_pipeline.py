@@ -24,11 +24,12 @@ from ceca.errors import UserError
 from ceca.model.registry import find_model
 from ceca.model.weights import load_model
 from ceca.search.edition import find_edition
-from ceca.search.gallery import Searcher, open_gallery
+from ceca.search.gallery import open_gallery
+from ceca.search.searcher import Searcher
 from jobs import evaluate
 from jobs.index import SMALL_PARTS, reuse
 from jobs.remove import remove
-from jobs.report import report_attributes, report_omega, report_ranked, report_significance
+from jobs.reports.figures import report_attributes, report_omega, report_ranked, report_significance
 from jobs.reports.page import report_page
 from jobs.train import train
 from tests.conftest import REPOSITORY

@@ -15,7 +15,7 @@ from PIL import Image
 from ceca.data.store import Store
 from ceca.dialogue.conversation import QUESTIONS
 from ceca.dialogue.tiny import make_tiny_vlm
-from jobs.report import describe, report_dialogues
+from jobs.reports.figures import describe, report_dialogues
 from tests.conftest import finish
 
 SMALL = ("--recipe", "tests/jobs/small.yaml")

@@ -18,13 +18,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ceca.config import LossConfig, ModelConfig, TrainConfig
-from ceca.data.tables import share
 from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA
 from ceca.model.irra import WordTask
 from ceca.training.augment import draw, generator, hide_words
 from ceca.training.engine import deepspeed_config, import_deepspeed, whole_model
-from ceca.training.step import gather_features, gather_identities, loss_terms, scaled_loss
+from ceca.training.step import loss_terms, scaled_loss
+from ceca.training.workers import gather_features, gather_identities, share
 
 BATCH, STEPS, RATE = 8, 2, 0.05
 STAGES = (0, 1, 2, 3)

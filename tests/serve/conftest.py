@@ -18,10 +18,11 @@ import yaml
 from fastapi import Request
 from ray import serve as ray_serve
 
-from ceca.config import DialogueConfig, OpenAIConfig, ServeConfig, to_mapping
+from ceca.config import DialogueConfig, OpenAIConfig, ServeConfig
 from ceca.data.store import Store
 from ceca.search.edition import find_edition
-from ceca.search.gallery import Searcher
+from ceca.search.searcher import Searcher
+from ceca.settings import to_mapping
 from cluster.object_store import free_port
 from serve.app import QUIET, application
 from serve.proxy import ENVIRONMENT

@@ -14,9 +14,9 @@ from ceca.data.store import Receipt, Store
 from ceca.datasets.images import decode_image
 from ceca.model.backbone import tokenize
 from ceca.model.ceca import CECA
+from ceca.model.embed import normalize
 from ceca.model.registry import PublishedModel
 from ceca.model.weights import publish_model, serialize
-from ceca.training.augment import normalize
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black", "white", "orange")
 TINY = ModelConfig(backbone="ceca-tiny", image_height=128, image_width=64, mixer_heads=4, local_dim=256)

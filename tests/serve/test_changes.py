@@ -10,13 +10,15 @@ import ray
 from PIL import Image
 from ray import serve as ray_serve
 
-from ceca.config import DialogueConfig, ServeConfig, to_mapping
+from ceca.config import DialogueConfig, ServeConfig
 from ceca.data import schema
-from ceca.data.erase import finish, hide
+from ceca.data.changes import hide
+from ceca.data.erase import finish
 from ceca.data.lease import holding
 from ceca.data.store import Store
 from ceca.search.edition import find_edition
-from ceca.search.gallery import Searcher
+from ceca.search.searcher import Searcher
+from ceca.settings import to_mapping
 from serve.app import QUIET, application
 from tests.serve.conftest import COUNT, Changing, Running, wait_until_ready
 from tests.serve.dataset import QUERY, draw_person, publish_gallery, publish_people, publish_tiny

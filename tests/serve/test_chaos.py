@@ -18,7 +18,7 @@ from ray import serve as ray_serve
 from ceca.config import ServeConfig
 from ceca.data.store import Store
 from ceca.search.edition import find_edition
-from ceca.search.gallery import Searcher
+from ceca.search.searcher import Searcher
 from serve.app import QUIET, application
 from tests.serve.conftest import COUNT, Running, wait_until_ready
 from tests.serve.dataset import QUERY, publish_gallery, publish_people, publish_tiny

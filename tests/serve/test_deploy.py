@@ -22,8 +22,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from ceca.config import ServeConfig, from_mapping
+from ceca.config import ServeConfig
 from ceca.data.store import Store
+from ceca.settings import from_mapping
 from cluster.object_store import free_port
 from serve.app import build
 from serve.client import Client

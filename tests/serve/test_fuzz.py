@@ -30,9 +30,10 @@ from schemathesis.core.transport import Response
 from schemathesis.engine import Status, events, from_schema
 from schemathesis.schemas import BaseSchema
 
-from ceca.config import DialogueConfig, OpenAIConfig, ServeConfig, to_mapping
+from ceca.config import DialogueConfig, OpenAIConfig, ServeConfig
 from ceca.data import schema as tables
 from ceca.data.store import Store
+from ceca.settings import to_mapping
 from serve.access import Gate, Key
 from serve.api import HEADERS_LIMIT, make_api
 from serve.app import GallerySearch, QueryEncoder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect
 
-from serve.intake import arrival_id
+from ceca.data.changes import arrival_id
 from tests.serve.conftest import TOP_K_LIMIT, Changing, Running
 from tests.serve.dataset import QUERY, draw_person
 

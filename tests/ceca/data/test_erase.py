@@ -23,15 +23,14 @@ from hypothesis import strategies as st
 
 from ceca.data import erase as erasing
 from ceca.data import schema
-from ceca.data.erase import added_images, erase, finish, hide, mentioned_images, pending_erasures, undisturbed
+from ceca.data.changes import added_images, hide, mentioned_images, pending_erasures, removed_images, write_added
+from ceca.data.erase import erase, finish, undisturbed
 from ceca.data.lease import Holders, holding
 from ceca.data.schema import image_id
 from ceca.data.store import Manifest, Part, Receipt, Reject, Store, StoreError
-from ceca.data.tables import removed_images
 from ceca.errors import UserError
-from ceca.search.edition import write_added
 from jobs.remove import remove
-from jobs.runtime import stages
+from jobs.runtime.alone import alone
 
 IDS = [image_id(f"{number}.jpg") for number in range(12)]
 GONE = (IDS[1], IDS[4], IDS[5], IDS[11])
@@ -522,7 +521,7 @@ def test_nothing_is_erased_while_a_stage_works_and_no_stage_begins_while_it_is(f
         begun = threading.Event()
 
         def work() -> None:
-            with stages.alone(store, "index-1"):
+            with alone(store, "index-1"):
                 begun.set()
 
         stage = threading.Thread(target=work)

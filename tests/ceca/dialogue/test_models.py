@@ -10,12 +10,12 @@ import pytest
 
 from ceca.data.store import Store
 from ceca.dialogue.conversation import EngineError
-from ceca.dialogue.fetch import CACHE, fetch_model
+from ceca.dialogue.fetch import fetch_model
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
 
 

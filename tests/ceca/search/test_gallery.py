@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from ceca.data import schema
 from ceca.data.store import Part, Receipt, Store
 from ceca.metrics import PER_QUERY, Matches, rank_embeddings
+from ceca.search.agreement import agree_with_neighbours
 from ceca.search.edition import Edition
-from ceca.search.gallery import Gallery, agree_with_neighbours, open_gallery
+from ceca.search.gallery import Gallery, open_gallery
 
 
 def unit(*rows: list[float]) -> torch.Tensor:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ceca.config import AugmentationConfig
 from ceca.model.backbone import MASK, tokenize
-from ceca.training.augment import MEAN, STD, augment_images, draw, generator, mask_words, normalize
+from ceca.model.embed import MEAN, STD, normalize
+from ceca.training.augment import augment_images, draw, generator, mask_words
 
 NONE = AugmentationConfig(flip=0, pad=0, erase=0, word_mask=0)
 IMAGES = torch.randint(0, 256, (6, 12, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

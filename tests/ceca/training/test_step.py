@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from ceca.config import LossConfig, ModelConfig, OptimiserConfig
-from ceca.data.tables import epoch_order, epoch_partners, share, shuffled_captions
 from ceca.losses import triplet_alignment_loss
 from ceca.model.backbone import tokenize
 from ceca.model.ceca import CECA, Features
-from ceca.training.step import better, cosine, loss_terms, parameter_groups, rate_factor, step_flops
+from ceca.training.flops import step_flops
+from ceca.training.optimiser import parameter_groups, rate_factor
+from ceca.training.order import epoch_order, epoch_partners, shuffled_captions
+from ceca.training.step import better, cosine, loss_terms
+from ceca.training.workers import share
 
 SMALL = ModelConfig(backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_dim=32)
 

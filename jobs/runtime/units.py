@@ -7,39 +7,23 @@ receipt, and a stage started again skips those.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
-import os
-import signal
-import socket
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ceca.data.erase import ERASING
-from ceca.data.lease import Holders, Lease, holding
+from ceca.data.names import MANIFEST, WORK, rejects_table
 from ceca.data.store import Manifest, Receipt, Reject, Store
 from ceca.errors import UserError
-
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
-
-# What Ray's own processes would print among a stage's lines, unless it is set otherwise.
-WORKERS = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
-    "PYTHONWARNINGS": "ignore",  # of libraries about other libraries
-}
-
-console = Console(stderr=True, soft_wrap=True)
+from jobs.runtime.alone import alone
+from jobs.runtime.console import Track, console, plain
+from jobs.runtime.ray_session import connect
 
 
 @dataclasses.dataclass
@@ -76,78 +60,7 @@ class Plan:
     progress: Callable[[Mapping[str, float], float], str] | None = None  # words from the sums so far and the seconds
 
 
-@contextlib.contextmanager
-def alone(store: Store, name: str) -> Iterator[Lease]:
-    """While it lasts no other process works on this name (ceca/data/lease.py), and nothing is erased.
-
-    Raises:
-        LeaseError: another one does.
-    """
-
-    def say(words: str) -> None:
-        console.print(f"[yellow]waiting:[/] {words}", highlight=False)
-
-    holders, told = Holders(store), False
-    with holding(store, name, who(), on_lost=interrupt, say=say) as lease:
-        while erasing := holders.of([ERASING]):
-            if not told:
-                say(f"images are erased by {erasing[ERASING]}")
-                told = True
-            time.sleep(1)
-        yield lease
-
-
-def who() -> str:
-    """This process, for others who want what it holds."""
-    job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("metadata", {}).get("job_submission_id", "")
-    return f"{job or 'a command'} (process {os.getpid()} on {socket.gethostname()})"
-
-
-def interrupt() -> None:
-    """As by Ctrl-C, and wherever the main thread waits."""
-    main = threading.main_thread().ident
-    if main is not None:
-        signal.pthread_kill(main, signal.SIGINT)
-
-
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names (as in `ray job submit`), else start Ray on this machine.
-
-    On one machine the logical CPUs are at least eight, for the trainer's workers hold one each while others
-    decode their images.
-    """
-    if not ray.is_initialized():
-        for name, value in WORKERS.items():
-            os.environ.setdefault(name, value)
-        options: dict[str, Any] = {}
-        if not os.environ.get("RAY_ADDRESS"):
-            options = {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
-        elif JOB_CONFIG not in os.environ:
-            # Workers on other machines reach the object store as this process does.
-            names = [name for name in os.environ if name.startswith("AWS_") or name in WORKERS]
-            options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in names}}
-        else:  # a submitted job brings its own
-            brought = json.loads(os.environ[JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
-            own = {name: os.environ[name] for name in WORKERS if name not in brought}
-            options["runtime_env"] = {"env_vars": own}
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
-    quiet()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
-
-def quiet() -> None:
-    """Keep Ray's libraries to warnings: a stage reports its own progress."""
-    for name in ("ray.train.v2", "ray.data._internal.execution", "DeepSpeed", "botocore", "aiobotocore"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    reports = sys.modules.get("ray.train.v2._internal.execution.context")
-    if reports is not None and reports.__file__:  # Ray names this logger by its file
-        logging.getLogger(reports.__file__).setLevel(logging.WARNING)
-
-
-def run(
+def run_plan(
     store: Store,
     plan: Plan,
     *,
@@ -227,7 +140,7 @@ def _refuse_empty(store: Store, plan: Plan, version: str, receipts: Mapping[int,
     if not plan.units or plan.kept or any(plan.tables[-1] in receipt.parts for receipt in receipts.values()):
         return
     rejects = Counter(f"{reject.reason}: {reject.detail}" for r in receipts.values() for reject in r.rejects)
-    store.remove(".work", plan.stage, version)
+    store.remove(WORK, plan.stage, version)
     common = "; ".join(f"{count} x {reason}" for reason, count in rejects.most_common(3))
     raise UserError(f"{plan.stage}: all {sum(plan.sizes)} rows were rejected and nothing is published; {common}")
 
@@ -236,10 +149,10 @@ def _restore(store: Store, plan: Plan, version: str) -> dict[str, Manifest]:
     """Make an earlier version the current one again: same input and settings as then, so nothing to compute."""
     console.print(f"{plan.stage}: version {version} was published before and is made current again")
     manifests = {}
-    for table in (f"rejects/{plan.stage}", *plan.tables):
+    for table in (rejects_table(plan.stage), *plan.tables):
         found = store.manifest(table, version)
         if found is not None:
-            store.write_json(dataclasses.asdict(found), table, "manifest.json")
+            store.write_json(dataclasses.asdict(found), table, MANIFEST)
             manifests[table] = found
     return manifests
 
@@ -321,11 +234,6 @@ class _UnitWorker:
             return self.worker
 
 
-def plain(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())
-
-
 def _sum_counts(receipts: Any) -> dict[str, float]:
     sums: dict[str, float] = {}
     for receipt in receipts:
@@ -335,59 +243,12 @@ def _sum_counts(receipts: Any) -> dict[str, float]:
 
 
 def _print_summary(store: Store, plan: Plan, manifests: Mapping[str, Manifest], seconds: float) -> None:
-    rejects = manifests[f"rejects/{plan.stage}"]
+    rejects = manifests[rejects_table(plan.stage)]
     made = ", ".join(f"{manifests[table].rows:,} {table}" for table in plan.tables)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.notes["rejects"].items()))
     rejected = (
-        f"{rejects.rows} rejected ({reasons}; see {store.place(f'rejects/{plan.stage}')})"
+        f"{rejects.rows} rejected ({reasons}; see {store.place(rejects_table(plan.stage))})"
         if rejects.rows
         else "none rejected"
     )
     console.print(f"{plan.stage}: {made}; {rejected}; {seconds:.1f} s → {store.place(plan.tables[-1])}")
-
-
-class Track:
-    """Progress for a person: a live bar in a terminal, a line every ten seconds in a log file."""
-
-    def __init__(self, title: str, total: int, finished: int = 0, unit: str = "rows"):
-        self.title, self.total, self.finished, self.unit = title, total, finished, unit
-        self.begun, self.first, self.last_line = time.monotonic(), finished, time.monotonic()
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
-            self.task = self.bar.add_task(title, total=total, completed=finished, note="")
-
-    def __enter__(self) -> Track:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self.finished += amount
-        if self.bar is not None:
-            self.bar.update(self.task, advance=amount, note=note)
-            return
-        now = time.monotonic()
-        if now - self.last_line >= 10 or self.finished >= self.total:
-            self.last_line = now
-            rate = (self.finished - self.first) / max(now - self.begun, 1e-9)
-            left = (self.total - self.finished) / rate if rate else float("inf")
-            end = f", {left:.0f} s left" if self.finished < self.total else ""
-            console.print(f"{self.title}: {self.finished}/{self.total} {self.unit}, {rate:.1f}/s{end} {note}".rstrip())
-
-
-def entry(main: Callable[[], None]) -> None:
-    """Run a command: a UserError is printed alone and exits with 2, an interrupt with 130."""
-    try:
-        main()
-    except UserError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command continues")
-        sys.exit(130)

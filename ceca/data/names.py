@@ -1,0 +1,51 @@
+"""Names below a dataset's URI: the one place that knows how the store is laid out.
+
+<table>/manifest.json                  the current version of a table
+<table>/<version>/manifest.json        every published version
+<table>/<version>/part-00000.parquet   rows; `-<8 hex digits>` behind the number where a part was written again
+rejects/<stage>/                       a table: the rows that a stage could not use
+.work/<stage>/<version>/00000.json     receipts of units that are done, until the stage is published
+.leases/<name>/<claim>.json            who works under a name
+models/<name>/<digest>/                published models
+evaluations/<digest>/                  embeddings and figures of a model
+comparisons/<recipe>.json              figures of several methods and seeds
+removed/, arrivals/, added/, failed/   changes of single images, see `ceca.data.changes`
+"""
+
+from __future__ import annotations
+
+import re
+
+MANIFEST = "manifest.json"
+WORK = ".work"
+LEASES = ".leases"
+MODELS = "models"
+EVALUATIONS = "evaluations"
+COMPARISONS = "comparisons"
+REMOVED = "removed"
+ARRIVALS = "arrivals"
+ADDED = "added"
+FAILED = "failed"
+
+# A part's path below the dataset, in pieces.
+PART = re.compile(r"(?P<table>.+)/(?P<version>[^/]+)/(?P<stem>part-\d+)(-[0-9a-f]{8})?\.parquet")
+
+
+def part_name(version: str, number: int) -> str:
+    """Path of a part below its table."""
+    return f"{version}/part-{number:05d}.parquet"
+
+
+def rewritten_part_name(version: str, stem: str, sha256: str) -> str:
+    """Path of a part that was written again without some rows: its old stem and the digest of its content."""
+    return f"{version}/{stem}-{sha256[:8]}.parquet"
+
+
+def receipt_name(unit: int) -> str:
+    """Name of a unit's receipt below `.work/<stage>/<version>`."""
+    return f"{unit:05d}.json"
+
+
+def rejects_table(stage: str) -> str:
+    """Name of the table that holds the rows a stage could not use."""
+    return f"rejects/{stage}"

@@ -1,0 +1,123 @@
+"""The embeddings of a gallery as fp16 files of this machine, mapped into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ceca.data.changes import read_added
+from ceca.data.store import Manifest, Store, StoreError, version_of
+from ceca.environment import cache_folder
+from ceca.search.edition import Edition
+
+CACHED_DAYS = 30  # a shard that nobody opened for so long is removed
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPart:
+    """A part of the gallery's table."""
+
+    store: Store
+    manifest: Manifest
+    number: int
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.parts[self.number].sha256
+
+    def describe(self, columns: list[str]) -> pa.Table:
+        return self.store.read_columns(self.manifest, self.number, columns)
+
+    def read(self, columns: list[str]) -> pa.Table:
+        return self.store.read_part(self.manifest, self.number, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedObject:
+    """An object of images that were added one by one."""
+
+    edition: Edition
+    name: str
+
+    @property
+    def digest(self) -> str:
+        return Path(self.name).stem
+
+    def read(self, columns: list[str]) -> pa.Table:
+        return read_added(self.edition.store, self.edition.digest, self.name, columns)
+
+    describe = read
+
+
+def shards_folder(store: Store) -> Path:
+    """Folder of this machine for the shards of a dataset."""
+    return cache_folder("shards", version_of(store.uri))
+
+
+def open_shards(sources: Sequence[StoredPart | AddedObject], folder: Path) -> list[Tensor]:
+    """Embeddings of each source, fp16 [n, D + E], mapped from files named by the sources' digests.
+
+    Raises:
+        FileNotFoundError: an object was replaced meanwhile.
+        StoreError: the folder cannot be written.
+    """
+    try:
+        return [torch.from_numpy(_shard(source, folder)) for source in sources]
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot write in {folder} ({error}); set CECA_CACHE to a folder with room") from error
+
+
+def sweep(folder: Path, current: set[str]) -> None:
+    """Remove shards from this machine that no search needs; a process that has one mapped keeps its content.
+
+    Args:
+        folder: the shards of one dataset. Its other files hold images that were removed, so they go at once; files of
+            other datasets go when nobody has opened them for `CACHED_DAYS`.
+        current: digests of the shards to keep.
+    """
+    for file in folder.parent.glob("*/*"):
+        try:
+            age = time.time() - file.stat().st_mtime
+            outdated = file.parent == folder and file.stem not in current
+            abandoned = file.suffix == ".tmp" and age > 3600  # its writer was killed
+            if abandoned or (file.suffix == ".npy" and (outdated or age > CACHED_DAYS * 86_400)):
+                file.unlink(missing_ok=True)
+        except FileNotFoundError:  # another process was faster
+            continue
+        except OSError as error:
+            raise StoreError(f"cannot remove {file} ({error}); set CECA_CACHE to a folder of your own") from error
+
+
+def _shard(source: StoredPart | AddedObject, folder: Path) -> np.ndarray:
+    path = folder / f"{source.digest}.npy"
+    try:
+        os.utime(path)  # used today
+    except FileNotFoundError:
+        table = source.read(["global", "local"])
+        rows = np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1)
+        aside = folder / f"{uuid.uuid4().hex}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                np.save(file, rows)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="c")  # nothing writes to it; torch warns of arrays that cannot be written
+
+
+def matrix(table: pa.Table, column: str) -> np.ndarray:
+    """An embedding column as [N, D]."""
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[column].chunks]
+    return np.concatenate(chunks).reshape(table.num_rows, -1)

@@ -1,0 +1,34 @@
+"""The optimiser's parameter groups and its learning-rate schedule (method: Optimisation)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ceca.config import OptimiserConfig
+
+REFERENCE_BATCH = 64  # the published global batch, to which the published rates belong
+
+
+def parameter_groups(model: nn.Module, config: OptimiserConfig, batch: int = REFERENCE_BATCH) -> list[dict[str, Any]]:
+    """CLIP and new modules, weights and biases apart: rates and decay as published, the rates by `batch_rule`."""
+    factor = {"fixed": 1.0, "linear": batch / REFERENCE_BATCH, "sqrt": (batch / REFERENCE_BATCH) ** 0.5}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("backbone."), name.endswith("bias")), []).append(parameter)
+    made = []
+    for (is_clip, is_bias), parameters in groups.items():
+        rate = config.learning_rate * (2 if is_bias else 1) if is_clip else config.new_learning_rate
+        rate *= factor[config.batch_rule]
+        made.append({"params": parameters, "lr": rate, "weight_decay": 0.0 if is_bias else config.weight_decay})
+    return made
+
+
+def rate_factor(step: int, *, warmup: float, total: int, start: float) -> float:
+    """Factor of the learning rate at a step: linear from `start` over `warmup` steps, then cosine to 0."""
+    if step < warmup:
+        return start + (1 - start) * step / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
