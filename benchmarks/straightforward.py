@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ceca.config import LossConfig, ModelConfig
+from ceca.model.clip import TINY, descriptions
 
 
 class Mixer(nn.Module):
@@ -58,6 +59,8 @@ class Straightforward(nn.Module):
         super().__init__()
         self.config = config
         size = (config.image_height, config.image_width)
+        if config.backbone == TINY:
+            open_clip.add_model_config(descriptions()[TINY])
         self.clip = open_clip.create_model(config.backbone, pretrained=None, force_image_size=size)
         width = self.clip.text_projection.shape[1]
         self.visual_mixer, self.textual_mixer = (Mixer(width, config.mixer_heads) for _ in range(2))

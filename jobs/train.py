@@ -36,8 +36,9 @@ from ceca.data.store import Manifest, Reject, Store, StoreError, version_of
 from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs
 from ceca.environment import usable_gpus
 from ceca.errors import UserError
-from ceca.model.backbone import count_tokens, tokenize
+from ceca.model.backbone import tokenize
 from ceca.model.registry import PublishedModel, find_model
+from ceca.model.tokens import count_tokens
 from ceca.model.weights import publish_model
 from ceca.settings import to_mapping
 from ceca.training.order import shuffled_captions

@@ -7,11 +7,8 @@ attention is fused; captions and summaries share one pass, in which padding ente
 from __future__ import annotations
 
 import dataclasses
-import logging
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,11 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ceca.config import ModelConfig
 from ceca.errors import UserError
-
-TINY = Path(__file__).parent / "ceca-tiny.json"
-CONTEXT = 77  # tokens CLIP reads
-START, END, MASK = 49406, 49407, 49405  # as in IRRA, the rarest merge gives its id to the mask
-
+from ceca.model.clip import CLIP
+from ceca.model.tokens import tokenize_numpy
 
 # Parameters of ZeRO 3 have other shapes when a pass is computed again, which the check would refuse.
 RECOMPUTE: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none"}
@@ -50,46 +44,17 @@ class Tokens:
 
 def tokenize(texts: list[str]) -> Tensor:
     """Texts → [B, 77] token ids: start, words, end, then zeros; longer texts are cut."""
-    return _tokenizer()(texts, context_length=CONTEXT)
-
-
-def count_tokens(text: str) -> int:
-    """Length of a text in tokens with start and end, not cut: above 77, CLIP does not see its end."""
-    return len(_tokenizer().encode(text)) + 2
-
-
-def _tokenizer() -> Any:
-    return open_clip.tokenizer._tokenizer  # open_clip's one instance of CLIP's byte-pair encoding
+    return torch.from_numpy(tokenize_numpy(texts))
 
 
 class Backbone(nn.Module):
-    """open_clip's CLIP without its logit scale, which nothing here uses."""
+    """CLIP's towers with their forward passes."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.backbone == "ceca-tiny":
-            open_clip.add_model_config(TINY)
-        if config.backbone not in open_clip.list_models():
-            vits = [name for name in open_clip.list_models() if name.startswith("ViT-")]
-            raise UserError(f"unknown backbone {config.backbone!r}; valid: ceca-tiny, {', '.join(vits)}")
-        size = (config.image_height, config.image_width)
-        # It warns of random weights, which are meant here: weights.py loads others where they are asked for.
-        logging.disable(logging.WARNING)
-        clip = open_clip.create_model(config.backbone, pretrained=None, force_image_size=size, load_weights=False)
-        logging.disable(logging.NOTSET)
-        if not isinstance(clip, open_clip.CLIP) or not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
-            raise UserError(f"backbone {config.backbone!r} is not a plain ViT CLIP; choose a ViT-… of open_clip")
-        if clip.visual.attn_pool is not None or clip.visual.pool_type != "tok" or clip.text_pool_type != "argmax":
-            raise UserError(f"backbone {config.backbone!r} does not pool by class and end token; choose another ViT-…")
-        del clip.logit_scale
-        clip.logit_bias = None
-        for module in clip.modules():
-            gelu = getattr(module, "gelu", None)  # of a block's MLP
-            if isinstance(gelu, open_clip.transformer.QuickGELU):
-                module.gelu = QuickGELU()
-        self.clip = clip
+        self.clip = CLIP(config.backbone, (config.image_height, config.image_width))
         self.recompute = False  # activations inside blocks: computed again in the backward pass, or kept
-        self.width: int = clip.text_projection.shape[1]
+        self.width: int = self.clip.text_projection.shape[1]
 
     def encode_images(self, images: Tensor) -> Tokens:
         """[B, 3, H, W] normalised pixels → tokens of the patches; the summit is the class token."""
@@ -207,24 +172,3 @@ def _add(block: Any, x: Tensor, mixed: Tensor, packing: Packing | None) -> Tenso
     mixed = packing.pack(mixed) if packing is not None else mixed
     x = x + block.ls_1(block.attn.out_proj(mixed))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-class QuickGELU(nn.Module):
-    """x·sigmoid(1.702x), OpenAI's activation, with one tensor kept for the backward pass and none between."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _QuickGELU.apply(x)
-
-
-class _QuickGELU(torch.autograd.Function):
-    """silu(a·x)/a, for which torch has the backward pass in one sweep."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(1.702 * x, inplace=True).mul_(1 / 1.702)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, 1.702 * x)

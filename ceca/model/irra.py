@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ceca.model.backbone import Tokens
+from ceca.model.clip import QuickGELU
 from ceca.model.mixer import Attention
 
 LAYERS = 4
@@ -58,7 +58,7 @@ class IRRAHeads(nn.Module):
         self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(width), enable_nested_tensor=False)
         self.decoder = nn.Sequential(
             nn.Linear(width, width),
-            open_clip.transformer.QuickGELU(),
+            QuickGELU(),
             nn.LayerNorm(width),
             nn.Linear(width, vocabulary),
         )

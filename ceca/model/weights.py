@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import open_clip
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -104,6 +103,8 @@ def _find_weights(name: str, source: str) -> Path:
             raise WeightsError(f"cannot fetch weights from {source!r}: {error}") from error
     if Path(source).is_file():
         return Path(source)
+    import open_clip  # slow to import, and only a download needs it
+
     tags = open_clip.list_pretrained_tags_by_model(name)
     if source not in tags:
         raise WeightsError(f"no weights {source!r}: not a file, and the tags of {name} are {', '.join(tags) or 'none'}")

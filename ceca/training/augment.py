@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ceca.config import AugmentationConfig
-from ceca.model.backbone import MASK
 from ceca.model.embed import normalize
 from ceca.model.irra import WordTask
+from ceca.model.tokens import MASK
 
 
 def generator(*key: int) -> torch.Generator:

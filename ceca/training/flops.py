@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import open_clip
-
 from ceca.config import ModelConfig
+from ceca.model.clip import describe
 
 
 def step_flops(config: ModelConfig, batch: int, text_tokens: int) -> float:
@@ -15,7 +14,7 @@ def step_flops(config: ModelConfig, batch: int, text_tokens: int) -> float:
     Args:
         batch: samples. text_tokens: of their captions and summaries together, start and end included.
     """
-    clip = open_clip.get_model_config(config.backbone)
+    clip = describe(config.backbone)
     vision, text, width = clip["vision_cfg"], clip["text_cfg"], clip["embed_dim"]
     patch = vision["patch_size"]
     patches = (config.image_height // patch) * (config.image_width // patch)

@@ -15,7 +15,7 @@ from ceca.data.store import Manifest, Reject, Store, filesystem, version_of
 from ceca.data.tables import ImageRow
 from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, read_published
 from ceca.errors import UserError
-from ceca.model.backbone import CONTEXT, count_tokens
+from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.settings import to_mapping
 from jobs.runtime.units import Output, Plan, run_plan
 

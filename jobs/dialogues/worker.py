@@ -26,7 +26,7 @@ from ceca.dialogue.conversation import (
     converse,
 )
 from ceca.dialogue.engines import generation_settings, make_engine
-from ceca.model.backbone import CONTEXT, count_tokens
+from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.settings import from_mapping
 from jobs.runtime.units import Output
 

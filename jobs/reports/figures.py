@@ -32,9 +32,9 @@ from ceca.datasets.images import open_image
 from ceca.errors import UserError
 from ceca.evaluation.significance import Difference, paired_bootstrap
 from ceca.metrics import STRIP, RetrievalMetrics, slices
-from ceca.model.backbone import CONTEXT, count_tokens
 from ceca.model.ceca import fused_similarity
 from ceca.model.registry import model_file, require_model
+from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.report.figures import (
     Described,
     RankedList,

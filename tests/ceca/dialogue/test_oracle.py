@@ -121,7 +121,7 @@ def test_a_summary_mentions_everything_in_at_most_three_short_sentences(person, 
 
 
 def test_a_summary_fits_into_clips_77_tokens():
-    from ceca.model.backbone import CONTEXT, count_tokens
+    from ceca.model.tokens import CONTEXT, count_tokens
 
     longest = {name: max(values, key=len) for name, values in VOCABULARY.items()}
     assert max(count_tokens(talk(longest, f"image {number}").summary) for number in range(12)) <= CONTEXT

@@ -14,6 +14,7 @@ from ceca.config import ModelConfig
 from ceca.data.store import Store
 from ceca.model.backbone import WeightsError, tokenize
 from ceca.model.ceca import CECA
+from ceca.model.clip import descriptions
 from ceca.model.foreign import import_checkpoint
 from ceca.model.weights import load_model
 from jobs.weights import export_weights, import_weights
@@ -128,6 +129,7 @@ def test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip(r
     assert (published.global_dim, published.local_dim) == (128, 256)
 
     export_weights(data, tmp_path / "clip.safetensors", model="rde-published")
+    open_clip.add_model_config(descriptions()["ceca-tiny"])
     clip = open_clip.create_model(
         "ceca-tiny", pretrained=str(tmp_path / "clip.safetensors"), force_image_size=(128, 64)
     )

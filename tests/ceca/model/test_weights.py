@@ -8,6 +8,7 @@ import functools
 import pickle
 import unittest.mock
 
+import open_clip
 import pytest
 import safetensors.torch
 import torch
@@ -16,8 +17,9 @@ from torch import nn
 
 from ceca.config import ModelConfig
 from ceca.data.store import Store, StoreError
-from ceca.model.backbone import Packing, QuickGELU, WeightsError, tokenize, trim
+from ceca.model.backbone import Packing, WeightsError, tokenize, trim
 from ceca.model.ceca import CECA
+from ceca.model.clip import QuickGELU, descriptions
 from ceca.model.registry import find_model
 from ceca.model.weights import build_model, interpolate_positions, load_model, publish_model, serialize
 from ceca.training.precision import BF16Backward
@@ -206,9 +208,20 @@ def test_without_summary_weight_a_summary_changes_nothing():
         torch.testing.assert_close(a, b)
 
 
+def open_clips(model: CECA) -> torch.nn.Module:
+    """open_clip's own module with the weights of a model's towers."""
+    open_clip.add_model_config(descriptions()["ceca-tiny"])
+    config = model.config
+    size = (config.image_height, config.image_width)
+    clip = open_clip.create_model(config.backbone, pretrained=None, force_image_size=size, load_weights=False)
+    missing, unknown = clip.load_state_dict(model.backbone.clip.state_dict(), strict=False)
+    assert (missing, unknown) == (["logit_scale"], [])
+    return clip.eval()
+
+
 def test_tower_features_are_open_clips_own(published):
     _, model, _ = published
-    clip, images, ids = model.backbone.clip, torch.randn(2, 3, 128, 64), tokenize(["a red coat", "blue shoes"])
+    clip, images, ids = open_clips(model), torch.randn(2, 3, 128, 64), tokenize(["a red coat", "blue shoes"])
     torch.testing.assert_close(
         model.backbone.encode_images(images).summit, clip.encode_image(images), rtol=1e-4, atol=1e-5
     )
@@ -217,11 +230,11 @@ def test_tower_features_are_open_clips_own(published):
 
 def test_importance_is_the_last_blocks_attention_from_the_class_token(published):
     _, model, _ = published
-    visual, images = model.backbone.clip.visual, torch.randn(2, 3, 128, 64)
-    seen = {}
+    clip, images = open_clips(model), torch.randn(2, 3, 128, 64)
+    visual, seen = clip.visual, {}
     block = visual.transformer.resblocks[-1]
     handle = block.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-    model.backbone.clip.encode_image(images)
+    clip.encode_image(images)
     handle.remove()
     normed = block.ln_1(seen["x"])
     _, weights = block.attn(normed, normed, normed, need_weights=True, average_attn_weights=True)

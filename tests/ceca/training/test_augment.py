@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ceca.config import AugmentationConfig
-from ceca.model.backbone import MASK, tokenize
+from ceca.model.backbone import tokenize
 from ceca.model.embed import MEAN, STD, normalize
+from ceca.model.tokens import MASK
 from ceca.training.augment import augment_images, draw, generator, mask_words
 
 NONE = AugmentationConfig(flip=0, pad=0, erase=0, word_mask=0)

@@ -1,0 +1,88 @@
+"""CLIP's tokens: texts to the numbers of its byte-pair encoding. Imports neither torch nor open_clip.
+
+Notable: texts are cleaned and cut into words as open_clip does; the words are few, so each is encoded once, by the
+library `tokenizers`, and then looked up. A test compares the result with open_clip's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import regex
+from tokenizers.models import BPE
+
+from ceca.errors import UserError
+
+CONTEXT = 77  # tokens that CLIP reads
+START, END, MASK = 49406, 49407, 49405  # as in IRRA, the rarest merge gives its number to the mask
+SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
+MERGES = 49152 - 256 - 2  # those of the vocabulary file that CLIP uses
+
+WORD = regex.compile(
+    "|".join(SPECIAL) + r"""|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""", regex.IGNORECASE
+)
+
+
+def tokenize_numpy(texts: Sequence[str]) -> np.ndarray:
+    """Texts → [B, 77] int64 token ids: start, words, end, then zeros; longer texts are cut."""
+    ids = np.zeros((len(texts), CONTEXT), dtype=np.int64)
+    for row, text in zip(ids, texts, strict=True):
+        tokens = [START, *encode(text)[: CONTEXT - 2], END]
+        row[: len(tokens)] = tokens
+    return ids
+
+
+def count_tokens(text: str) -> int:
+    """Length of a text in tokens with start and end, not cut: above 77, CLIP does not see its end."""
+    return len(encode(text)) + 2
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text without start and end, not cut."""
+    return [token for word in WORD.findall(_clean(text)) for token in _encode_word(word)]
+
+
+def _clean(text: str) -> str:
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to mend
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@functools.lru_cache(maxsize=2**17)
+def _encode_word(word: str) -> tuple[int, ...]:
+    if word in SPECIAL:
+        return (SPECIAL[word],)
+    letters = _letters()
+    return tuple(token.id for token in _model().tokenize("".join(letters[byte] for byte in word.encode())))
+
+
+@functools.cache
+def _letters() -> list[str]:
+    """A printable character for each byte, as the vocabulary writes it: itself where it is printable."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in letters:
+            letters[byte] = chr(256 + len(letters) - len(printable))
+    return [letters[byte] for byte in range(256)]
+
+
+@functools.cache
+def _model() -> BPE:
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise UserError("the package open_clip_torch is not installed; install the project's requirements")
+    lines = gzip.decompress((Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    merges = [(first, second) for first, second in map(str.split, lines.split("\n")[1 : MERGES + 1])]
+    letters = _letters()
+    printable = [letters[byte] for byte in sorted(range(256), key=lambda byte: (ord(letters[byte]) > 255, byte))]
+    symbols = [*printable, *(f"{letter}</w>" for letter in printable), *(first + second for first, second in merges)]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    return BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
