@@ -57,8 +57,8 @@ class Part:
 class Manifest:
     """Description of a published version of a table.
 
-    `made_from` maps each input, e.g. `images` or `model`, to its version or digest, `config` holds the stage's settings,
-    `notes` the stage's own findings, and `created` is the time of publication (UTC).
+    `made_from` maps each input, e.g. `images` or `model`, to its version or digest. `config` holds the stage's
+    settings, `notes` the stage's own findings, and `created` is the time of publication (UTC).
     """
 
     table: str
