@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceca.search.questions import LEAST_GAIN, WORDING, beliefs, next_question, wording
@@ -82,6 +82,7 @@ def test_an_image_that_contradicts_an_answer_falls_and_can_come_back():
     assert 0.5 < found[0] < beliefs(similarity, {}, {}, {}, temperature=0.1)[0]
 
 
+@settings(deadline=None)
 @given(searches)
 def test_beliefs_are_probabilities(search: Search):
     similarity, codes, values, answers = search
@@ -91,6 +92,7 @@ def test_beliefs_are_probabilities(search: Search):
     assert found.sum() == pytest.approx(1)
 
 
+@settings(deadline=None)
 @given(searches, st.randoms(use_true_random=False))
 def test_the_order_of_candidates_does_not_matter(search: Search, random: Random):
     similarity, codes, values, answers = search
@@ -105,6 +107,7 @@ def test_the_order_of_candidates_does_not_matter(search: Search, random: Random)
         assert first.gain == pytest.approx(second.gain)
 
 
+@settings(deadline=None)
 @given(searches)
 def test_what_the_user_does_not_know_and_what_no_image_has_change_nothing(search: Search):
     similarity, codes, values, answers = search
@@ -114,6 +117,7 @@ def test_what_the_user_does_not_know_and_what_no_image_has_change_nothing(search
     np.testing.assert_allclose(found, beliefs(similarity, codes, values, said), atol=1e-12)
 
 
+@settings(deadline=None)
 @given(searches)
 def test_answers_count_in_any_order(search: Search):
     similarity, codes, values, answers = search
@@ -167,6 +171,7 @@ def test_what_splits_the_candidates_is_asked_and_not_what_splits_others():
     np.testing.assert_allclose(question.shares, [0.55, 0.45])
 
 
+@settings(deadline=None)
 @given(searches, st.floats(0.01, 0.4))
 def test_the_gain_is_that_of_plain_loops_and_the_greatest(search: Search, error_rate: float):
     similarity, codes, values, answers = search
@@ -183,6 +188,7 @@ def test_the_gain_is_that_of_plain_loops_and_the_greatest(search: Search, error_
         assert question.shares.sum() == pytest.approx(1)
 
 
+@settings(deadline=None)
 @given(searches)
 def test_a_facet_that_all_share_is_never_asked(search: Search):
     similarity, _, _, _ = search
