@@ -30,11 +30,15 @@ def rows_of(table: str, image: str) -> list[dict[str, Any]]:
     number, said = IDS.index(image), word(image)
     embedded = {"global": [number + 0.5] * 2, "local": [number + 0.25] * 2}
     known = {"image_id": image, "identity": number // 2, "split": "test"}
-    told = {"turns": [{"question": "what?", "answer": said}], "summary": f"it is {said}", "attributes": [("hat", said)]}
+    dialogue = {
+        "turns": [{"question": "what?", "answer": said}],
+        "summary": f"it is {said}",
+        "attributes": [("hat", said)],
+    }
     caption = {"caption_id": f"{image}-0", **known, "text": f"a caption of {said}"}
     seen = {"camera": said, "image": f"bytes of {said}".encode() * 9, "width": 1, "height": 1}
     seen["source_path"] = f"{number}.jpg"
-    made = {"model": "m", "prompt_version": "1", "generation_settings": "{}"}
+    generated = {"model": "m", "prompt_version": "1", "generation_settings": "{}"}
     rows: dict[str, list[dict[str, Any]]] = {
         "images": [{**known, **seen}],
         "captions": [caption, {**caption, "caption_id": f"{image}-1"}],
@@ -42,12 +46,12 @@ def rows_of(table: str, image: str) -> list[dict[str, Any]]:
             {"image_id": image, "view": said, "lighting": "day", "occluded": False, "attributes": [("hat", said)]}
         ],
         "dialogues": [
-            {"image_id": image, **told, "flags": [], **made}
+            {"image_id": image, **dialogue, "flags": [], **generated}
             | dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), 1)
         ],
         "gallery": [{**known, **embedded, "model_digest": "d"}],
         "queries": [{"caption_id": f"{image}-{nth}", "identity": number // 2, **embedded} for nth in range(2)],
-        "added": [{**known, **seen, **told, "flags": [], "dialogue_model": "m", **embedded}],
+        "added": [{**known, **seen, **dialogue, "flags": [], "dialogue_model": "m", **embedded}],
     }
     return rows[table]
 
@@ -75,8 +79,8 @@ def write(store: Store, place: str, version: str, *units: Collection[str], first
 
 def publish(store: Store, stage: str, version: str, parts: dict[str, list[Part]], rejects: Any = ()) -> Manifest:
     receipts = [Receipt({table: part}) for table, written in parts.items() for part in written]
-    made = store.publish(stage, version, tuple(parts), receipts, made_from={}, config={}, rejects=rejects)
-    return made[tuple(parts)[-1]]
+    manifests = store.publish(stage, version, tuple(parts), receipts, made_from={}, config={}, rejects=rejects)
+    return manifests[tuple(parts)[-1]]
 
 
 def fill(store: Store) -> None:
@@ -90,10 +94,10 @@ def fill(store: Store) -> None:
         ]
         tables = ("captions", "attributes", "images")
         publish(store, "ingest", version, {table: write(store, table, version, *units) for table in tables}, rejects)
-    asked = write(store, "dialogues", "d1", IDS[:4], IDS[4:6])
-    publish(store, "dialogue", "d1", {"dialogues": asked}, [Reject(IDS[11], "no_answer", word(IDS[11]))])
-    asked += write(store, "dialogues", "d2", IDS[6:])
-    publish(store, "dialogue", "d2", {"dialogues": asked})
+    dialogues = write(store, "dialogues", "d1", IDS[:4], IDS[4:6])
+    publish(store, "dialogue", "d1", {"dialogues": dialogues}, [Reject(IDS[11], "no_answer", word(IDS[11]))])
+    dialogues += write(store, "dialogues", "d2", IDS[6:])
+    publish(store, "dialogue", "d2", {"dialogues": dialogues})
     embedded = write(store, "gallery", "g1", IDS[:4], IDS[4:6])
     publish(store, "index", "g1", {"gallery": embedded})
     publish(store, "index", "g2", {"gallery": [*embedded, *write(store, "gallery", "g2", IDS[6:9], IDS[9:])]})
