@@ -19,12 +19,11 @@ import tyro
 
 from ceca.data.changes import added_images, hide, mentioned_images, pending_erasures
 from ceca.data.erase import Busy, Watch, finish, undisturbed
-from ceca.data.lease import Holders, LeaseError
+from ceca.data.lease import Holders, LeaseError, this_process
 from ceca.data.schema import NOBODY
 from ceca.data.store import Store
 from ceca.data.tables import list_images
 from ceca.errors import UserError
-from jobs.runtime.alone import who
 from jobs.runtime.console import Track, console, entry
 
 NOT_REACHED = (
@@ -83,7 +82,7 @@ def _erase(store: Store) -> None:
         console.print("erase: nothing waits to be erased")
         return
     try:
-        with undisturbed(store, Holders(store), who()), _progress() as watch:
+        with undisturbed(store, Holders(store), this_process()), _progress() as watch:
             erased = finish(store, *names, watch=watch)
     except (Busy, LeaseError) as error:
         later = f"run `ceca remove --data {store.uri} --erase` when that has ended"

@@ -146,7 +146,7 @@ class GallerySearch:
         edition, shares = key
         share = (self.number, shares)
         config = self.config
-        gallery = open_gallery(edition, self.device, neighbours=config.neighbours, omega=config.omega, share=share)
+        gallery = open_gallery(edition, self.device, neighbours=config.neighbours, omega=config.omega, shard=share)
         if gallery.shards:
             widths = (gallery.global_dim, gallery.shards[0].shape[1] - gallery.global_dim)
             probe = [torch.nn.functional.normalize(torch.randn(FEW + 1, width), dim=1) for width in widths]

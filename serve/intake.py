@@ -16,8 +16,6 @@ import asyncio
 import base64
 import dataclasses
 import logging
-import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +29,7 @@ from ceca.config import DialogueConfig, ServeConfig
 from ceca.data import schema
 from ceca.data.changes import ADDED, pending_erasures, read_added, removed_images, waiting_image, write_added
 from ceca.data.erase import Busy, erase, finish, undisturbed
-from ceca.data.lease import Holders, LeaseError
+from ceca.data.lease import Holders, LeaseError, this_process
 from ceca.data.names import ARRIVALS, FAILED
 from ceca.data.store import Store
 from ceca.dialogue.conversation import DialogueError, Subject
@@ -117,9 +115,8 @@ class Intake:
 
     def _erase(self, pending: Sequence[str]) -> str:
         """Erase, or say what that waits for."""
-        who = f"the service (process {os.getpid()} on {socket.gethostname()})"
         try:
-            with undisturbed(self.store, self.holders, who):
+            with undisturbed(self.store, self.holders, this_process("the service")):
                 finish(self.store, *pending)
         except (Busy, LeaseError) as error:
             return str(error)

@@ -10,8 +10,7 @@ from typing import Any
 
 import ray
 
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
-
+from ceca.environment import RAY_JOB_CONFIG
 
 # What Ray's own processes would print among a stage's lines, unless it is set otherwise.
 WORKERS = {
@@ -32,12 +31,12 @@ def connect() -> None:
         options: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
             options = {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
-        elif JOB_CONFIG not in os.environ:
+        elif RAY_JOB_CONFIG not in os.environ:
             # Workers on other machines reach the object store as this process does.
             names = [name for name in os.environ if name.startswith("AWS_") or name in WORKERS]
             options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in names}}
         else:  # a submitted job brings its own
-            brought = json.loads(os.environ[JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
+            brought = json.loads(os.environ[RAY_JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
             own = {name: os.environ[name] for name in WORKERS if name not in brought}
             options["runtime_env"] = {"env_vars": own}
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
