@@ -37,7 +37,7 @@ from ceca.training.engine import (
 )
 from ceca.training.precision import BF16Backward, keep_freed_memory
 from ceca.training.step import better, cawl, loss_terms, scaled_loss
-from ceca.training.workers import gather_features, gather_identities, share, world
+from ceca.training.workers import batch_slice, gather_features, gather_identities, world
 from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches
 from jobs.training.validate import validate
@@ -129,7 +129,7 @@ def _train_step(
 ) -> tuple[Features, Tensor, dict[str, Tensor]]:
     """One step over the global batch; the features of all workers, their identities, and the losses."""
     whole = config.global_batch
-    mine = share(*world(), whole)
+    mine = batch_slice(*world(), whole)
     ids = torch.tensor(batch["caption"], dtype=torch.long)
     source = generator(config.seed, epoch, step)
     draws = draw(whole, ids.shape[1], source).rows(mine)

@@ -20,7 +20,7 @@ from ceca.training.flops import step_flops
 from ceca.training.optimiser import parameter_groups, rate_factor
 from ceca.training.order import epoch_order, epoch_partners, shuffled_captions
 from ceca.training.step import better, cosine, loss_terms
-from ceca.training.workers import share
+from ceca.training.workers import batch_slice
 
 SMALL = ModelConfig(backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_dim=32)
 
@@ -79,8 +79,8 @@ def test_noisy_correspondence_exchanges_captions_among_a_seeded_share_of_the_pai
 
 
 @given(batch=st.integers(1, 200), size=st.integers(1, 16))
-def test_shares_of_a_batch_cover_it_and_differ_by_one_at_most(batch: int, size: int):
-    rows = [share(rank, size, batch) for rank in range(size)]
+def test_slices_of_a_batch_cover_it_and_differ_by_one_at_most(batch: int, size: int):
+    rows = [batch_slice(rank, size, batch) for rank in range(size)]
     assert [n for part in rows for n in range(batch)[part]] == list(range(batch))
     lengths = {part.stop - part.start for part in rows}
     assert max(lengths) - min(lengths) <= 1
