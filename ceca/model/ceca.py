@@ -20,7 +20,7 @@ from ceca.model.backbone import RECOMPUTE, Backbone, Tokens
 from ceca.model.irra import IRRAHeads, WordTask
 from ceca.model.mixer import MixerBlock, TokenEmbedding, select_tokens
 
-HEADS = "heads."  # parameters below this name serve training alone
+HEADS = "heads."  # prefix of the parameters that only training uses
 
 
 class Features(NamedTuple):
@@ -85,6 +85,10 @@ class CECA(nn.Module):
         """Add IRRA's heads for training on so many identities."""
         vocabulary = self.backbone.clip.token_embedding.num_embeddings
         self.heads = IRRAHeads(self.backbone.width, self.config.mixer_heads, identities, vocabulary)
+
+    def published_state(self) -> dict[str, Tensor]:
+        """The parameters and statistics that retrieval needs."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(HEADS)}
 
     def forward(
         self,

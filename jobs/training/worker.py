@@ -29,9 +29,9 @@ from ceca.model.weights import build_model, serialize
 from ceca.training.augment import augment_images, draw, generator, hide_words, mask_words
 from ceca.training.engine import (
     Progress,
+    import_deepspeed,
     load_checkpoint,
     make_engine,
-    published_state,
     save_checkpoint,
     whole_model,
 )
@@ -74,8 +74,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _prepare_device(config: TrainConfig, size: int) -> torch.device:
     on_gpu = config.gpus_per_worker > 0
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
-    import deepspeed  # noqa: F401  after the accelerator is chosen
-
+    import_deepspeed()  # after the accelerator is chosen
     quiet()
     if on_gpu:
         return torch.device("cuda", torch.cuda.current_device())
@@ -195,7 +194,7 @@ def _validate_and_keep_best(
     if not validates or better(metrics, progress.best, SELECTED_BY):
         progress.best = {"epoch": epoch + 1, **metrics}
         if world()[0] == 0:
-            state = {n: v.float() if v.is_floating_point() else v for n, v in published_state(model).items()}
+            state = {n: v.float() if v.is_floating_point() else v for n, v in model.published_state().items()}
             Store(run.store_uri).write_bytes(serialize(state), run.run, f"best-{epoch + 1:04d}.safetensors")
     return {f"val_{name}": value for name, value in metrics.items()}
 

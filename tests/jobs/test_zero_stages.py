@@ -100,8 +100,7 @@ def compute(call: Any, method: str, step: int, rank: int, size: int) -> dict[str
 def take_steps(method: str, precision: str, stage: int, micro_batch: int | None) -> dict[str, torch.Tensor]:
     """Losses and gradients of the first step, parameters and statistics after the last, of plain gradient descent."""
     deepspeed = import_deepspeed()
-    from deepspeed.utils import safe_get_full_grad
-
+    safe_get_full_grad = import_deepspeed("deepspeed.utils").safe_get_full_grad
     rank, size = dist.get_rank(), dist.get_world_size()
     model_config, losses = METHODS[method]
     config = TrainConfig(
