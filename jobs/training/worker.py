@@ -23,6 +23,7 @@ from torch import Tensor
 from ceca.config import TrainConfig
 from ceca.data.store import Store
 from ceca.errors import UserError
+from ceca.metrics import better
 from ceca.model.backbone import trim
 from ceca.model.ceca import CECA, Features
 from ceca.model.weights import build_model, serialize
@@ -36,7 +37,7 @@ from ceca.training.engine import (
     whole_model,
 )
 from ceca.training.precision import BF16Backward, keep_freed_memory
-from ceca.training.step import better, cawl, loss_terms, scaled_loss
+from ceca.training.step import cawl, loss_terms, scaled_loss
 from ceca.training.workers import batch_slice, gather_features, gather_identities, world
 from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceca.metrics import PER_QUERY, Matches, RetrievalMetrics, rank_embeddings, retrieval_metrics
+from ceca.metrics import PER_QUERY, Matches, RetrievalMetrics, better, rank_embeddings, retrieval_metrics
 
 
 def metrics_by_loops(similarity, queries, gallery) -> list[float]:
@@ -176,3 +176,13 @@ def test_reranked_images_come_first_in_the_order_of_the_definition():
         rank_embeddings(queries, gallery, matches, [omega], rerank_first=0)[omega],
         rank_embeddings(queries, gallery, matches, [omega])[omega],
     )
+
+
+def test_a_better_epoch_has_a_higher_rank_1_or_the_same_and_a_higher_map():
+    keys = ("rank1", "map")
+    best = {"rank1": 50.0, "map": 40.0}
+    assert better(best, None, keys)
+    assert not better(best, best, keys)
+    assert better({"rank1": 50.1, "map": 1.0}, best, keys)
+    assert better({"rank1": 50.0, "map": 40.1}, best, keys)
+    assert not better({"rank1": 49.9, "map": 99.0}, best, keys)
