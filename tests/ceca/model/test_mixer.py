@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ceca.model.backbone import Tokens
@@ -38,6 +38,7 @@ def garbled(made: Tokens) -> Tokens:
     )
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     ratio=st.floats(0.05, 1.0),

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceca.config import AugmentationConfig
@@ -46,6 +46,7 @@ def test_a_crop_shifts_the_image_over_a_black_frame():
     torch.testing.assert_close(found[:, :, :2], black[:, :, :2])
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), low=st.floats(0.02, 0.4), extra=st.floats(0, 0.3))
 def test_an_erased_area_is_one_rectangle_of_the_size_asked_for(seed: int, low: float, extra: float):
     config = dataclasses.replace(NONE, erase=1, erase_area=(low, low + extra))
@@ -88,6 +89,7 @@ def test_words_are_touched_masked_replaced_and_dropped_in_the_published_shares()
     assert float(replaced) == pytest.approx(0.2 * 0.2, rel=0.15)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
 def test_a_masked_text_keeps_start_end_and_at_least_one_word(seed: int, share: float):
     ids = tokenize([TEXT, "man", "", "x " * 100])
