@@ -89,7 +89,7 @@ class Attention(nn.Module):
     """Multi-head attention of queries [B, N, D] to a source [B, M, D]; absent tokens of the source get no weight.
 
     Raises:
-        ValueError: the width is no multiple of the heads.
+        ValueError: the width is not a multiple of the heads.
     """
 
     def __init__(self, width: int, heads: int):

@@ -1,4 +1,4 @@
-"""Pictures of results: text is wrapped by its real width, and every image is there."""
+"""Figures of a report: text is wrapped by its real width, and no image is missing."""
 
 from __future__ import annotations
 

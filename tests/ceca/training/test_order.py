@@ -43,7 +43,7 @@ def test_a_balanced_order_visits_every_pair_once_those_of_an_identity_a_group_at
 @settings(deadline=None)
 @given(people=identities, seed=st.integers(0, 50))
 def test_a_swapped_summary_is_of_another_image_of_the_same_identity_where_there_is_one(people, seed: int):
-    images = np.arange(len(people)) // 2 * 10  # of two captions each, where both are of one person
+    images = np.arange(len(people)) // 2 * 10  # two captions each, if both describe one person
     partners = epoch_partners(people, images, seed, 0, 1.0, "summaries")
     for pair, partner in enumerate(partners):
         others = (people == people[pair]) & (images != images[pair])

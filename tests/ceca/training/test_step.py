@@ -10,27 +10,25 @@ from ceca.losses import cosine_similarity, triplet_alignment_loss
 from ceca.model.ceca import Features
 from ceca.training.step import loss_terms
 
-
-def features(summary: bool = True) -> Features:
-    source = torch.Generator().manual_seed(0)
-    made = [torch.randn(4, 8, generator=source) for _ in range(6)]
-    return Features(made[0], made[1], made[2] if summary else None, *made[3:])
-
-
 IDENTITIES = torch.tensor([0, 1, 0, 2])
 
 
+def features(summary: bool = True) -> Features:
+    source = torch.Generator().manual_seed(0)
+    values = [torch.randn(4, 8, generator=source) for _ in range(6)]
+    return Features(values[0], values[1], values[2] if summary else None, *values[3:])
+
+
 def test_each_term_is_its_loss_over_the_embeddings_it_names():
-    made = features()
-    terms = loss_terms(made, IDENTITIES, LossConfig(terms=("tal_local", "tal_global")))
+    batch = features()
+    terms = loss_terms(batch, IDENTITIES, LossConfig(terms=("tal_local", "tal_global")))
     assert list(terms) == ["tal_local", "tal_global"]
     for name, text, visual in (
-        ("tal_global", made.text, made.visual),
-        ("tal_local", made.local_text, made.local_visual),
+        ("tal_global", batch.text, batch.visual),
+        ("tal_local", batch.local_text, batch.local_visual),
     ):
-        expected = triplet_alignment_loss(
-            cosine_similarity(text, visual), IDENTITIES, temperature=0.015, margin=0.1
-        ).sum()
+        similarity = cosine_similarity(text, visual)
+        expected = triplet_alignment_loss(similarity, IDENTITIES, temperature=0.015, margin=0.1).sum()
         assert float(terms[name]) == pytest.approx(float(expected))
 
 
