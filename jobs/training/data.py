@@ -19,7 +19,7 @@ from ceca.config import TrainConfig
 from ceca.data.store import Manifest, Store
 from ceca.datasets.images import decode_image
 from ceca.training.order import epoch_order, epoch_partners
-from ceca.training.workers import share
+from ceca.training.workers import batch_slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class LoadSamples:
         self.config, self.start = config, start
         self.samples: TrainingSet = ray.get(samples)
         self.images = EncodedImages(images)
-        self.rows = share(rank, size, config.global_batch)
+        self.rows = batch_slice(rank, size, config.global_batch)
         self.steps = len(self.samples) // config.global_batch
         self.epoch = -1
 
@@ -135,7 +135,7 @@ def stream_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """This worker's batches from `start_step` (counted through all epochs) to the end of training, in order."""
     steps = len(ray.get(samples)) // config.global_batch * config.epochs - start_step
-    rows = share(rank, size, config.global_batch)
+    rows = batch_slice(rank, size, config.global_batch)
     own = rows.stop - rows.start
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -23,21 +23,22 @@ from torch import Tensor
 from ceca.config import TrainConfig
 from ceca.data.store import Store
 from ceca.errors import UserError
+from ceca.metrics import better
 from ceca.model.backbone import trim
 from ceca.model.ceca import CECA, Features
 from ceca.model.weights import build_model, serialize
 from ceca.training.augment import augment_images, draw, generator, hide_words, mask_words
 from ceca.training.engine import (
     Progress,
+    import_deepspeed,
     load_checkpoint,
     make_engine,
-    published_state,
     save_checkpoint,
     whole_model,
 )
 from ceca.training.precision import BF16Backward, keep_freed_memory
-from ceca.training.step import better, cawl, loss_terms, scaled_loss
-from ceca.training.workers import gather_features, gather_identities, share, world
+from ceca.training.step import cawl, loss_terms, scaled_loss
+from ceca.training.workers import batch_slice, gather_features, gather_identities, world
 from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches
 from jobs.training.validate import validate
@@ -74,8 +75,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _prepare_device(config: TrainConfig, size: int) -> torch.device:
     on_gpu = config.gpus_per_worker > 0
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
-    import deepspeed  # noqa: F401  after the accelerator is chosen
-
+    import_deepspeed()  # after the accelerator is chosen
     quiet()
     if on_gpu:
         return torch.device("cuda", torch.cuda.current_device())
@@ -129,7 +129,7 @@ def _train_step(
 ) -> tuple[Features, Tensor, dict[str, Tensor]]:
     """One step over the global batch; the features of all workers, their identities, and the losses."""
     whole = config.global_batch
-    mine = share(*world(), whole)
+    mine = batch_slice(*world(), whole)
     ids = torch.tensor(batch["caption"], dtype=torch.long)
     source = generator(config.seed, epoch, step)
     draws = draw(whole, ids.shape[1], source).rows(mine)
@@ -195,7 +195,7 @@ def _validate_and_keep_best(
     if not validates or better(metrics, progress.best, SELECTED_BY):
         progress.best = {"epoch": epoch + 1, **metrics}
         if world()[0] == 0:
-            state = {n: v.float() if v.is_floating_point() else v for n, v in published_state(model).items()}
+            state = {n: v.float() if v.is_floating_point() else v for n, v in model.published_state().items()}
             Store(run.store_uri).write_bytes(serialize(state), run.run, f"best-{epoch + 1:04d}.safetensors")
     return {f"val_{name}": value for name, value in metrics.items()}
 
