@@ -7,8 +7,8 @@ from math import cos, radians, sin
 
 import numpy as np
 
-from .canvas import Canvas, Point, Points, between, limb
-from .paint import RGB, SKIN_TONES, Paint
+from ceca.datasets.drawn.canvas import Canvas, Point, Points, between, limb
+from ceca.datasets.drawn.paint import RGB, SKIN_TONES, Paint
 
 VIEWS = ("front", "back", "left", "right")  # the side of the person that the camera sees
 

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from .attributes import Attributes, sample_person
-from .body import Body, sample_body, sample_pose
-from .canvas import Canvas, Point
-from .figure import draw_figure
-from .paint import Paint, darker, lighter
-from .scene import PLACES, draw_background, draw_ground_shadow
+from ceca.datasets.drawn.attributes import Attributes, sample_person
+from ceca.datasets.drawn.body import Body, sample_body, sample_pose
+from ceca.datasets.drawn.canvas import Canvas, Point
+from ceca.datasets.drawn.figure import draw_figure
+from ceca.datasets.drawn.paint import Paint, darker, lighter
+from ceca.datasets.drawn.scene import PLACES, draw_background, draw_ground_shadow
 
 LIGHTINGS = ("day", "overcast", "dusk", "indoor", "backlit")
 OCCLUDERS = ("pole", "car", "person", "bush")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .paint import RGB, Paint, darker
+from ceca.datasets.drawn.paint import RGB, Paint, darker
 
 Point = tuple[float, float]
 Points = Sequence[Point]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .attributes import Attributes
+from ceca.datasets.drawn.attributes import Attributes
 
 Rng = np.random.Generator
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .attributes import Attributes
-from .body import Body, Joints, Pose
-from .canvas import Canvas, Point, Points, limb
-from .paint import Paint, cloth, darker, lighter
+from ceca.datasets.drawn.attributes import Attributes
+from ceca.datasets.drawn.body import Body, Joints, Pose
+from ceca.datasets.drawn.canvas import Canvas, Point, Points, limb
+from ceca.datasets.drawn.paint import Paint, cloth, darker, lighter
 
 
 def draw_behind(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .attributes import Attributes
-from .body import Body, Joints, Pose, joints
-from .canvas import Canvas
-from .carried import draw_behind, draw_in_hand, draw_on_back, draw_on_torso
-from .garments import draw_legs, draw_sleeved_arm, draw_upper
-from .head import draw_hair_behind, draw_head, draw_neck
+from ceca.datasets.drawn.attributes import Attributes
+from ceca.datasets.drawn.body import Body, Joints, Pose, joints
+from ceca.datasets.drawn.canvas import Canvas
+from ceca.datasets.drawn.carried import draw_behind, draw_in_hand, draw_on_back, draw_on_torso
+from ceca.datasets.drawn.garments import draw_legs, draw_sleeved_arm, draw_upper
+from ceca.datasets.drawn.head import draw_hair_behind, draw_head, draw_neck
 
 
 def draw_figure(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> None:

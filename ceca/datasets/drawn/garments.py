@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .attributes import Attributes
-from .body import Body, Joints, Pose, draw_arm, draw_hand, draw_leg, torso
-from .canvas import Canvas, Point, Points, between, limb
-from .paint import CLOTH_COLOURS, RGB, Paint, cloth, darker, lighter
+from ceca.datasets.drawn.attributes import Attributes
+from ceca.datasets.drawn.body import Body, Joints, Pose, draw_arm, draw_hand, draw_leg, torso
+from ceca.datasets.drawn.canvas import Canvas, Point, Points, between, limb
+from ceca.datasets.drawn.paint import CLOTH_COLOURS, RGB, Paint, cloth, darker, lighter
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from copy import copy
 
-from .attributes import Attributes
-from .body import Body, Pose
-from .canvas import Canvas, Points, limb
-from .paint import HAIR_COLOURS, RGB, Paint, cloth, darker, lighter
+from ceca.datasets.drawn.attributes import Attributes
+from ceca.datasets.drawn.body import Body, Pose
+from ceca.datasets.drawn.canvas import Canvas, Points, limb
+from ceca.datasets.drawn.paint import HAIR_COLOURS, RGB, Paint, cloth, darker, lighter
 
 _FACE: Points = (
     (0, 0.6), (3.1, 1.5), (4.7, 4.4), (4.6, 8), (3.3, 11.3), (0, 13), (-3.3, 11.3), (-4.6, 8), (-4.7, 4.4), (-3.1, 1.5),

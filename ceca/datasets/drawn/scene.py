@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .paint import CLOTH_COLOURS, RGB, SKIN_TONES, darker, lighter
+from ceca.datasets.drawn.paint import CLOTH_COLOURS, RGB, SKIN_TONES, darker, lighter
 
 Pen = ImageDraw.ImageDraw
 Rng = np.random.Generator
