@@ -1,6 +1,6 @@
-"""Drawn pedestrians: a synthetic person-retrieval benchmark whose every attribute is known.
+"""Drawn pedestrians: a synthetic person-retrieval benchmark with known attributes.
 
-It stands in for the licensed benchmarks in demonstrations and tests: drawn people in drawn scenes, with
+Demonstrations and tests use it in place of the licensed benchmarks. It consists of drawn people in drawn scenes with
 captions, in the published layout of CUHK-PEDES, ICFG-PEDES or RSTPReid.
 """
 
