@@ -223,7 +223,7 @@ def test_a_slow_answer_is_tried_again(endpoint):
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_an_endpoint_that_keeps_failing_ends_the_run(endpoint, status):
     endpoint.replies = [refusal(status, "overloaded")]
-    with pytest.raises(EngineError, match=rf"failed 3 times, last with HTTP {status}.*overloaded.*finished images"):
+    with pytest.raises(EngineError, match=rf"failed 3 times; last failure: HTTP {status}.*overloaded.*finished images"):
         ask(make(endpoint, retries=2))
     assert len(endpoint.bodies) == 3
 
