@@ -200,7 +200,7 @@ def _parse(content: bytes, path: str) -> Any:
 def read_records(items: Sequence[Any], layout: Layout) -> tuple[list[Record], list[Reject]]:
     """Sort the items of an annotation list into usable records and rejects.
 
-    Captions are checked one by one. An image without a usable caption is kept, because a gallery needs it.
+    Captions are checked one by one. An image without a usable caption is kept, because a search can still return it.
     """
     records: dict[str, Record] = {}
     rejects: list[Reject] = []

@@ -35,8 +35,8 @@ SKIN_TONES: tuple[RGB, ...] = (
     (244, 208, 180), (234, 190, 158), (218, 168, 130), (190, 136, 98), (146, 98, 68), (104, 68, 48),
 )  # fmt: skip
 
-# Colour of a pattern on a cloth of each colour. It is never another hue of the vocabulary, because a caption could
-# then seem to name the wrong colour.
+# Colour of a pattern on a cloth of each colour; white on all others. It is black or white, because another hue could be
+# mistaken for the colour of the cloth.
 _ACCENT_ON = {"white": "black", "yellow": "black", "pink": "white", "grey": "black", "orange": "black"}
 
 
@@ -146,8 +146,7 @@ def _step(distance: Field, edge: Field | float) -> Field:
     return weight
 
 
-# Weight of the accent colour at points of the figure. "logo" is missing, because it is not a cloth pattern: the garment
-# draws it as a print.
+# Weight of the accent colour at points of the figure. "logo" is missing: it is a print that the garment draws.
 PATTERNS = {
     "striped": _striped,
     "pinstriped": _pinstriped,

@@ -121,7 +121,7 @@ def test_layouts_are_as_published(layout: str, tmp_path: Path) -> None:
             assert 1.8 < image.height / image.width < 2.2
 
 
-def test_a_person_belongs_to_one_split_and_looks_like_nobody_else(drawn: Path) -> None:
+def test_a_person_belongs_to_one_split_and_is_unique(drawn: Path) -> None:
     records = json.loads((drawn / "reid_raw.json").read_text())
     split_of = {(record["id"], record["split"]) for record in records}
     assert len(split_of) == 20
