@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,23 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ceca.errors import UserError
+from ceca.report.records import Described, RankedList
 
 HIT, MISS, UNKNOWN = "#1a9850", "#d73027", "#888888"
-
-
-@dataclasses.dataclass(frozen=True)
-class RankedList:
-    """A query and what was found for it, best first.
-
-    `identity` is the person described, or None where nobody knows; `images` and `identities` belong together. `label`
-    says whose list it is where there are several for one query.
-    """
-
-    query: str
-    identity: int | None
-    images: Sequence[Image.Image]
-    identities: Sequence[int]
-    label: str = ""
 
 
 def draw_ranked_lists(lists: Sequence[RankedList], out: Path, title: str = "") -> Path:
@@ -90,15 +75,6 @@ CARD, PHOTO, GAP, PADDING = 400, (96, 192), 16, 24
 TEXT, LABEL, TITLE = 11.5, 9.0, 15.0  # font sizes
 LEADING = 1.4  # distance of lines, in font sizes
 PAPER, INK, FAINT, ACCENT = "#ffffff", "#1f2328", "#8a9099", "#2b6cb0"
-
-
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """An image with what people and what a model say about it."""
-
-    image: Image.Image
-    caption: str
-    summary: str
 
 
 def draw_dialogues(datasets: Sequence[tuple[str, Sequence[Described]]], out: Path, columns: int = 3) -> Path:
@@ -301,7 +277,7 @@ def draw_attributes(
     for place, name in enumerate(order):
         wrong, anyone = (100 * share for share in confused[name])
         left.barh(place, wrong, color=ACCENT, label="of wrong first places" if not place else None)
-        left.plot([anyone, anyone], [place - 0.4, place + 0.4], color=INK, label=None if place else "of any stranger")
+        left.plot([anyone, anyone], [place - 0.4, place + 0.4], color=INK, label=None if place else "of random people")
     left.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
     left.set(xlabel="has another value than the person described, percent", xlim=(0, 100))
     left.legend(frameon=False, loc="lower right", fontsize=8)

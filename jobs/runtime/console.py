@@ -1,15 +1,17 @@
-"""What a command says to a person: messages, progress and errors. Imports no Ray."""
+"""What a command shows a person: messages, tables, progress and errors. Imports no Ray."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from ceca.errors import UserError
+from ceca.evaluation.names import METRICS
 
 console = Console(stderr=True, soft_wrap=True)
 
@@ -17,6 +19,22 @@ console = Console(stderr=True, soft_wrap=True)
 def plain(error: BaseException) -> str:
     """An error's message on one line."""
     return " ".join(str(error).split())
+
+
+def text_table(title: str, *headings: str, left: str = "") -> Table:
+    """An empty table: columns are aligned right, except the one named `left`."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == left else "right")
+    return table
+
+
+def print_metrics(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Print retrieval metrics in percent, a row per name."""
+    table = text_table(title, "", *METRICS.values())
+    for name, metrics in rows.items():
+        table.add_row(name, *(f"{metrics[key]:.2f}" for key in METRICS))
+    console.print(table)
 
 
 class Track:
@@ -41,6 +59,7 @@ class Track:
             self.bar.stop()
 
     def advance(self, amount: int, note: str = "") -> None:
+        """Count finished rows and show the progress, with a note behind it."""
         self.finished += amount
         if self.bar is not None:
             self.bar.update(self.task, advance=amount, note=note)
@@ -55,7 +74,7 @@ class Track:
 
 
 def entry(main: Callable[[], None]) -> None:
-    """Run a command: a UserError is printed alone and exits with 2, an interrupt with 130."""
+    """Run a command. A UserError is printed without a traceback and exits with 2, an interrupt exits with 130."""
     try:
         main()
     except UserError as error:
