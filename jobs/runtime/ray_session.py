@@ -8,6 +8,9 @@ import os
 import sys
 from typing import Any
 
+from jobs.runtime.console import divert_stderr
+from jobs.runtime.noise import forward
+
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
 
 # Environment of Ray's worker processes, unless it is set otherwise.
@@ -28,11 +31,23 @@ def connect() -> None:
     if not ray.is_initialized():
         for name, value in WORKERS.items():
             os.environ.setdefault(name, value)
+        _quiet_driver()
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **_options())
     quiet()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _quiet_driver() -> None:
+    """Keep messages of Ray and other libraries out of a command's output: they go to its log file."""
+    from ray._private import worker
+
+    log = divert_stderr()
+    if log is not None:
+        # Ray has no public way to choose among forwarded lines. If a later version does not look this function up
+        # here, its lines are among the stage's again.
+        worker.print_to_stdstream = forward(log, worker.print_to_stdstream)
 
 
 def _options() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ceca.data.store import Manifest, Receipt, Reject, Store
 from ceca.errors import UserError
 from jobs.runtime.alone import alone
 from jobs.runtime.console import Track, console, plain
+from jobs.runtime.noise import tell_warnings
 from jobs.runtime.ray_session import connect
 
 
@@ -215,6 +216,7 @@ class _UnitWorker:
         self.making = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        tell_warnings()
         unit = row["unit"]
         try:
             output = self._ready()(json.loads(row["work"]))

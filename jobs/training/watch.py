@@ -23,6 +23,7 @@ from ceca.errors import UserError
 from ceca.settings import to_mapping
 from ceca.training.flops import step_flops
 from ceca.training.workers import world
+from jobs.runtime.noise import tell
 from jobs.training.data import TrainingSet
 
 # Dense bf16 and fp16 peak of a GPU in TFLOP/s, from its maker's data sheet, by a part of the GPU's name.
@@ -82,19 +83,17 @@ class Watch:
         rate = (done - self.first) / max(now - self.begun, 1e-9)
         epoch, step = divmod(done - 1, self.steps)
         terms = ", ".join(f"{name} {value:.2f}" for name, value in losses.items() if name != "loss")
-        print(
+        tell(
             f"{self.config.name}: epoch {epoch + 1}/{self.config.epochs} step {step + 1}/{self.steps}  {terms}  "
-            f"{rate * self.config.global_batch:.0f} samples/s, {(self.total - done) / rate:.0f} s left",
-            flush=True,
+            f"{rate * self.config.global_batch:.0f} samples/s, {(self.total - done) / rate:.0f} s left"
         )
 
     def epoch(self, record: Mapping[str, float]) -> None:
         """Print the record of a finished epoch."""
         validation = f"  val Rank-1 {record['val_rank1']:.1f}" if "val_rank1" in record else ""
-        print(
+        tell(
             f"{self.config.name}: epoch {record['epoch']:.0f}/{self.config.epochs} done  loss {record['loss']:.2f}"
-            f"{validation}  {record['samples_per_second']:.0f} samples/s, input wait {record['input_wait']:.0%}",
-            flush=True,
+            f"{validation}  {record['samples_per_second']:.0f} samples/s, input wait {record['input_wait']:.0%}"
         )
 
     def save(self) -> None:

@@ -38,6 +38,7 @@ from ceca.training.engine import (
 from ceca.training.precision import BF16Backward, keep_freed_memory
 from ceca.training.step import better, cawl, loss_terms, scaled_loss
 from ceca.training.workers import gather_features, gather_identities, share, world
+from jobs.runtime.noise import tell, tell_warnings
 from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches
 from jobs.training.validate import validate
@@ -48,6 +49,7 @@ SELECTED_BY = ("rank1", "mean_average_precision")
 
 def train_worker(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on each worker; `settings["run"]` is a Run."""
+    tell_warnings()
     run: Run = settings["run"]
     config = run.config
     rank, size = world()
@@ -270,5 +272,5 @@ def _resume(engine: Any, config: TrainConfig, steps: int) -> Progress:
         place = f"after epoch {epoch}" if not step else f"after step {step} of epoch {epoch + 1}"
         workers = world()[1]
         moved = f", from {progress.workers} workers to {workers}" if progress.workers != workers else ""
-        print(f"{config.name}: resuming {place} of {config.epochs}{moved}", flush=True)
+        tell(f"{config.name}: resuming {place} of {config.epochs}{moved}")
     return progress
