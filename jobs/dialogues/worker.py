@@ -46,7 +46,7 @@ class DialogueWorker:
         images: the images table.
         config: settings of the stage, as plain values.
         vocabulary: attribute → its values, for the oracle.
-        choices: attribute → its values to ask for in a structured answer; None: none is asked for.
+        choices: attribute → its values to ask for in a structured answer; None if there is no structured answer.
         canaries: images (ImageRow as JSON) whose descriptions must differ before the work starts.
     """
 

@@ -52,8 +52,10 @@ class Track:
         self.begun, self.first, self.last_line = time.monotonic(), finished, time.monotonic()
         self.bar: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            columns = (*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+                *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
+            )
             self.bar = Progress(*columns, console=console, redirect_stderr=_stderr.log is None)
             self.task = self.bar.add_task(title, total=total, completed=finished, note="")
 

@@ -161,17 +161,17 @@ def stream_batches(
     """This worker's batches in order, from `start_step` (counted through all epochs) to the end of training."""
     steps = len(ray.get(samples)) // config.global_batch * config.epochs - start_step
     rows = share(rank, size, config.global_batch)
-    own = rows.stop - rows.start
+    per_step = rows.stop - rows.start
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    numbers = ray.data.range(steps * own, override_num_blocks=max(1, min(steps // 4, 1000)))
+    numbers = ray.data.range(steps * per_step, override_num_blocks=max(1, min(steps // 4, 1000)))
     loaded = numbers.map_batches(
         LoadSamples,
-        fn_constructor_args=(config, rank, size, samples, images, start_step * own),
-        batch_size=own,
+        fn_constructor_args=(config, rank, size, samples, images, start_step * per_step),
+        batch_size=per_step,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.loaders_per_worker),
         num_cpus=config.cpus_per_loader,
     )
-    return iter(loaded.iter_batches(batch_size=own, prefetch_batches=2))
+    return iter(loaded.iter_batches(batch_size=per_step, prefetch_batches=2))

@@ -162,13 +162,13 @@ def _train_step(
     parts = trimmed.to(device).split(len(ids))
     images = augment_images(torch.tensor(batch["image"]).to(device), draws, config.augmentation)
     images = images.to(next(engine.module.parameters()).dtype)
-    own = torch.tensor(batch["identity"]).to(device)
-    labels = own if "identity" in config.losses.terms else None
+    identity = torch.tensor(batch["identity"]).to(device)
+    labels = identity if "identity" in config.losses.terms else None
     summaries = parts[1] if config.model.summary_weight > 0 else None
     with BF16Backward() if config.backward == "bf16" else contextlib.nullcontext():
-        own_features = engine(images, parts[0], summaries, labels, words)
-    features = gather_features(own_features, whole)
-    identities = gather_identities(own, whole)
+        local_features = engine(images, parts[0], summaries, labels, words)
+    features = gather_features(local_features, whole)
+    identities = gather_identities(identity, whole)
     terms = loss_terms(features, identities, config.losses)
     engine.backward(scaled_loss(terms))
     engine.step()
