@@ -1,4 +1,8 @@
-"""Whether one run is better than another: a paired bootstrap over the people described."""
+"""Tell whether one run is better than another: a paired bootstrap over the people described.
+
+Notable: people are resampled, not queries. Sentences about one person are easy or hard together, and resampling them
+one by one would report significance where there is none.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ COMPARED = {"Rank-1": "rank1", "Rank-5": "rank5", "Rank-10": "rank10", "AP": "av
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Second minus first: the mean, its 95 % interval, and the two-sided p-value of no difference."""
+    """The second run minus the first: the mean, its 95 % interval, and the two-sided p-value of no difference."""
 
     mean: float
     low: float
@@ -39,17 +43,16 @@ def compare_runs(first: pa.Table, second: pa.Table, similarity: str = "fused") -
 def paired_bootstrap(
     first: np.ndarray, second: np.ndarray, identities: np.ndarray, *, resamples: int = 10_000, seed: int = 0
 ) -> Difference:
-    """Compare two runs by their figures of the same queries.
+    """Compare two runs over the same queries.
 
-    People are drawn with replacement, each with all queries about this person: sentences about one person are easy or
-    hard together, and drawing them one by one would report a difference as significant when it is not.
+    People are drawn with replacement, each together with all queries that describe them.
 
     Args:
-        first: [Q] figures of the first run.
-        second: [Q] figures of the second run, queries in the same order.
-        identities: [Q] the person that each query describes.
-        resamples: bootstrap samples.
-        seed: decides the samples.
+        first: [Q] figures of the first run, one per query.
+        second: [Q] figures of the second run, in the same order.
+        identities: [Q], the person that each query describes.
+        resamples: number of bootstrap samples.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: lengths differ, or there is no query.

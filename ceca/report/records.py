@@ -10,14 +10,14 @@ from PIL import Image
 
 @dataclasses.dataclass(frozen=True)
 class RankedList:
-    """A query and its hits, best first.
+    """A query and the images found for it.
 
     Attributes:
-        query: the description.
-        identity: the person described, or None if unknown.
-        images: pictures of the hits.
-        identities: identities of the hits, in the same order.
-        label: name of the list, if several belong to one query.
+        query: the sentence.
+        identity: the person described; None if unknown.
+        images: the best images, best first.
+        identities: the person on each image.
+        label: a name for the list, where one query has several.
     """
 
     query: str
@@ -29,7 +29,7 @@ class RankedList:
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """An image with a person's caption and a model's summary."""
+    """An image with two descriptions: a person's caption and a model's summary."""
 
     image: Image.Image
     caption: str
