@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
+
+# Figures that are compared, by the column of a per-query table (without its similarity).
+COMPARED = {"Rank-1": "rank1", "Rank-5": "rank5", "Rank-10": "rank10", "AP": "average_precision"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +23,21 @@ class Difference:
     low: float
     high: float
     p: float
+
+    def cells(self) -> list[str]:
+        """The difference as cells of a table: mean, interval, p-value."""
+        return [f"{self.mean:+.2f}", f"{self.low:+.2f} … {self.high:+.2f}", f"{self.p:.4f}"]
+
+
+def compare_runs(first: pa.Table, second: pa.Table, similarity: str = "fused") -> dict[str, Difference]:
+    """Compare two per-query tables with the same queries in the same order: figure → difference in percent points."""
+    people = first["identity"].to_numpy()
+    return {
+        label: paired_bootstrap(
+            100 * first[f"{similarity}_{column}"].to_numpy(), 100 * second[f"{similarity}_{column}"].to_numpy(), people
+        )
+        for label, column in COMPARED.items()
+    }
 
 
 def paired_bootstrap(

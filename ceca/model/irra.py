@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ceca.model.backbone import Tokens
-from ceca.model.clip import QuickGELU
 from ceca.model.mixer import Attention
 
 LAYERS = 4  # transformer layers between cross-attention and the vocabulary

@@ -7,7 +7,6 @@ Dialogues are drawn as pixels, because their text is wrapped by the real width o
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -25,31 +24,13 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ceca.errors import UserError
+from ceca.report.records import Described, RankedList
 
 HIT, MISS, UNKNOWN = "#1a9850", "#d73027", "#888888"
 PAPER, INK, FAINT, ACCENT = "#ffffff", "#1f2328", "#8a9099", "#2b6cb0"
 
 
 # --- ranked lists -----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class RankedList:
-    """A query and the images found for it.
-
-    Attributes:
-        query: the sentence.
-        identity: the person described; None if unknown.
-        images: the best images, best first.
-        identities: the person on each image.
-        label: a name for the list, where one query has several.
-    """
-
-    query: str
-    identity: int | None
-    images: Sequence[Image.Image]
-    identities: Sequence[int]
-    label: str = ""
 
 
 def draw_ranked_lists(lists: Sequence[RankedList], out: Path, title: str = "") -> Path:
@@ -98,15 +79,6 @@ SCALE = 2  # pixels per unit of the sizes below, so that text stays sharp on a f
 CARD, PHOTO, GAP, PADDING = 400, (96, 192), 16, 24
 TEXT, LABEL, TITLE = 11.5, 9.0, 15.0  # font sizes
 LEADING = 1.4  # distance between lines, in font sizes
-
-
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """An image with two descriptions: a person's caption and a model's summary."""
-
-    image: Image.Image
-    caption: str
-    summary: str
 
 
 def draw_dialogues(datasets: Sequence[tuple[str, Sequence[Described]]], out: Path, columns: int = 3) -> Path:
@@ -330,7 +302,7 @@ def draw_attributes(
     for place, name in enumerate(order):
         wrong, anyone = (100 * share for share in confused[name])
         left.barh(place, wrong, color=ACCENT, label="of wrong first places" if not place else None)
-        left.plot([anyone, anyone], [place - 0.4, place + 0.4], color=INK, label=None if place else "of any stranger")
+        left.plot([anyone, anyone], [place - 0.4, place + 0.4], color=INK, label=None if place else "of random people")
     left.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
     left.set(xlabel="has another value than the person described, percent", xlim=(0, 100))
     left.legend(frameon=False, loc="lower right", fontsize=8)

@@ -16,27 +16,27 @@ from jobs.runtime.console import console
 
 @contextlib.contextmanager
 def alone(store: Store, name: str) -> Iterator[Lease]:
-    """While it lasts no other process works on this name (ceca/data/lease.py), and nothing is erased.
+    """Hold a name: no other process works under it (ceca/data/lease.py), and no image is erased meanwhile.
 
     Raises:
-        LeaseError: another one does.
+        LeaseError: another process holds the name.
     """
 
-    def say(words: str) -> None:
-        console.print(f"[yellow]waiting:[/] {words}", highlight=False)
+    def say(message: str) -> None:
+        console.print(f"[yellow]waiting:[/] {message}", highlight=False)
 
-    holders, told = Holders(store), False
+    holders, announced = Holders(store), False
     with holding(store, name, this_process(), on_lost=interrupt, say=say) as lease:
         while erasing := holders.of([ERASING]):
-            if not told:
+            if not announced:
                 say(f"images are erased by {erasing[ERASING]}")
-                told = True
+                announced = True
             time.sleep(1)
         yield lease
 
 
 def interrupt() -> None:
-    """As by Ctrl-C, and wherever the main thread waits."""
+    """Interrupt the main thread as Ctrl-C does, wherever it waits."""
     main = threading.main_thread().ident
     if main is not None:
         signal.pthread_kill(main, signal.SIGINT)
