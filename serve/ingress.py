@@ -14,7 +14,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -134,8 +133,6 @@ def _encode(columns: Mapping[str, list[str | None]]) -> tuple[dict[str, np.ndarr
     return codes, values
 
 
-@serve.deployment
-@serve.ingress()
 class Ingress:
     """HTTP in front of the others; reads pictures in threads."""
 

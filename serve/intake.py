@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ceca.config import DialogueConfig, ServeConfig
@@ -62,7 +61,6 @@ def engine_settings(edition: Edition, config: ServeConfig) -> DialogueConfig | N
     return None if found.engine == "oracle" else found
 
 
-@serve.deployment
 class Intake:
     """One replica, which does what the store says is to be done and then waits for more."""
 

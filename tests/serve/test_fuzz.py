@@ -36,8 +36,9 @@ from ceca.data.store import Store
 from ceca.settings import to_mapping
 from serve.access import Gate, Key
 from serve.api import HEADERS_LIMIT, make_api
-from serve.app import GallerySearch, QueryEncoder
+from serve.encoder import QueryEncoder
 from serve.ingress import Ingress
+from serve.searcher import GallerySearch
 from tests.serve.conftest import COUNT, TEXT_LIMIT, TOP_K_LIMIT, Changing, Running
 from tests.serve.dataset import draw_person, publish_gallery, publish_people, publish_tiny
 from tests.serve.test_search import bomb
@@ -55,12 +56,12 @@ for kind in ("jpeg", "png", "webp", "bmp"):
 # --- from the description ---------------------------------------------------------------------------------
 
 
-class InProcess(Ingress.func_or_class.__mro__[1]):  # type: ignore[misc]  # the class below what Ray makes of it
+class InProcess(Ingress):
     """The ingress with the others as plain objects instead of Ray actors."""
 
     def __init__(self, store: Store, config: ServeConfig, keys: tuple[Key, ...]):
-        encoder = QueryEncoder.func_or_class(store.uri, config)
-        share = GallerySearch.func_or_class(store.uri, config, 0)
+        encoder = QueryEncoder(store.uri, config)
+        share = GallerySearch(store.uri, config, 0)
         super().__init__(store.uri, config, keys, encoder, [share], None)
         self.ready = True
 
