@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Request
+from fastapi import Query as Parameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +26,7 @@ from ceca.search.catalogue import Catalogue, Picture
 from ceca.search.edition import Edition
 from ceca.search.ranking import Hit
 from serve.access import Gate, Refusal, Scope, audit, hashed
+from serve.query import Like, Query
 from serve.refusals import NotFound, Overloaded, add_handlers, problem, refused, told, unavailable
 from serve.schema import (
     Conditions,
@@ -32,7 +34,6 @@ from serve.schema import (
     ExplainResponse,
     Health,
     Job,
-    Like,
     LikeRequest,
     Proposed,
     Ready,
@@ -65,8 +66,8 @@ PAGE_HEADERS = {
 # --- the application --------------------------------------------------------------------------------------
 
 
-class Holding(Protocol):
-    """An edition and its catalogue."""
+class Snapshot(Protocol):
+    """An edition and its catalogue; see `serve.ingress.Snapshot`."""
 
     edition: Edition
     catalogue: Catalogue
@@ -76,7 +77,7 @@ class Holding(Protocol):
 class Found:
     """Hits of one edition; in a conversation what is believed of each, and the next question."""
 
-    now: Holding
+    snapshot: Snapshot
     hits: list[Hit]
     beliefs: Sequence[float] | None = None
     question: Proposed | None = None
@@ -84,7 +85,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Explained:
-    now: Holding
+    snapshot: Snapshot
     similarity: float
     global_similarity: float
     local_similarity: float
@@ -95,20 +96,11 @@ class Explained:
 class Service(Protocol):
     """What the interface needs; see `serve.ingress`."""
 
-    now: Any
+    snapshot: Any
     ready: bool
     metrics: Any
 
-    async def search(
-        self,
-        query: str | bytes,
-        *,
-        omega: float,
-        top_k: int,
-        where: Mapping[str, list[str]],
-        answers: Mapping[str, str | None],
-        suggest: bool,
-    ) -> Found: ...
+    async def search(self, query: Query) -> Found: ...
 
     async def explain(self, query: str, image_id: str, omega: float) -> Explained | None: ...
 
@@ -125,6 +117,16 @@ class Service(Protocol):
     async def status(self) -> Status: ...
 
     async def keep_following(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRequest:
+    """The parameters of a search by an image that is sent, which is the body."""
+
+    top_k: int
+    offset: int
+    omega: float | None
+    where: Mapping[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,53 +265,45 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
     v1 = APIRouter(prefix="/v1", tags=["search"])
 
     async def answer(
-        query: str | bytes,
-        http: Request,
-        *,
-        top_k: int,
-        offset: int,
-        omega: float | None,
-        where: Mapping[str, list[str]] | None = None,
-        answers: Mapping[str, str | None] | None = None,
-        suggest: bool = False,
+        sample: str | bytes | Like, request: SearchRequest | LikeRequest | ImageRequest, http: Request
     ) -> SearchResponse:
         started = time.perf_counter()
-        for name, value in (("top_k", top_k), ("offset", offset + 1)):
-            if value > config.top_k_limit:
-                message = f"{name} is too large: this service gives at most {config.top_k_limit} images to a query"
+        offset, limit = request.offset, config.top_k_limit
+        for name, value in (("top_k", request.top_k), ("offset", offset + 1)):
+            if value > limit:
+                message = f"{name} is too large: this service gives at most {limit} images to a query"
                 raise problem(name, "less_than_equal", message)
-        top_k = min(top_k, config.top_k_limit - offset)  # the last page
-        omega = config.omega if omega is None else omega
-        found = await service.search(
-            query,
-            omega=omega,
+        top_k = min(request.top_k, limit - offset)  # the last page
+        query = Query(
+            sample,
+            omega=config.omega if request.omega is None else request.omega,
             top_k=offset + top_k + 1,
-            where=where or {},
-            answers=answers or {},
-            suggest=suggest,
+            where=request.where,
+            answers=getattr(request, "answers", {}),
+            suggest=getattr(request, "suggest", False),
         )
+        found = await service.search(query)
         shown = slice(offset, offset + top_k)
         hits = found.hits[shown]
         beliefs = [None] * len(hits) if found.beliefs is None else found.beliefs[shown]
-        words = query if isinstance(query, str) and not isinstance(query, Like) else None
-        more = len(found.hits) > offset + top_k and offset + top_k < config.top_k_limit
+        more = len(found.hits) > offset + top_k and offset + top_k < limit
         audit(
             http.state.who,
             f"POST {_path(http)}",
             200,
-            query=hashed(query),
-            where=sorted(where or {}),  # what was asked for, not which: words, too, are a hash
-            answers=sorted(answers or {}),
+            query=query.logged,
+            where=sorted(query.where),  # what was asked for, not which: words, too, are a hash
+            answers=sorted(query.answers),
             images=[hit.image_id for hit in hits],
         )
-        edition = found.now.edition
+        edition = found.snapshot.edition
         return SearchResponse(
-            query=words,
-            omega=omega,
+            query=query.text,
+            omega=query.omega,
             model=edition.model_name,
             gallery=edition.gallery_name,
             took_ms=round((time.perf_counter() - started) * 1000, 2),
-            hits=[_hit(hit, belief, found.now.catalogue) for hit, belief in zip(hits, beliefs, strict=True)],
+            hits=[_hit(hit, belief, found.snapshot.catalogue) for hit, belief in zip(hits, beliefs, strict=True)],
             next_offset=offset + top_k if more else None,
             question=found.question,
         )
@@ -318,41 +312,25 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
     async def search(request: SearchRequest, http: Request) -> SearchResponse:
         """The images that a description fits best."""
         _check_length(request.query, config)
-        return await answer(
-            request.query,
-            http,
-            top_k=request.top_k,
-            offset=request.offset,
-            omega=request.omega,
-            where=request.where,
-            answers=request.answers,
-            suggest=request.suggest,
-        )
+        return await answer(request.query, request, http)
 
     @v1.post("/search/like", responses=told(404))
     async def search_like(request: LikeRequest, http: Request) -> SearchResponse:
         """The images most like one of the gallery, which is the first of them."""
-        return await answer(
-            Like(request.image_id),
-            http,
-            top_k=request.top_k,
-            offset=request.offset,
-            omega=request.omega,
-            where=request.where,
-        )
+        return await answer(Like(request.image_id), request, http)
 
     @v1.post("/search/image", openapi_extra={**IMAGE_BODY, "parameters": [WHERE]})
     async def search_image(
         http: Request,
         content: Annotated[bytes, Depends(_image)],
         where: Annotated[dict[str, list[str]], Depends(_where)],
-        top_k: int = Query(10, ge=1, le=config.top_k_limit),
-        offset: int = Query(0, ge=0, lt=config.top_k_limit),
-        omega: Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)] = None,
+        top_k: int = Parameter(10, ge=1, le=config.top_k_limit),
+        offset: int = Parameter(0, ge=0, lt=config.top_k_limit),
+        omega: Annotated[float | None, Parameter(ge=0, le=1, allow_inf_nan=False)] = None,
     ) -> SearchResponse:
         """The images most like the one in the body (JPEG, PNG, WebP or BMP). It has no summary as those of the gallery
         have: for an image that is there already, /v1/search/like is better. `where` is that of /v1/search as JSON."""
-        return await answer(content, http, top_k=top_k, offset=offset, omega=omega, where=where)
+        return await answer(content, ImageRequest(top_k, offset, omega, where), http)
 
     @v1.post("/explain", responses=told(404))
     async def explain(request: ExplainRequest, http: Request) -> ExplainResponse:
@@ -367,8 +345,8 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
             query=request.query,
             image_id=request.image_id,
             omega=omega,
-            model=found.now.edition.model_name,
-            gallery=found.now.edition.gallery_name,
+            model=found.snapshot.edition.model_name,
+            gallery=found.snapshot.edition.gallery_name,
             similarity=found.similarity,
             global_similarity=found.global_similarity,
             local_similarity=found.local_similarity,
@@ -379,7 +357,7 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
     @v1.get("/facets")
     async def facets() -> dict[str, list[str]]:
         """What `where` can name: facets and their values, of identities none, for there are too many."""
-        found = service.now.catalogue.facets
+        found = service.snapshot.catalogue.facets
         return {name: found.values(name) for name in found.columns if name != "identity"}
 
     @v1.get("/images/{image_id}", response_class=Response, responses=told(404) | PICTURE)
@@ -408,10 +386,10 @@ def _changing(service: Service, config: ServeConfig) -> APIRouter:
     async def add(
         http: Request,
         content: Annotated[bytes, Depends(_image)],
-        identity: Annotated[int | None, Query(ge=0, lt=2**53)] = None,
-        camera: Annotated[Text | None, Query(min_length=1, max_length=100)] = None,
-        name: Annotated[Text, Query(max_length=300)] = "",
-        summary: Annotated[Text, Query(max_length=2000)] = "",
+        identity: Annotated[int | None, Parameter(ge=0, lt=2**53)] = None,
+        camera: Annotated[Text | None, Parameter(min_length=1, max_length=100)] = None,
+        name: Annotated[Text, Parameter(max_length=300)] = "",
+        summary: Annotated[Text, Parameter(max_length=2000)] = "",
     ) -> Job:
         """Add the image in the body (JPEG, PNG, WebP or BMP) to the gallery; the answer's job says when a search can
         find it. `summary` describes the person where no model is to be asked."""
@@ -456,8 +434,8 @@ def _about(service: Service, config: ServeConfig) -> APIRouter:
         """Every replica has loaded what is served."""
         if not service.ready:
             raise Overloaded("the replicas load the gallery")
-        edition = service.now.edition
-        images = len(service.now.catalogue)
+        edition = service.snapshot.edition
+        images = len(service.snapshot.catalogue)
         return Ready(model=edition.model_name, gallery=edition.gallery_name, images=images)
 
     @about.get("/v1/status", responses=told(401, 403, 429))

@@ -42,8 +42,9 @@ from serve.api import Explained, Found, make_api
 from serve.batches import Batches
 from serve.intake import engine_settings, refuse_without_engine
 from serve.metrics import Metrics
+from serve.query import Like, Query, ShardQuery, freeze
 from serve.refusals import NotFound, Overloaded, WrongAnswer
-from serve.schema import Job, Like, Proposed, Sentence, Status, Word
+from serve.schema import Job, Proposed, Sentence, Status, Word
 
 log = logging.getLogger(__name__)
 
@@ -55,24 +56,9 @@ STARTING_S = 0.3  # between looks whether the others are there
 PREPARE_S = 600.0  # that replicas get to load the next edition
 READ_AGAIN = 3  # where objects of `added` were joined between listing and reading them
 
-Where = tuple[tuple[str, tuple[str, ...]], ...]  # facets and values, so that a mask can be kept for it
 Pair = tuple[np.ndarray, np.ndarray]
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """What a share of the gallery is asked: normalised [D] and [E], ω, how many images, of which, with their rows?"""
-
-    edition: Edition
-    global_embedding: np.ndarray
-    local_embedding: np.ndarray
-    omega: float
-    top_k: int
-    where: Where = ()
-    with_rows: bool = False
-    shares: int = 1  # that the gallery is cut into, which is another number while a service is deployed anew
 
 
 def _in_time(
@@ -93,12 +79,12 @@ def _in_time(
     return within
 
 
-class Now:
+class Snapshot:
     """An edition and what the ingress knows of it; a request keeps the one it began with."""
 
     def __init__(self, edition: Edition):
         self.edition, self.catalogue = edition, Catalogue(edition)
-        self.facets = self.catalogue.facets  # read now, not at the first question
+        self.facets = self.catalogue.facets  # read now, not at the first search
         self.structured = [name for name in self.facets.columns if name not in ("identity", "split", "camera")]
         self.vocabulary = read_vocabulary(edition.store)
         self.read = functools.lru_cache(100_000)(self._read)
@@ -152,8 +138,8 @@ class Ingress:
         self.searching = [self._calls(shard, "search") for shard in self.shards]
         self.late = f"no answer within {config.timeout_s:g} s"
         self.metrics = Metrics()
-        self.now = _read_now(self.store, config.model)
-        self.metrics.images.set(len(self.now.catalogue))
+        self.snapshot = read_snapshot(self.store, config.model)
+        self.metrics.images.set(len(self.snapshot.catalogue))
         self.ready, self.problem = False, ""
         self.following = asyncio.Lock()
 
@@ -172,10 +158,10 @@ class Ingress:
         while True:
             try:
                 if not self.ready:
-                    await self._prepare(self.now.edition)
+                    await self._prepare(self.snapshot.edition)
                     self.ready = True
                 await self.follow()
-                self.metrics.images.set(len(self.now.catalogue))  # again, or Ray's exporter forgets it
+                self.metrics.images.set(len(self.snapshot.catalogue))  # again, or Ray's exporter forgets it
                 self.problem = ""
             except DeploymentUnavailableError:
                 self.problem = "the replicas start"
@@ -183,7 +169,7 @@ class Ingress:
                 with contextlib.suppress(Exception):  # what is removed goes all the same
                     await self._leave_out()
                 self.problem = " ".join(str(error).split())
-                log.warning("stays with gallery %s: %s", self.now.edition.gallery_name, self.problem)
+                log.warning("stays with gallery %s: %s", self.snapshot.edition.gallery_name, self.problem)
                 self.metrics.problems.inc(1, {"where": "following"})
             await asyncio.sleep(self.config.follow_s if self.ready else STARTING_S)
 
@@ -195,41 +181,41 @@ class Ingress:
         """
         async with self.following:
             edition = await asyncio.to_thread(find_edition, self.store, self.config.model)
-            if edition == self.now.edition:
+            if edition == self.snapshot.edition:
                 return
-            if edition.digest != self.now.edition.digest:
+            if edition.digest != self.snapshot.edition.digest:
                 await self.encoder.prepare.remote(edition)
                 await self.intake.carry.remote(edition)
             for left in reversed(range(READ_AGAIN)):
                 try:
-                    now = await asyncio.to_thread(_read_now, self.store, self.config.model)
-                    await self._prepare(now.edition)
-                    if set(self.now.edition.removed) <= set(now.edition.removed):
+                    snapshot = await asyncio.to_thread(read_snapshot, self.store, self.config.model)
+                    await self._prepare(snapshot.edition)
+                    if set(self.snapshot.edition.removed) <= set(snapshot.edition.removed):
                         break  # else something was removed meanwhile, which must not come back
                 except FileNotFoundError:  # an object was written anew while a replica opened it
                     if not left:
                         raise
             else:
                 return  # the next look goes on
-            self.now = now
-            self.metrics.images.set(len(now.catalogue))
+            self.snapshot = snapshot
+            self.metrics.images.set(len(snapshot.catalogue))
 
     async def _leave_out(self) -> None:
         """Go on with this edition without what has been removed since, whether or not a newer gallery can be served."""
         while True:
-            before = self.now
+            before = self.snapshot
             removed = tuple(await asyncio.to_thread(self.store.names, REMOVED))
             if set(removed) <= set(before.edition.removed):
                 return
             try:
-                now = await asyncio.to_thread(Now, dataclasses.replace(before.edition, removed=removed))
-                await self._prepare(now.edition)
+                snapshot = await asyncio.to_thread(Snapshot, dataclasses.replace(before.edition, removed=removed))
+                await self._prepare(snapshot.edition)
             except FileNotFoundError:  # an object that was added has been written anew: that is another edition
                 await self.follow()
                 continue
-            if self.now is before:  # else another one is served meanwhile, perhaps with the same image
-                self.now = now
-                self.metrics.images.set(len(now.catalogue))
+            if self.snapshot is before:  # else another one is served meanwhile, perhaps with the same image
+                self.snapshot = snapshot
+                self.metrics.images.set(len(snapshot.catalogue))
 
     async def _prepare(self, edition: Edition) -> None:
         """Have every replica load an edition. One that starts meanwhile loads it when it is first asked."""
@@ -273,91 +259,87 @@ class Ingress:
 
         return Batches(call, self.config.batch, GATHER_S, at_once=self.config.queue)
 
-    async def _candidates(self, now: Now, pair: Pair, omega: float, top_k: int, where: Mapping[str, Any]) -> list[Hit]:
+    async def _candidates(self, snapshot: Snapshot, pair: Pair, query: Query) -> list[Hit]:
         """The best images of all shards."""
         rerank = self.config.rerank
-        conditions = tuple((name, tuple(values)) for name, values in sorted(where.items()))
-        asked = Question(now.edition, *pair, omega, max(top_k, rerank), conditions, rerank > 0, len(self.shards))
+        shard_query = ShardQuery(
+            snapshot.edition,
+            *pair,
+            omega=query.omega,
+            top_k=max(query.top_k, rerank),
+            where=freeze(query.where),
+            with_rows=rerank > 0,
+            shards=len(self.shards),
+        )
         with self.metrics.stage("gallery"):
-            shares: list[Candidates] = await asyncio.gather(*(searching.ask(asked) for searching in self.searching))
-        return rank(shares, top_k=top_k, omega=omega, rerank_first=rerank, global_dim=now.edition.global_dim)
+            candidates: list[Candidates] = await asyncio.gather(*(each.ask(shard_query) for each in self.searching))
+        return rank(
+            candidates,
+            top_k=query.top_k,
+            omega=query.omega,
+            rerank_first=rerank,
+            global_dim=snapshot.edition.global_dim,
+        )
 
     # --- what the interface needs -------------------------------------------------------------------------
 
     @_in_time
-    async def search(
-        self,
-        query: str | bytes,
-        *,
-        omega: float,
-        top_k: int,
-        where: Mapping[str, list[str]],
-        answers: Mapping[str, str | None],
-        suggest: bool,
-    ) -> Found:
+    async def search(self, query: Query) -> Found:
         """Search by words, an image or one of the gallery; raises FacetError, WrongAnswer, ImageError,
         NotFound, Overloaded."""
-        asked = query, omega, top_k, where, answers, suggest
         try:
-            return await self._search(self.now, *asked)
+            return await self._search(self.snapshot, query)
         except FileNotFoundError:  # a new replica was asked for an edition whose objects were written anew
             await self.follow()
-            return await self._search(self.now, *asked)
+            return await self._search(self.snapshot, query)
 
-    async def _search(
-        self,
-        now: Now,
-        query: str | bytes,
-        omega: float,
-        top_k: int,
-        where: Mapping[str, list[str]],
-        answers: Mapping[str, str | None],
-        suggest: bool,
-    ) -> Found:
-        now.facets.check(where)  # here, so that what does not exist is refused alone and not with its batch
+    async def _search(self, snapshot: Snapshot, query: Query) -> Found:
+        snapshot.facets.check(query.where)  # here, so that what does not exist is refused alone and not with its batch
         with self.metrics.stage("encode"):
-            if isinstance(query, Like):
-                row = await self._row(now, query)
-                if row is None:
-                    raise NotFound(f"no image {query} in this gallery")
-                pair = row
-            elif isinstance(query, bytes):
-                whole, local = await self._ask(self.encoder, "images", now.edition, [query], None)
-                pair = whole[0], local[0]
-            else:
-                pair = await self.encoding.ask((now.edition, query))
-        talking = suggest or bool(answers)
-        if not talking:
-            return Found(now, await self._candidates(now, pair, omega, top_k, where))
-        hits = await self._candidates(now, pair, omega, max(top_k, POOL), where)
+            pair = await self._encode(snapshot, query)
+        if not query.in_conversation:
+            return Found(snapshot, await self._candidates(snapshot, pair, query))
+        hits = await self._candidates(snapshot, pair, dataclasses.replace(query, top_k=max(query.top_k, POOL)))
         fitting = {
             name: [value]
-            for name, value in answers.items()
-            if value is not None and name in now.structured and name not in where
+            for name, value in query.answers.items()
+            if value is not None and name in snapshot.structured and name not in query.where
         }
         if fitting:  # few words may have left the person out of the best, and no answer would bring them back
-            fitting = {name: [value] for name, [value] in fitting.items() if value in now.possible(name)}
-            agreeing = await self._candidates(now, pair, omega, POOL, {**where, **fitting})
+            known = {name: values for name, values in fitting.items() if values[0] in snapshot.possible(name)}
+            narrowed = dataclasses.replace(query, top_k=POOL, where={**query.where, **known})
+            agreeing = await self._candidates(snapshot, pair, narrowed)
             hits = list({hit.image_id: hit for hit in (*hits, *agreeing)}.values())
         if not hits:  # nobody fulfils the conditions, so there is nobody to be told from others
-            return Found(now, [], [])
+            return Found(snapshot, [], [])
         with self.metrics.stage("conversation"):
-            return await asyncio.to_thread(_converse, now, hits, top_k, answers)
+            return await asyncio.to_thread(_converse, snapshot, hits, query.top_k, query.answers)
+
+    async def _encode(self, snapshot: Snapshot, query: Query) -> Pair:
+        if isinstance(query.sample, Like):
+            row = await self._row(snapshot, query.sample.image_id)
+            if row is None:
+                raise NotFound(f"no image {query.sample.image_id} in this gallery")
+            return row
+        if isinstance(query.sample, bytes):
+            whole, local = await self._ask(self.encoder, "images", snapshot.edition, [query.sample], None)
+            return whole[0], local[0]
+        return await self.encoding.ask((snapshot.edition, query.sample))
 
     @_in_time
     async def explain(self, query: str, image_id: str, omega: float) -> Explained | None:
         """Why an image was found: similarity by part, what each word adds, which sentences are closest; None where
         there is no such image."""
-        now = self.now
-        image = await self._row(now, image_id)
+        snapshot = self.snapshot
+        image = await self._row(snapshot, image_id)
         if image is None:
             return None
-        told = now.catalogue.told(image_id)
+        told = snapshot.catalogue.told(image_id)
         sentences = _sentences(told.turns, told.summary) if told else []
         words = query.split()[:WORDS]
         without = [" ".join(words[:n] + words[n + 1 :]) for n in range(len(words))]
         texts = [query, *without, *(text for _, text in sentences)]
-        whole, local = await self._ask(self.encoder, "texts", now.edition, texts)
+        whole, local = await self._ask(self.encoder, "texts", snapshot.edition, texts)
 
         def fused(pairs: Pair, other: Pair) -> np.ndarray:
             return (1 - omega) * pairs[0] @ other[0] + omega * pairs[1] @ other[1]
@@ -366,7 +348,7 @@ class Ingress:
         against_query = fused((whole, local), (whole[0], local[0]))[1 + len(words) :]
         ordered = sorted(zip(sentences, against_query.tolist(), strict=True), key=lambda found: -found[1])
         return Explained(
-            now,
+            snapshot,
             similarity=float(against_image[0]),
             global_similarity=float(whole[0] @ image[0]),
             local_similarity=float(local[0] @ image[1]),
@@ -377,23 +359,23 @@ class Ingress:
             sentences=[Sentence(source=source, text=text, similarity=value) for (source, text), value in ordered],
         )
 
-    async def _row(self, now: Now, image_id: str) -> Pair | None:
+    async def _row(self, snapshot: Snapshot, image_id: str) -> Pair | None:
         """An image's embeddings."""
-        if image_id not in now.catalogue:
+        if image_id not in snapshot.catalogue:
             return None
         rows = await asyncio.gather(
-            *(self._ask(shard, "row", (now.edition, len(self.shards)), str(image_id)) for shard in self.shards)
+            *(self._ask(shard, "row", (snapshot.edition, len(self.shards)), str(image_id)) for shard in self.shards)
         )
         row = next((row for row in rows if row is not None), None)
         if row is None:  # a replica opened this edition after the image was erased
             return None
-        return row[: now.edition.global_dim], row[now.edition.global_dim :]
+        return row[: snapshot.edition.global_dim], row[snapshot.edition.global_dim :]
 
     @_in_time
     async def picture(self, image_id: str) -> Picture | None:
         """An image of the gallery as it came; None where there is none."""
         for again in (True, False):
-            catalogue = self.now.catalogue
+            catalogue = self.snapshot.catalogue
             try:
                 return catalogue.cached(image_id) or await asyncio.to_thread(catalogue.picture, image_id)
             except StoreError:
@@ -407,7 +389,7 @@ class Ingress:
     @_in_time
     async def add(self, content: bytes, *, identity: int | None, camera: str | None, name: str, summary: str) -> Job:
         """Acknowledge an image; raises UserError where it cannot be added."""
-        settings = await asyncio.to_thread(engine_settings, self.now.edition, self.config)
+        settings = await asyncio.to_thread(engine_settings, self.snapshot.edition, self.config)
         refuse_without_engine(settings, summary)
         if arrival_id(content) in await asyncio.to_thread(removed_images, self.store):
             raise UserError("this image was deleted from the gallery, and does not come back")
@@ -420,7 +402,7 @@ class Ingress:
     async def remove(self, image_id: str) -> Job | None:
         """Take an image out of every search, and have it erased; None where there is none."""
         name = version_of([image_id])  # as `hide` calls it
-        if image_id in self.now.catalogue:
+        if image_id in self.snapshot.catalogue:
             await asyncio.to_thread(hide, self.store, [image_id], True)
             await self._leave_out()
         elif await asyncio.to_thread(removal, self.store, name) is None:
@@ -444,7 +426,7 @@ class Ingress:
             pending = name in await asyncio.to_thread(pending_erasures, self.store)
             return Job(job=job, status="waiting" if pending else "done", detail=await self._why(pending))
         for again in (True, False):
-            if name in self.now.catalogue:
+            if name in self.snapshot.catalogue:
                 return Job(job=job, status="done", image_id=name)
             failed = await asyncio.to_thread(self.store.read_json, FAILED, f"{name}.json")
             if failed is not None:
@@ -458,13 +440,13 @@ class Ingress:
     @_in_time
     async def status(self) -> Status:
         """What is served and what is not, for those who run it."""
-        edition = self.now.edition
+        edition = self.snapshot.edition
         arrivals = await asyncio.to_thread(waiting_images, self.store)
         erasures = await asyncio.to_thread(pending_erasures, self.store)
         return Status(
             model=edition.model_name,
             gallery=edition.gallery_name,
-            images=len(self.now.catalogue),
+            images=len(self.snapshot.catalogue),
             following=self.problem,
             intake=await self._why(True),
             arrivals=len(arrivals),
@@ -475,24 +457,24 @@ class Ingress:
         return await self._ask(self.intake, "status") if waiting else ""
 
 
-def _read_now(store: Store, model: str) -> Now:
+def read_snapshot(store: Store, model: str) -> Snapshot:
     for _ in range(READ_AGAIN):
         try:
-            return Now(find_edition(store, model))
+            return Snapshot(find_edition(store, model))
         except FileNotFoundError:
             continue
-    return Now(find_edition(store, model))
+    return Snapshot(find_edition(store, model))
 
 
-def _converse(now: Now, hits: list[Hit], top_k: int, answers: Mapping[str, str | None]) -> Found:
+def _converse(snapshot: Snapshot, hits: list[Hit], top_k: int, answers: Mapping[str, str | None]) -> Found:
     """Put candidates in the order of what the answers make of them, and find the question to ask next."""
-    codes, values = now.attributes([hit.image_id for hit in hits])
+    codes, values = snapshot.attributes([hit.image_id for hit in hits])
     given: dict[str, int | None] = {}
     for facet, value in answers.items():
         if facet not in values:
             raise WrongAnswer(f"nothing is known of {facet!r}; the candidates differ in {', '.join(sorted(values))}")
-        if value is not None and value not in now.possible(facet):
-            raise WrongAnswer(f"{facet} cannot be {value!r}; it can be {', '.join(now.possible(facet))}")
+        if value is not None and value not in snapshot.possible(facet):
+            raise WrongAnswer(f"{facet} cannot be {value!r}; it can be {', '.join(snapshot.possible(facet))}")
         # What no candidate has tells none from another.
         given[facet] = values[facet].index(value) if value in values[facet] else None
     counts = {name: len(found) for name, found in values.items()}
@@ -503,7 +485,7 @@ def _converse(now: Now, hits: list[Hit], top_k: int, answers: Mapping[str, str |
     if asked is not None:
         shares = sorted(zip(values[asked.facet], asked.shares.tolist(), strict=True), key=lambda pair: -pair[1])
         question = Proposed(facet=asked.facet, text=wording(asked.facet), values=dict(shares))
-    return Found(now, [hits[place] for place in order], [float(believed[place]) for place in order], question)
+    return Found(snapshot, [hits[place] for place in order], [float(believed[place]) for place in order], question)
 
 
 def _sentences(turns: Sequence[tuple[str, str]], summary: str) -> list[tuple[str, str]]:

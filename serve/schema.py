@@ -69,10 +69,6 @@ class LikeRequest(BaseModel):
     where: Conditions = {}
 
 
-class Like(str):
-    """The id of an image of the gallery, as a query."""
-
-
 class ExplainRequest(BaseModel):
     """A query and one of the images that it found."""
 

@@ -21,12 +21,14 @@ from ceca.search.topk import FEW
 from serve.batches import Batches, by_kind
 from serve.device import replica_device
 from serve.held import Held
-from serve.ingress import Question, Where
 from serve.metrics import Metrics
+from serve.query import Conditions, ShardQuery
 
 MASKS = 32  # most recent conditions whose masks are kept, one byte per image each
 
-Kind = tuple[Edition, int, Where, bool]  # what queries of one pass have in common: edition, shards, where, with_rows
+Kind = tuple[
+    Edition, int, Conditions, bool
+]  # what queries of one pass have in common: edition, shards, where, with_rows
 
 
 class GalleryShard:
@@ -72,7 +74,7 @@ class GallerySearch:
         """Load this deployment's shard of an edition whose gallery is cut into `shards`."""
         await asyncio.to_thread(self.held.get, (edition, shards))
 
-    async def search(self, queries: list[Question]) -> list[Candidates]:
+    async def search(self, queries: list[ShardQuery]) -> list[Candidates]:
         """The best images of this shard for each query."""
         return await asyncio.gather(*map(self.batches.ask, queries))
 
@@ -101,14 +103,14 @@ class GallerySearch:
             gallery.search(*probe, omega=0.3, top_k=1)  # the first batch is slow: no user waits for it
         return GalleryShard(edition, gallery)
 
-    async def _search_batch(self, queries: list[Question]) -> list[Candidates]:
+    async def _search_batch(self, queries: list[ShardQuery]) -> list[Candidates]:
         return await asyncio.to_thread(self._search, queries)
 
-    def _search(self, queries: list[Question]) -> list[Candidates]:
+    def _search(self, queries: list[ShardQuery]) -> list[Candidates]:
         self.metrics.batches.observe(len(queries), {"deployment": "GallerySearch"})
         return by_kind(queries, _kind, self._search_kind)  # mostly one kind, so one pass over the gallery
 
-    def _search_kind(self, kind: Kind, queries: list[Question]) -> list[Candidates]:
+    def _search_kind(self, kind: Kind, queries: list[ShardQuery]) -> list[Candidates]:
         edition, shards, where, with_rows = kind
         shard = self.held.get((edition, shards))
         best = shard.gallery.candidates(
@@ -122,5 +124,5 @@ class GallerySearch:
         return [candidates.first(query.top_k) for query, candidates in zip(queries, best, strict=True)]
 
 
-def _kind(query: Question) -> Kind:
-    return query.edition, query.shares, query.where, query.with_rows
+def _kind(query: ShardQuery) -> Kind:
+    return query.edition, query.shards, query.where, query.with_rows
