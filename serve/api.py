@@ -303,7 +303,7 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
             model=edition.model_name,
             gallery=edition.gallery_name,
             took_ms=round((time.perf_counter() - started) * 1000, 2),
-            hits=[_hit(hit, belief, found.snapshot.catalogue) for hit, belief in zip(hits, beliefs, strict=True)],
+            hits=tuple(_hit(hit, belief, found.snapshot.catalogue) for hit, belief in zip(hits, beliefs, strict=True)),
             next_offset=offset + top_k if more else None,
             question=found.question,
         )
@@ -350,8 +350,8 @@ def _searching(service: Service, config: ServeConfig) -> APIRouter:
             similarity=found.similarity,
             global_similarity=found.global_similarity,
             local_similarity=found.local_similarity,
-            words=found.words,
-            sentences=found.sentences,
+            words=tuple(found.words),
+            sentences=tuple(found.sentences),
         )
 
     @v1.get("/facets")
