@@ -40,7 +40,10 @@ __all__ = [
 ]
 
 # Short names of the records for users of the client.
-Answer, Explanation, Hit, Question = SearchResponse, ExplainResponse, SearchHit, Proposed
+Answer = SearchResponse
+Explanation = ExplainResponse
+Hit = SearchHit
+Question = Proposed
 
 Record = TypeVar("Record", bound=BaseModel)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import numpy as np
 from torch import Tensor
 
 from ceca.config import ServeConfig
@@ -18,9 +17,7 @@ from serve.batches import Batches, by_kind
 from serve.device import replica_device
 from serve.held import Held
 from serve.metrics import Metrics
-
-# Normalised global and local embeddings: [D] and [E] of one item, [N, D] and [N, E] of several.
-Embeddings = tuple[np.ndarray, np.ndarray]
+from serve.query import Embeddings
 
 
 class QueryEncoder:

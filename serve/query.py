@@ -10,6 +10,9 @@ import numpy as np
 from ceca.search.edition import Edition
 from serve.access import hashed
 
+# Normalised global and local embeddings: [D] and [E] of one item, [N, D] and [N, E] of several.
+Embeddings = tuple[np.ndarray, np.ndarray]
+
 Conditions = tuple[tuple[str, tuple[str, ...]], ...]  # facets and their values, hashable so that a mask can be cached
 
 
