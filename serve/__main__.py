@@ -22,7 +22,7 @@ from ceca.data.store import Store
 from ceca.errors import UserError
 from ceca.search.edition import find_edition
 from serve.app import QUIET, application
-from serve.proxy import ENVIRONMENT
+from serve.environment import ENVIRONMENT
 
 CORES = 8  # that one replica uses at most unless told: a batch has no work for more
 NAME = "ceca-search"  # of the application, so that others on the same cluster are left alone
