@@ -70,7 +70,8 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         raise UserError(f"{path}: {problems}") from None
     if len({key.name for key in keys}) < len(keys) or not keys:
-        raise UserError(f"{path}: every key needs a name of its own, and there must be one; found {len(keys)}")
+        raise UserError(f"{path}: expected at least one key, each with a different name; found {len(keys)} keys")
+
     return keys
 
 

@@ -5,7 +5,7 @@
             print(hit.similarity, hit.summary)
 
 Every request may be sent twice: a search changes nothing, and an image is added by its content. So the client sends a
-request again if the service had no room for it or the connection was lost, until `timeout_s` is over. It needs neither
+request again if the service had no capacity or the connection was lost, until `timeout_s` is over. It needs neither
 Ray nor FastAPI.
 """
 
@@ -322,7 +322,7 @@ class Client:
                 result = "was answered" if status else "was not answered:"
                 raise ClientError(
                     f"{name} {result} {problem}; given up after {self.timeout_s:g} s (timeout_s): is the service "
-                    "running there, and has it room?",
+                    "running there, and does it have capacity?",
                     status,
                 )
             time.sleep(wait)

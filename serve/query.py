@@ -1,4 +1,4 @@
-"""A search on its way through the service: the query as the ingress gets it, and what one shard is asked."""
+"""A search on its way through the service: the query as the ingress gets it, and the query that one shard gets."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class ShardQuery:
-    """What one shard of a gallery is asked.
+    """A query to one shard of a gallery.
 
     Args:
         edition: the shard's edition.
