@@ -27,7 +27,7 @@ from referencing import Registry, Resource
 
 import jobs.pipeline
 from ceca.commandline import parse_arguments
-from serve.proxy import ENVIRONMENT
+from serve.environment import ENVIRONMENT
 from tests.conftest import REPOSITORY
 
 TREE = REPOSITORY / "cluster" / "kubernetes"

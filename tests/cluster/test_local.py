@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from cluster import local
-from serve.proxy import ENVIRONMENT
+from serve.environment import ENVIRONMENT
 from tests.conftest import REPOSITORY
 
 NAME = "test"

@@ -29,7 +29,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-from serve.proxy import ENVIRONMENT
+from serve.environment import ENVIRONMENT
 from tests.conftest import REPOSITORY
 
 FILE = REPOSITORY / "ray_cluster.yaml"
