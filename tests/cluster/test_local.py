@@ -86,11 +86,11 @@ def test_prometheus_reads_what_the_nodes_measure(cluster: local.Cluster) -> None
     deadline = time.monotonic() + 60
     while True:
         with contextlib.suppress(httpx.TransportError, ValueError):  # until it listens and has begun
-            if found := httpx.get(query).json()["data"]["result"]:
+            if series := httpx.get(query).json()["data"]["result"]:
                 break
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    assert float(found[0]["value"][1]) > 0
+    assert float(series[0]["value"][1]) > 0
 
 
 def test_one_that_runs_is_not_started_again_and_a_taken_port_is_named(cluster: local.Cluster) -> None:
