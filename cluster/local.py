@@ -40,8 +40,8 @@ OBJECT_STORE_BYTES = 500_000_000
 HEAD_TYPE, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
 # Longest wait for a cluster to start, in seconds.
 STARTING_S = 120.0
-# Environment of every node, so that Ray Serve works on it. It equals `serve.environment.ENVIRONMENT` (a test compares the
-# two); this package imports nothing of ours, so it is written again.
+# Environment of every node, so that Ray Serve works on it. It equals `serve.environment.ENVIRONMENT` (a test compares
+# the two); this package imports nothing of ours, so it is written again.
 SERVING = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",

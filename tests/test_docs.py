@@ -53,7 +53,10 @@ RUN_BY = {
     "ceca search": (HERE, "test_search_prints_its_hits_and_draws_them"),
     "ceca compare": (METHODS, "test_every_method_trains_from_its_recipe_and_one_command_prints_the_table"),
     "ceca pipeline": (AUTOSCALING, "test_the_result_is_that_of_one_machine"),
-    "ceca remove": ("tests/ceca/data/test_erase.py", "test_the_command_erases_and_finishes_what_was_interrupted"),
+    "ceca remove": (
+        "tests/ceca/data/test_remove_command.py",
+        "test_the_command_erases_and_finishes_what_was_interrupted",
+    ),
     "ceca report dialogues": (JOBS, "test_the_report_shows_images_of_different_people_with_caption_and_summary"),
     "ceca report training": (METHODS, "test_every_method_trains_from_its_recipe_and_one_command_prints_the_table"),
     "ceca report omega": (PIPELINE, "test_the_omega_curve_has_the_figures_of_an_evaluation_and_a_picture"),
