@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ceca.model.backbone import Tokens
+from ceca.model.clip import QuickGELU
 from ceca.model.mixer import Attention
 
 LAYERS = 4  # transformer layers between cross-attention and the vocabulary
@@ -57,8 +58,6 @@ class IRRAHeads(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, identities: int, vocabulary: int):
-        from open_clip.transformer import QuickGELU  # slow to import, and only training with these heads needs it
-
         super().__init__()
         self.classifier = nn.Linear(width, identities)
         self.text_norm = nn.LayerNorm(width)
