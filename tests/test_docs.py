@@ -7,8 +7,10 @@ import contextlib
 import functools
 import importlib
 import io
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -416,11 +418,14 @@ def test_the_object_store_prints_what_finds_it(tmp_path):
         "--port",
         str(free_port()),
     ]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+    # A session of its own: ending that ends the server's process too.
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             assert process.stdout is not None
             lines = [process.stdout.readline().strip() for _ in range(4)]
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)
     names = [line.removeprefix("export ").partition("=")[0] for line in lines]
     assert names == ["AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"]
