@@ -43,6 +43,7 @@ PIPELINE = "tests/jobs/test_pipeline.py"
 FOREIGN = "tests/ceca/model/test_foreign.py"
 AUTOSCALING = "tests/drills/test_autoscaling.py"
 START = "tests/serve/test_start.py"
+DEPLOY = "tests/serve/test_deploy.py"
 
 # A command in the docs → the test that runs it, with other data. The longest head that fits counts.
 RUN_BY = {
@@ -76,10 +77,7 @@ RUN_BY = {
     "python -m serve.access": ("tests/serve/test_access.py", "test_the_command_makes_a_key_that_its_entry_admits"),
     "python -m pytest": (HERE, "test_every_command_is_run_by_a_test_or_says_what_it_needs"),
     "ray job submit": (AUTOSCALING, "test_nodes_come_for_the_work_and_go_when_it_is_done"),
-    "serve deploy": (
-        "tests/serve/test_deploy.py",
-        "test_serve_deploy_starts_the_service_and_changes_it_while_it_is_asked",
-    ),
+    "serve deploy": (DEPLOY, "test_serve_deploy_starts_the_service_and_changes_it_while_it_is_asked"),
     "curl": ("tests/serve/test_client.py", "test_every_example_of_the_guide_works_as_it_is_written"),
 }
 # A command, or all commands of a page → what it needs that tests do not have.
