@@ -86,30 +86,34 @@ def publish(store: Store, config: ModelConfig, images: int, per_part: int = 16_3
     for part, start in enumerate(range(0, images, per_part)):
         count = min(per_part, images - start)
         ids = [schema.image_id(str(start + n)) for n in range(count)]
-        known = {"image_id": ids, "identity": list(range(start, start + count)), "split": ["test"] * count}
-        place = {"width": [1] * count, "height": [1] * count, "source_path": ids, "camera": [None] * count}
-        told = {"image_id": ids, "summary": ["A person in a red coat and blue jeans."] * count, "turns": [[]] * count}
-        told |= {"attributes": [{}] * count, "flags": [[]] * count, "model": ["none"] * count}
-        told |= {"prompt_version": ["1"] * count, "generation_settings": ["{}"] * count}
-        told |= dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), [0] * count)
+        shared = {"image_id": ids, "identity": list(range(start, start + count)), "split": ["test"] * count}
+        details = {"width": [1] * count, "height": [1] * count, "source_path": ids, "camera": [None] * count}
+        dialogues = {
+            "image_id": ids,
+            "summary": ["A person in a red coat and blue jeans."] * count,
+            "turns": [[]] * count,
+        }
+        dialogues |= {"attributes": [{}] * count, "flags": [[]] * count, "model": ["none"] * count}
+        dialogues |= {"prompt_version": ["1"] * count, "generation_settings": ["{}"] * count}
+        dialogues |= dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), [0] * count)
         embedded = {}
         for name, width in (("global", published.global_dim), ("local", published.local_dim)):
             values = random.standard_normal((count, width), dtype=np.float32)
             values /= np.linalg.norm(values, axis=1, keepdims=True)
             embedded[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float16).reshape(-1)), width)
         gallery = schema.gallery(published.global_dim, published.local_dim)
-        columns = {**{k: pa.array(v) for k, v in known.items()}, **embedded}
+        columns = {**{k: pa.array(v) for k, v in shared.items()}, **embedded}
         columns["model_digest"] = pa.array([published.digest] * count)
         tables = {
-            "images": pa.Table.from_pydict({**known, **place, "image": [pixel] * count}, schema.IMAGES),
+            "images": pa.Table.from_pydict({**shared, **details, "image": [pixel] * count}, schema.IMAGES),
             "gallery": pa.table([columns[field.name].cast(field.type) for field in gallery], schema=gallery),
-            "dialogues": pa.Table.from_pydict(told, schema.DIALOGUES),
+            "dialogues": pa.Table.from_pydict(dialogues, schema.DIALOGUES),
         }
         for name, table in tables.items():
             rows[name].append(Receipt({name: store.write_part(name, "1", part, table)}))
-    made = {"images": "1", "dialogues": "1", "model": published.digest}
+    sources = {"images": "1", "dialogues": "1", "model": published.digest}
     for stage, name in (("ingest", "images"), ("dialogue", "dialogues"), ("index", "gallery")):
-        made_from = {} if name == "images" else made if name == "gallery" else {"images": "1"}
+        made_from = {} if name == "images" else sources if name == "gallery" else {"images": "1"}
         store.publish(stage, "1", (name,), rows[name], made_from=made_from, config={}, notes={"model": "random"})
 
 

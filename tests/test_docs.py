@@ -7,8 +7,10 @@ import contextlib
 import functools
 import importlib
 import io
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -41,6 +43,7 @@ PIPELINE = "tests/jobs/test_pipeline.py"
 FOREIGN = "tests/ceca/model/test_foreign.py"
 AUTOSCALING = "tests/drills/test_autoscaling.py"
 START = "tests/serve/test_start.py"
+DEPLOY = "tests/serve/test_deploy.py"
 
 # A command in the docs → the test that runs it, with other data. The longest head that fits counts.
 RUN_BY = {
@@ -77,7 +80,7 @@ RUN_BY = {
     "python -m serve.access": ("tests/serve/test_access.py", "test_the_command_makes_a_key_that_its_entry_admits"),
     "python -m pytest": (HERE, "test_every_command_is_run_by_a_test_or_says_what_it_needs"),
     "ray job submit": (AUTOSCALING, "test_nodes_come_for_the_work_and_go_when_it_is_done"),
-    "serve deploy": ("tests/serve/test_deploy.py", "test_ray_and_build_accept_the_file"),
+    "serve deploy": (DEPLOY, "test_serve_deploy_starts_the_service_and_changes_it_while_it_is_asked"),
     "curl": ("tests/serve/test_client.py", "test_every_example_of_the_guide_works_as_it_is_written"),
 }
 # A command, or all commands of a page → what it needs that tests do not have.
@@ -419,11 +422,14 @@ def test_the_object_store_prints_what_finds_it(tmp_path):
         "--port",
         str(free_port()),
     ]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+    # A session of its own: ending that ends the server's process too.
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             assert process.stdout is not None
             lines = [process.stdout.readline().strip() for _ in range(4)]
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)
     names = [line.removeprefix("export ").partition("=")[0] for line in lines]
     assert names == ["AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"]
