@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ceca.settings import NonNegative, Positive, PositiveFloat, Share, config, execution
+from ceca.settings import NonNegative, Positive, PositiveFloat, Share, added, config, execution
 
 Split = Literal["train", "val", "test"]
 
@@ -171,6 +171,8 @@ class ModelConfig:
     """Share of a side's own tokens that enter the local branch, by importance."""
     condition_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Share of the other side's tokens that condition the mixer in training; all at inference."""
+    mixer_order: Literal["alternating", "released"] = added("alternating")
+    """The mixer as the paper describes it (`alternating`), or as the authors' program computes it (`released`)."""
     mixer_heads: Positive = 8
     local_dim: Positive = 1024
     """Width of a local embedding."""

@@ -27,6 +27,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 Execution = "execution"  # metadata key: the field says how a job runs, not what it computes
+Added = "added"  # metadata key: the field came after tables were published
 
 
 class ConfigError(UserError, ValueError):
@@ -51,6 +52,14 @@ def config(cls: type[T]) -> type[T]:
 
     made.__init__ = __init__
     return made
+
+
+def added(default: Any) -> Any:
+    """A field that came after tables were published: at its default it is left out of a result's version.
+
+    So what was published before it existed keeps its version.
+    """
+    return dataclasses.field(default=default, metadata={Added: True})
 
 
 def execution(default: Any) -> Any:
@@ -104,6 +113,8 @@ def to_mapping(settings: Any, *, results_only: bool = False) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         if results_only and field.metadata.get(Execution):
+            continue
+        if results_only and field.metadata.get(Added) and getattr(settings, field.name) == field.default:
             continue
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ceca.config import ModelConfig
 from ceca.model.backbone import RECOMPUTE, Backbone, Tokens
 from ceca.model.irra import IRRAHeads, WordTask
-from ceca.model.mixer import MixerBlock, TokenEmbedding, select_tokens
+from ceca.model.mixer import MixerBlock, ReleasedMixerBlock, TokenEmbedding, select_tokens
 
 HEADS = "heads."  # parameters below this name serve training alone
 
@@ -62,12 +62,13 @@ class CECA(nn.Module):
             self.visual_embedding = TokenEmbedding(width, config.local_dim)
             self.textual_embedding = TokenEmbedding(width, config.local_dim)
 
-    def _make_mixer(self, side: str) -> MixerBlock | None:
+    def _make_mixer(self, side: str) -> MixerBlock | ReleasedMixerBlock | None:
         config = self.config
         if not config.local_branch or config.mixer == "none":
             return None
         crosses = self.uses_summaries and config.mixer in (side, "bidirectional")
-        return MixerBlock(self.backbone.width, config.mixer_heads, config.gate_start, crosses)
+        block = ReleasedMixerBlock if self.backbone.released else MixerBlock
+        return block(self.backbone.width, config.mixer_heads, config.gate_start, crosses)
 
     @property
     def uses_summaries(self) -> bool:
@@ -129,24 +130,37 @@ class CECA(nn.Module):
         if summary is None:
             local_text = self.textual_embedding(*self._mix(self.textual_mixer, text))
             return own._replace(local_visual=local_image, local_text=local_text)
-        # One pass through the textual embedding: captions and summaries share its batch statistics.
         mixed_text, mixed_summary = (
             self._mix(self.textual_mixer, text),
             self._mix(self.textual_mixer, summary, image),
         )
-        both = self.textual_embedding(*(torch.cat(pair) for pair in zip(mixed_text, mixed_summary, strict=True)))
-        local_text, local_summary = both.chunk(2)
+        if self.backbone.released:
+            local_text, local_summary = self.textual_embedding(*mixed_text), self.textual_embedding(*mixed_summary)
+        else:
+            # One pass through the textual embedding: captions and summaries share its batch statistics.
+            both = self.textual_embedding(*(torch.cat(pair) for pair in zip(mixed_text, mixed_summary, strict=True)))
+            local_text, local_summary = both.chunk(2)
         return own._replace(local_visual=self._combine(local_image, local_summary), local_text=local_text)
 
-    def embed_gallery(self, images: Tensor, summaries: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Images and their summaries → global [B, D] and local [B, E] embeddings, L2-normalised."""
+    def embed_gallery(
+        self, images: Tensor, summaries: Tensor | None, most_words: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images and their summaries → global [B, D] and local [B, E] embeddings, L2-normalised.
+
+        Args:
+            images: [B, 3, H, W] normalised pixels.
+            summaries: [B, L] token ids, or None.
+            most_words: limit of the summary's words that condition the image in a `released` mixer, the most important
+                first. The released program takes the fewest words of any summary in its batch, so that an embedding
+                depends on its batch; None takes all words and depends on nothing else.
+        """
         image = self.backbone.encode_images(images)
         use = self.uses_summaries and summaries is not None
         summary = self.backbone.encode_texts(summaries) if use and summaries is not None else None
         visual = image.summit if summary is None else self._combine(image.summit, summary.summit)
         local = visual
         if self.config.local_branch:
-            local = self.visual_embedding(*self._mix(self.visual_mixer, image, summary))
+            local = self.visual_embedding(*self._mix(self.visual_mixer, image, summary, most_words))
             if summary is not None:
                 local = self._combine(local, self.textual_embedding(*self._mix(self.textual_mixer, summary, image)))
         return F.normalize(visual.float(), dim=1), F.normalize(local.float(), dim=1)
@@ -163,15 +177,29 @@ class CECA(nn.Module):
         weight = self.config.summary_weight
         return (1 - weight) * image + weight * summary
 
-    def _mix(self, mixer: MixerBlock | None, side: Tokens, other: Tokens | None = None) -> tuple[Tensor, Tensor]:
+    def _mix(
+        self,
+        mixer: MixerBlock | ReleasedMixerBlock | None,
+        side: Tokens,
+        other: Tokens | None = None,
+        most: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Tokens of a side, mixed with the other's (of a text, with at most `most` words): for `TokenEmbedding`."""
         own, present = select_tokens(side, self.config.token_ratio)
+        own = F.normalize(own, dim=-1)
         if mixer is None:
             return own, present
-        condition = self._condition(other) if other is not None and mixer.crosses else ()
+        condition = self._condition(other, most) if other is not None and mixer.crosses else ()
+        if side.padded is not None and self.config.token_ratio >= 1:  # the released mixer looks at padding too
+            return mixer(own, side.padded, *condition), present, side.padded
         return mixer(own, present, *condition), present
 
-    def _condition(self, other: Tokens) -> tuple[Tensor, Tensor]:
-        return select_tokens(other, self.config.condition_ratio if self.training else 1.0)
+    def _condition(self, other: Tokens, most: int | None) -> tuple[Tensor, Tensor]:
+        ratio = self.config.condition_ratio if self.training else 1.0
+        if self.backbone.released:
+            return select_tokens(other, ratio, other.received, most if other.padded is not None else None)
+        tokens, present = select_tokens(other, ratio)
+        return F.normalize(tokens, dim=-1), present
 
 
 def _join(parts: list[Tokens]) -> Tokens:
@@ -181,11 +209,18 @@ def _join(parts: list[Tokens]) -> Tokens:
     def pad(value: Tensor) -> Tensor:
         return F.pad(value, (0, 0) * (value.ndim - 2) + (0, longest - value.shape[1]))
 
+    def join(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat([pad(value) for value in values])
+
     return Tokens(
         torch.cat([pad(part.tokens) for part in parts]),
         torch.cat([pad(part.importance) for part in parts]),
         torch.cat([pad(part.present) for part in parts]),
         torch.cat([part.summit for part in parts]),
+        parts[0].places,
+        join("received"),
+        join("padded"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def side(lengths: list[int], seed: int = 0, longest: int | None = None) -> Token
     tokens = torch.randn(len(lengths), longest, WIDTH, generator=source)
     importance = torch.rand(len(lengths), longest, generator=source)
     present = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
-    return Tokens(tokens, importance, present, tokens[:, 0])
+    return Tokens(tokens, importance, present, tokens[:, 0], tokens.shape[1])
 
 
 def garbled(made: Tokens) -> Tokens:
@@ -35,6 +36,7 @@ def garbled(made: Tokens) -> Tokens:
         torch.where(absent, torch.full_like(made.importance, 9.0), made.importance),
         made.present,
         made.summit,
+        made.places,
     )
 
 
@@ -43,22 +45,26 @@ def garbled(made: Tokens) -> Tokens:
     ratio=st.floats(0.05, 1.0),
     seed=st.integers(0, 1000),
 )
-@example(lengths=[50, 90], ratio=0.3, seed=0)
+@example(lengths=[50, 90], ratio=0.3, seed=0)  # 0.3 of 90 places
 def test_the_most_important_share_of_each_sample_is_chosen(lengths: list[int], ratio: float, seed: int):
     made = side(lengths, seed)
     tokens, present = select_tokens(garbled(made), ratio)
     for row, length in enumerate(lengths):
-        kept = math.ceil(ratio * length)
+        kept = length if ratio == 1 else min(length, max(1, math.floor(ratio * max(lengths))))
         order = made.importance[row, :length].argsort(descending=True)[:kept]
-        expected = F.normalize(made.tokens[row, order], dim=-1) if ratio < 1 else None
+        expected = made.tokens[row, order] if ratio < 1 else None
         assert int(present[row].sum()) == kept
         if expected is not None:
             torch.testing.assert_close(tokens[row, present[row]], expected)
 
 
-def test_selected_tokens_are_normalised():
-    tokens, present = select_tokens(side([5, 3]), 0.6)
-    torch.testing.assert_close(tokens.norm(dim=-1)[present], torch.ones(int(present.sum())))
+@pytest.mark.parametrize(
+    ("places", "words", "ratio", "kept"),
+    [(192, 192, 0.3, 57), (75, 75, 0.3, 22), (75, 30, 0.3, 22), (75, 14, 0.3, 14), (75, 1, 0.3, 1), (75, 40, 0.01, 1)],
+)
+def test_a_share_is_of_the_towers_places_and_at_most_what_is_there(places, words, ratio, kept):
+    made = dataclasses.replace(side([words], longest=max(words, 30)), places=places)
+    assert int(select_tokens(made, ratio)[1].sum()) == kept
 
 
 def test_a_mixer_starts_near_its_input():
