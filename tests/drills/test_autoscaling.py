@@ -164,6 +164,7 @@ def test_no_secret_is_in_logs_tables_or_what_the_dashboard_shows(running: Runnin
     assert not any(secret in shown or secret in text.encode() for secret in secrets for text in finished)
 
 
+@pytest.mark.long
 def test_the_service_runs_on_such_nodes_and_a_real_vllm_describes_an_added_image(
     running: Running, finished: tuple[str, str], drawn: Path
 ) -> None:

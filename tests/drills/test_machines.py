@@ -73,6 +73,7 @@ def disk() -> Iterator[Disk]:
         shutil.rmtree(place)
 
 
+@pytest.mark.long
 def test_a_workers_disk_is_full_in_every_stage(disk: Disk, drawn: Path, undisturbed: Store, tmp_path: Path) -> None:
     """Ray cannot start processes there, nor a worker write a checkpoint: the job waits until there is room again."""
     data, log = tmp_path / "data", tmp_path / "log"
@@ -120,6 +121,7 @@ def clock(folder: Path, minutes: int) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
+@pytest.mark.long
 def test_the_workers_clocks_are_wrong(
     run: Callable[..., subprocess.CompletedProcess],
     drawn: Path,

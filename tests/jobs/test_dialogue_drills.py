@@ -205,6 +205,7 @@ def test_the_drivers_memory_does_not_grow_with_the_images(tmp_path):
 # --- prefix cache -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_greedy_answers_are_the_same_with_the_prefix_cache_on_and_off(tmp_path):
     data, model = tmp_path / "data", make_tiny_vlm(tmp_path / "model")
     finish(command("ingest", "--source", draw(tmp_path / "drawn", 64), "--data", data))

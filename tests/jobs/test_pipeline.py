@@ -277,6 +277,7 @@ def test_removed_people_are_out_of_search_at_once_and_out_of_the_parts_after_the
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_image_with_another_summary_is_embedded_again_and_the_others_are_not(run, on_disk, tmp_path):
     shutil.copytree(on_disk.root, tmp_path, dirs_exist_ok=True)
     store = Store(str(tmp_path))
@@ -311,6 +312,7 @@ def test_many_small_parts_become_one_and_a_gallery_of_another_model_is_not_added
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_in_bf16_with_partitioned_parameters_publishes_a_whole_model(run, on_disk, tmp_path):
     shutil.copytree(on_disk.root, tmp_path, dirs_exist_ok=True)
     settings = ("--name", "partitioned", "--epochs", 1, "--precision", "bf16", "--zero-stage", 3)

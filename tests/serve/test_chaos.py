@@ -159,6 +159,7 @@ def test_no_question_is_lost_and_no_answer_mixes_versions(chaos: Chaos) -> None:
             assert similarity == pytest.approx(chaos.expected[body["model"], body["gallery"]], abs=1e-5)
 
 
+@pytest.mark.long
 def test_replicas_come_with_the_load_and_go_after_it(chaos: Chaos) -> None:
     """Half of a queue of sixteen is what one ingress replica should have, and sixteen clients ask."""
     chaos.clients.stop()

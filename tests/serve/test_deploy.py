@@ -110,6 +110,7 @@ def until(condition: Any, seconds: float, head: subprocess.Popen | None = None) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_serve_deploy_starts_the_service_and_changes_it_while_it_is_asked(people: Store, tmp_path: Path) -> None:
     """From one share of the gallery to two: every answer on the way holds the whole gallery, each image once."""
