@@ -195,7 +195,7 @@ class LossConfig:
     scale: PositiveFloat = 50.0
     """Factor of the cosines in cawl (κ), infonce and sdm (1/0.02)."""
     identity_weight: PositiveFloat = 0.5
-    """Factor of the term identity, as in IRRA's program."""
+    """Factor of the two cross-entropies' sum in the term identity: 0.5 takes their mean, as IRRA's program does."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
     weight_range: tuple[float, float] = (0.2, 5.0)
 

@@ -37,6 +37,7 @@ class Tokens:
         present: [B, N], patches and words; not start, end and padding.
         summit: [B, D], the feature of the class token or the sentence's end.
         places: N of the full tower: its patches, or the 75 places of a text. Shares of tokens are shares of it.
+        inside: [B, N], tokens from start to end; for texts alone.
         received: [B, N], the mean attention over all queries; for patches in the released mixer's training alone.
         padded: [B, N], words and padding; for texts in the released mixer alone.
     """
@@ -46,6 +47,7 @@ class Tokens:
     present: Tensor
     summit: Tensor
     places: int
+    inside: Tensor | None = None
     received: Tensor | None = None
     padded: Tensor | None = None
 
@@ -82,7 +84,7 @@ class Backbone(nn.Module):
         x = visual.ln_post(x) @ visual.proj
         present = torch.ones(x.shape[0], x.shape[1] - 1, dtype=torch.bool, device=x.device)
         received = received[:, 1:] if received is not None else None
-        return Tokens(x[:, 1:], importance[:, 1:], present, x[:, 0], x.shape[1] - 1, received)
+        return Tokens(x[:, 1:], importance[:, 1:], present, x[:, 0], x.shape[1] - 1, None, received)
 
     def encode_texts(self, ids: Tensor) -> Tokens:
         """[B, L] token ids (L ≤ 77) → tokens of the sentence; the summit is at its end.
@@ -107,7 +109,7 @@ class Backbone(nn.Module):
         present = words | ((positions == end[:, None]) & ~words.any(dim=1, keepdim=True))
         padded = (positions > 0) & (positions != end[:, None]) if self.released else None
         summit = x[torch.arange(len(x), device=x.device), end]
-        return Tokens(x, importance, present, summit, CONTEXT - 2, None, padded)
+        return Tokens(x, importance, present, summit, CONTEXT - 2, positions <= end[:, None], None, padded)
 
     def _blocks(
         self, blocks: Any, x: Tensor, end: Tensor | None, packing: Packing | None = None

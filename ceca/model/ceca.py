@@ -219,6 +219,7 @@ def _join(parts: list[Tokens]) -> Tokens:
         torch.cat([pad(part.present) for part in parts]),
         torch.cat([part.summit for part in parts]),
         parts[0].places,
+        join("inside"),
         join("received"),
         join("padded"),
     )

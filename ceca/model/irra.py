@@ -49,11 +49,13 @@ class IRRAHeads(nn.Module):
     def __init__(self, width: int, heads: int, identities: int, vocabulary: int):
         super().__init__()
         self.classifier = nn.Linear(width, identities)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
         self.text_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads)
         layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width, heads, 4 * width, dropout=0.0, activation=QuickGELU(), batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(width), enable_nested_tensor=False)
         self.decoder = nn.Sequential(
@@ -64,20 +66,24 @@ class IRRAHeads(nn.Module):
         )
 
     def identity_loss(self, image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
-        """Global features [B, D] of both modalities and class numbers [B] → mean cross-entropy of the two, [B, 1]."""
+        """Global features [B, D] of both modalities and class numbers [B] → sum of their cross-entropies, [B, 1]."""
         losses = [
             F.cross_entropy(self.classifier(features).float(), labels, reduction="none") for features in (image, text)
         ]
-        return (0.5 * (losses[0] + losses[1]))[:, None]
+        return (losses[0] + losses[1])[:, None]
 
     def word_loss(self, text: Tokens, image: Tokens, task: WordTask) -> Tensor:
         """Cross-entropy of the hidden words: per sample its sum and their number, [B, 2].
 
-        `text` are the tokens of the captions with hidden words; they look at all tokens of `image`.
+        `text` are the tokens of the captions with hidden words, start and end included; they look at all tokens of
+        `image` and its class token.
         """
-        there = text.present
-        x = self.cross_attention(self.text_norm(text.tokens), self.image_norm(image.tokens), image.present)
-        x = self.layers(x, src_key_padding_mask=~there)
+        seen = torch.cat([image.summit[:, None], image.tokens], dim=1)
+        x = self.cross_attention(
+            self.text_norm(text.tokens), self.image_norm(seen), F.pad(image.present, (1, 0), value=True)
+        )
+        inside = text.present if text.inside is None else text.inside
+        x = self.layers(x, src_key_padding_mask=~inside)
         rows, columns = task.places // task.ids.shape[1], task.places % task.ids.shape[1]
         losses = F.cross_entropy(self.decoder(x[rows, columns]).float(), task.targets, reduction="none")
         sums = torch.zeros(len(x), 2, device=x.device)

@@ -124,7 +124,10 @@ def hide_words(ids: Tensor, draws: Draws, share: float = 0.15) -> WordTask:
     length = ids.shape[1]
     touch, change, token = (part[:, :length] for part in (draws.touch, draws.change, draws.token))
     positions = torch.arange(length)
-    hidden = (positions > 0) & (positions < ids.argmax(dim=1, keepdim=True)) & (touch < share)
+    words = (positions > 0) & (positions < ids.argmax(dim=1, keepdim=True))
+    hidden = words & (touch < share)
+    # At least one of each text that has a word, or it would teach nothing: the first, as in IRRA's program.
+    hidden[:, 1] |= words[:, 1] & ~hidden.any(dim=1)
     changed = torch.where(hidden & (change < 0.8), torch.full_like(ids, MASK), ids)
     changed = torch.where(hidden & (change >= 0.8) & (change < 0.9), token.to(ids.dtype), changed)
     places = hidden.flatten().nonzero().squeeze(1)

@@ -18,13 +18,23 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, batch: int = REF
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith("backbone."), name.endswith("bias")), []).append(parameter)
+            groups.setdefault((_at_base_rate(name), name.endswith("bias")), []).append(parameter)
     made = []
-    for (is_clip, is_bias), parameters in groups.items():
-        rate = config.learning_rate * (2 if is_bias else 1) if is_clip else config.new_learning_rate
+    for (at_base_rate, is_bias), parameters in groups.items():
+        rate = config.learning_rate * (2 if is_bias else 1) if at_base_rate else config.new_learning_rate
         rate *= factor[config.batch_rule]
         made.append({"params": parameters, "lr": rate, "weight_decay": 0.0 if is_bias else config.weight_decay})
     return made
+
+
+def _at_base_rate(name: str) -> bool:
+    """Whether a parameter learns at CLIP's rate, its bias at twice: CLIP's own, and what IRRA's program treats so.
+
+    Of IRRA's heads these are the LayerNorms around the cross layers and the cross layers' biases.
+    """
+    if name.startswith(("backbone.", "heads.text_norm.", "heads.image_norm.", "heads.layers.norm.")):
+        return True
+    return name.startswith(("heads.cross_attention.", "heads.layers.")) and name.endswith("bias")
 
 
 def rate_factor(step: int, *, warmup: float, total: int, start: float) -> float:
