@@ -218,6 +218,10 @@ class OptimiserConfig:
     batch_rule: Literal["fixed", "linear", "sqrt"] = "fixed"
     """How the rates follow the global batch: as they stand, or times (global_batch / 64), or its square root."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    epsilon: PositiveFloat = added(1e-8)
+    """Adam's ε, the smallest scale of an update; 1e-3 in the published recipes of IRRA, RDE and CECA."""
+    schedule: Literal["step", "epoch"] = added("step")
+    """When the rates change: after every step, or once per epoch as in the released programs."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
     warmup_start: Share = 0.1
     """Where the warm-up begins, as a share of the rate."""
@@ -235,6 +239,8 @@ class AugmentationConfig:
     erase: Share = 0.5
     """Chance of random erasing."""
     erase_area: tuple[Share, Share] = (0.02, 0.4)
+    erase_value: tuple[float, float, float] = added((0.0, 0.0, 0.0))
+    """Colour of an erased area after normalisation; 0 is the mean. IRRA and RDE fill with CLIP's mean instead."""
     word_mask: Share = 0.2
     """Chance that a caption's token is touched: then masked 60 %, replaced 20 %, dropped 20 %."""
 

@@ -17,6 +17,8 @@ from ceca.model.embed import normalize
 from ceca.model.irra import WordTask
 from ceca.model.tokens import MASK
 
+TRIES = 10  # rectangles of random erasing, of which the first that fits is taken
+
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator for a key such as (seed, epoch, step); different keys give unrelated streams."""
@@ -33,7 +35,7 @@ class Draws:
     flip: Tensor
     shift: Tensor  # [B, 2], of the crop: down and right
     erase: Tensor
-    erase_shape: Tensor  # [B, 2]: area, aspect
+    erase_shape: Tensor  # [B, TRIES, 2]: area, aspect
     erase_place: Tensor  # [B, 2]
     touch: Tensor  # [B, L]
     change: Tensor  # [B, L]: which change a touched word gets
@@ -53,7 +55,7 @@ def draw(batch: int, length: int, source: torch.Generator) -> Draws:
         uniform(batch),
         uniform(batch, 2),
         uniform(batch),
-        uniform(batch, 2),
+        uniform(batch, TRIES, 2),
         uniform(batch, 2),
         uniform(batch, length),
         uniform(batch, length),
@@ -64,8 +66,7 @@ def draw(batch: int, length: int, source: torch.Generator) -> Draws:
 def augment_images(images: Tensor, draws: Draws, config: AugmentationConfig) -> Tensor:
     """uint8 [B, H, W, 3] → normalised float32 [B, 3, H, W], flipped, shifted and partly erased.
 
-    The frame of the padding is black, as in the published recipe; an erased area gets the mean, 0 after
-    normalisation.
+    The frame of the padding is black, as in the published recipe; an erased area gets `erase_value`.
     """
     batch, height, width, _ = images.shape
     device = images.device
@@ -78,22 +79,28 @@ def augment_images(images: Tensor, draws: Draws, config: AugmentationConfig) -> 
     samples = torch.arange(batch, device=device)[:, None, None]
     images = images[samples, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
     pixels = normalize(images * inside[..., None])
-    return pixels.masked_fill(_erased(draws, config, height, width).to(device)[:, None], 0.0)
+    erased = _erased(draws, config, height, width).to(device)[:, None]
+    return torch.where(erased, pixels.new_tensor(config.erase_value)[:, None, None], pixels)
 
 
 def _erased(draws: Draws, config: AugmentationConfig, height: int, width: int) -> Tensor:
-    """[B, H, W]: the rectangle to erase, of 2-40 % of the area and an aspect of 0.3-3.3."""
+    """[B, H, W]: the rectangle to erase, of 2-40 % of the area and an aspect of 0.3-3.3.
+
+    As in torchvision, a rectangle that does not fit is drawn again, ten times at most, and then nothing is erased.
+    """
     low, high = config.erase_area
-    area = (low + (high - low) * draws.erase_shape[:, 0]) * height * width
-    aspect = torch.exp(math.log(0.3) + (math.log(3.3) - math.log(0.3)) * draws.erase_shape[:, 1])
-    tall = (area * aspect).sqrt().round().clamp(1, height)
-    wide = (area / aspect).sqrt().round().clamp(1, width)
+    area = (low + (high - low) * draws.erase_shape[..., 0]) * height * width
+    aspect = torch.exp(math.log(0.3) + (math.log(3.3) - math.log(0.3)) * draws.erase_shape[..., 1])
+    tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # [B, TRIES]
+    fits = (tall < height) & (wide < width)
+    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
+    tall, wide = tall.gather(1, first)[:, 0], wide.gather(1, first)[:, 0]
     top = (draws.erase_place[:, 0] * (height - tall + 1)).floor()
     left = (draws.erase_place[:, 1] * (width - wide + 1)).floor()
     y, x = torch.arange(height)[None, :], torch.arange(width)[None, :]
     rows = (y >= top[:, None]) & (y < (top + tall)[:, None])
     columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
-    chosen = (draws.erase < config.erase)[:, None, None]
+    chosen = ((draws.erase < config.erase) & fits.any(dim=1))[:, None, None]
     return rows[:, :, None] & columns[:, None, :] & chosen
 
 

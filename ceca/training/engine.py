@@ -30,7 +30,7 @@ from ceca.errors import UserError
 from ceca.model.ceca import CECA, HEADS
 from ceca.model.mixer import GlobalBatchNorm
 from ceca.training.curve import Curve
-from ceca.training.optimiser import parameter_groups, rate_factor
+from ceca.training.optimiser import parameter_groups, rate_schedule
 from ceca.training.workers import world
 
 TAG = "state"  # DeepSpeed's name of the one state in a checkpoint
@@ -79,17 +79,15 @@ def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
         # DeepSpeed steps on the CPU with this one alone, which is Adam where the decay is not decoupled.
         compile_operation(deepspeed.ops.op_builder.CPUAdamBuilder())
         optimiser: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
-            groups, betas=config.optimiser.betas, adamw_mode=False
+            groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon, adamw_mode=False
         )
     else:
-        optimiser = torch.optim.Adam(groups, betas=config.optimiser.betas)
-    warmup, total = config.optimiser.warmup_epochs * steps, config.epochs * steps
+        optimiser = torch.optim.Adam(groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon)
+    factor = rate_schedule(config.optimiser, config.epochs, steps)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimiser,
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(
-            o, lambda step: rate_factor(step, warmup=warmup, total=total, start=config.optimiser.warmup_start)
-        ),
+        lr_scheduler=lambda optimiser: torch.optim.lr_scheduler.LambdaLR(optimiser, factor),
         config=deepspeed_config(config),
         dist_init_required=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,22 @@ def _at_base_rate(name: str) -> bool:
     if name.startswith(("backbone.", "heads.text_norm.", "heads.image_norm.", "heads.layers.norm.")):
         return True
     return name.startswith(("heads.cross_attention.", "heads.layers.")) and name.endswith("bias")
+
+
+def rate_schedule(config: OptimiserConfig, epochs: int, steps: int) -> Callable[[int], float]:
+    """The factor of the learning rates by step, counted through all epochs.
+
+    Args:
+        config: warm-up, and whether the rates change with every step or every epoch.
+        epochs: epochs of the training.
+        steps: steps of one epoch.
+    """
+    if config.schedule == "epoch":
+        return lambda step: rate_factor(
+            step // steps, warmup=config.warmup_epochs, total=epochs, start=config.warmup_start
+        )
+    warmup, total = config.warmup_epochs * steps, epochs * steps
+    return lambda step: rate_factor(step, warmup=warmup, total=total, start=config.warmup_start)
 
 
 def rate_factor(step: int, *, warmup: float, total: int, start: float) -> float:
