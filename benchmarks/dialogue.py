@@ -1,46 +1,41 @@
-"""Images per second of the dialogue stage against what a user would pick instead, in one run.
+"""Images per second of the dialogue stage, compared with two alternatives in one run.
 
     python benchmarks/dialogue.py                      # on a CPU: a random-weight model of 93 M parameters
     python benchmarks/dialogue.py --gpu --width 2048 --layers 24 --vision-depth 24 --images 2000
 
-Three ways hold the same six turns about the same images, with the same random-weight model, vLLM settings and
-output lengths, each in a process of its own:
+Each arm holds the same six turns about the same images, with the same random-weight model, vLLM settings and output
+lengths:
 
-    ceca        the stage `dialogue` as it is used: Ray Data, one replica
-    ray.data.llm    six passes of its vLLM processor, each over all images with the history so far
-    turn by turn    one vLLM engine without prefix cache, asked one turn about all images after the other
+    ceca            the stage `dialogue` as users run it: Ray Data, one replica
+    ray.data.llm    six passes of its vLLM processor over all images, each with the history so far
+    turn by turn    one vLLM engine without prefix cache; it takes a turn about all images, then the next turn
 
-Counted is from the first request to the last answer. Starting engines is shown apart: once for ceca and turn by
-turn, six times for ray.data.llm.
+The time runs from the first request to the last answer. Starting engines is shown in a column of its own: ceca and turn
+by turn start one, ray.data.llm starts six.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ARMS = ("ceca", "ray.data.llm", "turn by turn")
+from benchmarks.common import ArmFailed, in_own_process, machine, run_benchmark
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is compared, and on what."""
+    """Size of the work and of the model."""
 
     images: int = 64
     width: int = 768
-    """Of the random-weight Qwen2.5-VL: hidden size of its language model and vision tower."""
+    """Hidden size of the random-weight Qwen2.5-VL, in its language model and its vision tower."""
     layers: int = 6
     vision_depth: int = 8
     answer_tokens: int = 12
@@ -56,26 +51,23 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory(prefix="ceca-benchmark-") as folder:
         place = Path(folder)
         parameters = prepare(settings, place)
-        (place / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), default=str))
         print(f"{settings.images} images, six turns, random-weight model of {parameters / 1e6:.0f} M parameters")
-        print(f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}, GPU: {settings.gpu}\n")
-        figures = {}
+        print(f"{machine()}, GPU: {settings.gpu}\n")
+        environment = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        figures: dict[str, dict[str, float]] = {}
         for arm in ARMS:
             print(f"{arm} …", flush=True)
-            command = [sys.executable, __file__, "--arm", arm, folder]
-            environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2"}
-            finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            result = place / f"{arm}.json"
-            if not result.exists():
-                sys.exit(f"{arm} failed:\n{finished.stdout[-3000:]}\n{finished.stderr[-6000:]}")
-            figures[arm] = json.loads(result.read_text())
+            try:
+                figures[arm] = in_own_process(__file__, arm, settings, place, environment=environment)
+            except ArmFailed as error:
+                sys.exit(f"{arm} failed:\n{error}")
         report(settings, figures)
         if settings.out is not None:
             settings.out.write_text(json.dumps({"parameters": parameters, "arms": figures}, indent=1))
 
 
 def prepare(settings: Settings, place: Path) -> int:
-    """Draw the images, ingest them, and make the model; returns its parameters."""
+    """Draw the images, ingest them and make the model; return its number of parameters."""
     from ceca.config import IngestConfig
     from ceca.datasets.drawn import draw_dataset
     from ceca.dialogue.tiny import make_tiny_vlm
@@ -106,11 +98,11 @@ def prepare(settings: Settings, place: Path) -> int:
 def report(settings: Settings, figures: dict[str, dict[str, float]]) -> None:
     ours = figures["ceca"]
     print(f"\n{'':14} {'images/s':>9} {'ratio':>6} {'seconds':>8} {'starting':>9} {'answer tokens':>14}")
-    for arm, found in figures.items():
-        rate = settings.images / found["seconds"]
-        ratio = found["seconds"] / ours["seconds"]
-        times = f"{found['seconds']:8.1f} {found['start']:9.1f}"
-        print(f"{arm:14} {rate:9.2f} {ratio:6.2f} {times} {found['answered']:14,.0f}")
+    for arm, of_arm in figures.items():
+        rate = settings.images / of_arm["seconds"]
+        ratio = of_arm["seconds"] / ours["seconds"]
+        times = f"{of_arm['seconds']:8.1f} {of_arm['start']:9.1f}"
+        print(f"{arm:14} {rate:9.2f} {ratio:6.2f} {times} {of_arm['answered']:14,.0f}")
     print(
         f"\nceca: {ours['cached']:,.0f} of {ours['reusable']:,.0f} reusable prompt tokens from cache "
         f"({ours['cached'] / ours['reusable']:.1%}; whole blocks), {ours['prompt']:,.0f} prompt tokens in all"
@@ -120,10 +112,13 @@ def report(settings: Settings, figures: dict[str, dict[str, float]]) -> None:
     print(f"turn by turn: prefill is {share:.0%} of its time (measured with answers of one token)")
 
 
-# --- one arm in a process of its own ----------------------------------------------------------------------
+# --- the arms ---------------------------------------------------------------------------------------------
+#
+# Each returns its figures: `seconds` from the first request to the last answer, `start` for starting engines, and
+# `answered`, the number of tokens in all answers.
 
 
-def arm_ceca(settings: Settings, place: Path) -> dict[str, float]:
+def measure_ceca(settings: Settings, place: Path) -> dict[str, float]:
     from ceca.config import DialogueConfig, VLLMConfig
     from jobs.dialogue import dialogue
 
@@ -145,8 +140,7 @@ def arm_ceca(settings: Settings, place: Path) -> dict[str, float]:
         ),
     )
     begun = time.monotonic()
-    made = dialogue(str(place / "data"), config)["dialogues"]
-    counts = made.notes["counts"]
+    counts = dialogue(str(place / "data"), config)["dialogues"].notes["counts"]
     seconds = counts["engine_busy_s"] + counts["engine_idle_s"]
     return {
         "seconds": seconds,
@@ -158,7 +152,7 @@ def arm_ceca(settings: Settings, place: Path) -> dict[str, float]:
     }
 
 
-def arm_ray_data_llm(settings: Settings, place: Path) -> dict[str, float]:
+def measure_ray_data_llm(settings: Settings, place: Path) -> dict[str, float]:
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -201,16 +195,16 @@ def arm_ray_data_llm(settings: Settings, place: Path) -> dict[str, float]:
             }
 
         rows = [{"name": name, "messages": json.dumps(messages(url, said[name], question))} for name, url in subjects]
-        found = build_processor(config, preprocess=ask, postprocess=keep)(ray.data.from_items(rows)).take_all()
-        assert len(found) == len(subjects)
-        for row in found:
+        answers = build_processor(config, preprocess=ask, postprocess=keep)(ray.data.from_items(rows)).take_all()
+        assert len(answers) == len(subjects)
+        for row in answers:
             said[row["name"]].append(" ".join(row["text"].split()))
-        seconds += max(row["ended"] for row in found) - min(row["began"] for row in found)
-        answered += sum(row["tokens"] for row in found)
+        seconds += max(row["ended"] for row in answers) - min(row["began"] for row in answers)
+        answered += sum(row["tokens"] for row in answers)
     return {"seconds": seconds, "start": time.monotonic() - begun - seconds, "answered": answered}
 
 
-def arm_turn_by_turn(settings: Settings, place: Path) -> dict[str, float]:
+def measure_turn_by_turn(settings: Settings, place: Path) -> dict[str, float]:
     from vllm import LLM, SamplingParams
 
     begun = time.monotonic()
@@ -219,10 +213,10 @@ def arm_turn_by_turn(settings: Settings, place: Path) -> dict[str, float]:
     start = time.monotonic() - begun
 
     def ask_all(said: dict[str, list[str]], question: str, length: int) -> tuple[list[str], float, int]:
-        asked = [messages(url, said[name], question) for name, url in subjects]
+        conversations = [messages(url, said[name], question) for name, url in subjects]
         sampling = SamplingParams(max_tokens=length, temperature=0.0, seed=0)
         begun = time.monotonic()
-        outputs = engine.chat(asked, sampling, use_tqdm=False)
+        outputs = engine.chat(conversations, sampling, use_tqdm=False)
         seconds = time.monotonic() - begun
         texts = [" ".join(output.outputs[0].text.split()) for output in outputs]
         return texts, seconds, sum(len(output.outputs[0].token_ids) for output in outputs)
@@ -231,7 +225,7 @@ def arm_turn_by_turn(settings: Settings, place: Path) -> dict[str, float]:
     seconds = prefill = answered = 0.0
     for turn, question in enumerate(questions()):
         texts, took, tokens = ask_all(said, question, settings.summary_tokens if turn == 5 else settings.answer_tokens)
-        prefill += ask_all(said, question, 1)[1]  # not counted: it shows how much of the time is prompts
+        prefill += ask_all(said, question, 1)[1]  # not in `seconds`; shows how much of them is reading prompts
         for (name, _), text in zip(subjects, texts, strict=True):
             said[name].append(text)
         seconds += took
@@ -240,7 +234,7 @@ def arm_turn_by_turn(settings: Settings, place: Path) -> dict[str, float]:
 
 
 def engine_arguments(settings: Settings, *, prefix_caching: bool) -> dict[str, Any]:
-    """The same for every way, as the stage sets them."""
+    """Arguments of vLLM that all arms share, as the stage sets them."""
     arguments: dict[str, Any] = {
         "max_model_len": 2048,
         "dtype": dtype(settings),
@@ -263,14 +257,20 @@ def questions() -> tuple[str, ...]:
 
 
 def messages(url: str, said: list[str], question: str) -> list[dict[str, Any]]:
-    """A conversation as OpenAI's chat completions have it."""
-    found: list[dict[str, Any]] = []
+    """A conversation in the format of OpenAI's chat completions.
+
+    Args:
+        url: of the image, which is part of the first message.
+        said: answers so far.
+        question: asked now.
+    """
+    conversation: list[dict[str, Any]] = []
     for position, text in enumerate([*questions()[: len(said)], question]):
         image = [{"type": "image_url", "image_url": {"url": url}}] if position == 0 else []
-        found.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
+        conversation.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
         if position < len(said):
-            found.append({"role": "assistant", "content": [{"type": "text", "text": said[position]}]})
-    return found
+            conversation.append({"role": "assistant", "content": [{"type": "text", "text": said[position]}]})
+    return conversation
 
 
 def read_subjects(settings: Settings, place: Path) -> list[tuple[str, str]]:
@@ -288,11 +288,7 @@ def read_subjects(settings: Settings, place: Path) -> list[tuple[str, str]]:
     ]
 
 
+ARMS = {"ceca": measure_ceca, "ray.data.llm": measure_ray_data_llm, "turn by turn": measure_turn_by_turn}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--arm"]:
-        arm, folder = sys.argv[2], Path(sys.argv[3])
-        chosen = Settings(**json.loads((folder / "settings.json").read_text()))
-        run = {"ceca": arm_ceca, "ray.data.llm": arm_ray_data_llm, "turn by turn": arm_turn_by_turn}[arm]
-        (folder / f"{arm}.json").write_text(json.dumps(run(chosen, folder)))
-    else:
-        main(tyro.cli(Settings, description=__doc__))
+    run_benchmark(main, Settings, ARMS, __doc__)

@@ -4,28 +4,25 @@
     python benchmarks/gallery.py                        # 10^4, 10^5 and 10^6 images of 512 + 1,024 numbers
     python benchmarks/gallery.py --images 1000000
 
-    reading        the fp16 rows once, all threads: what no exact search of one query can beat
-    ceca           `Gallery.search`: fp16 rows mapped from files, top 10, every hit with its parts
-    ceca rerank    the same, the best 50 ranked again
-    faiss fp16     IndexScalarQuantizer of QT_fp16, a part per thread searched at once (IndexShards)
+    reading        reads the fp16 rows once with all threads; no exact search of one query can be faster
+    ceca           `Gallery.search`: fp16 rows mapped from files, top 10, each hit with its global and local similarity
+    ceca rerank    the same, and the best 50 are ranked again
+    faiss fp16     IndexScalarQuantizer with QT_fp16; each thread searches one part (IndexShards)
     faiss fp32     IndexFlatIP, twice the memory
-    NumPy          fp16 rows converted a block at a time, matrix product, argpartition
+    NumPy          converts fp16 rows block by block, matrix product, argpartition
 
-Times are the fastest of several searches after the first; throughput is of 64 queries at once, beside it how many times
-that of one by one. Each way runs in a process of its own; memory is the most it held beyond Python and its libraries,
+Times are the fastest of several searches after the first. Throughput is measured with 64 queries at once; the column
+beside it compares it with one query after the other. Memory is the peak beyond Python and its libraries, as a multiple
 of the rows' bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,11 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.evaluate import most
+from benchmarks.common import ArmFailed, fastest, in_own_process, machine, peak_memory, run_benchmark
 
 ARMS = ("reading", "ceca", "ceca rerank", "faiss fp16", "faiss fp32", "NumPy")
 WIDTHS = (512, 1024)
@@ -46,13 +42,13 @@ BATCH, TOP_K, OMEGA, RERANKED = 64, 10, 0.3, 50
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How many images."""
+    """Sizes of the gallery, in images; a table each."""
 
     images: tuple[int, ...] = (10_000, 100_000, 1_000_000)
 
 
 def main(settings: Settings) -> None:
-    print(f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}, top {TOP_K}")
+    print(f"{machine()}, torch {torch.__version__}, top {TOP_K}")
     for images in settings.images:
         with tempfile.TemporaryDirectory(prefix="ceca-gallery-") as folder:
             size = prepare(Path(folder), images)
@@ -61,25 +57,23 @@ def main(settings: Settings) -> None:
             print(f"{'':12}" + "".join(f"{heading:>12}" for heading in headings))
             reading, hits = 0.0, None
             for arm in ARMS:
-                finished = subprocess.run(
-                    [sys.executable, __file__, "--arm", arm, folder], check=False, capture_output=True, text=True
-                )
-                if finished.returncode:
-                    print(f"{arm:12} failed: {finished.stderr.strip().splitlines()[-1]}")
+                try:
+                    figures = in_own_process(__file__, arm, settings, Path(folder))
+                except ArmFailed as error:
+                    print(f"{arm:12} failed: {str(error).splitlines()[-1]}")
                     continue
-                found = json.loads(finished.stdout.splitlines()[-1])
-                reading = reading or found["one"]
-                line = f"{arm:12}{1000 * found['one']:9.2f} ms{found['one'] / reading:11.2f}x"
-                if "many" in found:
-                    hits = hits or found["hits"]
-                    same = np.mean([len(set(a) & set(b)) / TOP_K for a, b in zip(found["hits"], hits, strict=True)])
-                    rate = BATCH / found["many"]
-                    line += f"{rate:10,.0f}/s{rate * found['one']:11.1f}x{found['memory'] / size:11.2f}x{same:12.1%}"
+                reading = reading or figures["one"]
+                line = f"{arm:12}{1000 * figures['one']:9.2f} ms{figures['one'] / reading:11.2f}x"
+                if "many" in figures:
+                    hits = hits or figures["hits"]
+                    same = np.mean([len(set(a) & set(b)) / TOP_K for a, b in zip(figures["hits"], hits, strict=True)])
+                    rate, memory = BATCH / figures["many"], figures["memory"] / size
+                    line += f"{rate:10,.0f}/s{rate * figures['one']:11.1f}x{memory:11.2f}x{same:12.1%}"
                 print(line, flush=True)
 
 
 def prepare(folder: Path, images: int) -> int:
-    """Rows in a file, queries in another; the rows' bytes."""
+    """Write random rows and queries to files; return the bytes of the rows."""
     source = torch.Generator().manual_seed(0)
 
     def embeddings(rows: int) -> list[torch.Tensor]:
@@ -93,39 +87,28 @@ def prepare(folder: Path, images: int) -> int:
     return rows.nbytes
 
 
-def run_arm(arm: str, folder: Path) -> None:
+def measure(arm: str, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Seconds of one query ("one") and of BATCH queries ("many"), hits of these, and memory, of one arm."""
     queries: list[torch.Tensor] = torch.load(folder / "queries.pt", weights_only=True)
     scaled = torch.cat([(1 - OMEGA) * queries[0], OMEGA * queries[1]], dim=1)
     search: Callable[[int], Any]
     if arm.startswith("faiss"):
-        import faiss  # noqa: F401  before memory is measured
+        import faiss  # noqa: F401  imported here, so that its memory does not count
     if arm.startswith("ceca"):
         import ceca.search.gallery  # noqa: F401
-    before = most()
+    before = peak_memory()
     if arm == "reading":
         words = torch.from_numpy(np.load(folder / "rows.npy", mmap_mode="c")).view(torch.int64)
-        print(json.dumps({"one": min(timed(words.sum), timed(words.max))}))
-        return
+        return {"one": min(fastest(words.sum), fastest(words.max))}
     if arm.startswith("ceca"):
         search = ceca_search(folder, queries, RERANKED if "rerank" in arm else 0)
     elif arm == "NumPy":
         search = numpy_search(np.load(folder / "rows.npy", mmap_mode="r"), scaled.numpy())
     else:
         search = faiss_search(arm, np.load(folder / "rows.npy", mmap_mode="r"), scaled.numpy())
-    found: dict[str, Any] = {"hits": search(BATCH)}
-    found |= {"one": timed(lambda: search(1)), "many": timed(lambda: search(BATCH), 9)}
-    print(json.dumps({**found, "memory": most() - before}))
-
-
-def timed(call: Callable[[], Any], times: int = 9) -> float:
-    """The fastest of some calls, after one that warms up: what others do on the machine only makes it slower."""
-    call()
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    figures: dict[str, Any] = {"hits": search(BATCH)}
+    figures |= {"one": fastest(lambda: search(1)), "many": fastest(lambda: search(BATCH))}
+    return {**figures, "memory": peak_memory() - before}
 
 
 def ceca_search(folder: Path, queries: list[torch.Tensor], rerank: int = 0) -> Callable[[int], Any]:
@@ -135,9 +118,8 @@ def ceca_search(folder: Path, queries: list[torch.Tensor], rerank: int = 0) -> C
     gallery = Gallery([f"{n:08d}" for n in range(len(rows))], range(len(rows)), rows.split(2**18), WIDTHS[0])
 
     def search(count: int) -> list[list[int]]:
-        asked = (queries[0][:count], queries[1][:count])
-        found = gallery.search(*asked, omega=OMEGA, top_k=TOP_K, rerank_first=rerank)
-        return [[hit.identity for hit in hits] for hits in found]
+        hits = gallery.search(queries[0][:count], queries[1][:count], omega=OMEGA, top_k=TOP_K, rerank_first=rerank)
+        return [[hit.identity for hit in of_query] for of_query in hits]
 
     return search
 
@@ -157,7 +139,7 @@ def faiss_search(arm: str, rows: np.ndarray, queries: np.ndarray) -> Callable[[i
             part.add(rows[start : min(start + 8192, high)].astype(np.float32))
     whole = parts[0]
     if len(parts) > 1:
-        whole = faiss.IndexShards(rows.shape[1], True, True)  # in threads, numbered one after the other
+        whole = faiss.IndexShards(rows.shape[1], True, True)  # threaded; row numbers go on from part to part
         for part in parts:
             whole.add_shard(part)
     return lambda count: whole.search(queries[:count], TOP_K)[1].tolist()
@@ -176,7 +158,4 @@ def numpy_search(rows: np.ndarray, queries: np.ndarray) -> Callable[[int], Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--arm"]:
-        run_arm(sys.argv[2], Path(sys.argv[3]))
-    else:
-        main(tyro.cli(Settings))
+    run_benchmark(main, Settings, {arm: functools.partial(measure, arm) for arm in ARMS}, __doc__)

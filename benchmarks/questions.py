@@ -1,27 +1,27 @@
-"""Whether a question chosen for the candidates finds a person sooner than questions in a fixed order or at random.
+"""Compare questions chosen for the candidates with questions in a fixed order and at random: which find a person first?
 
     python -m jobs.cli demo && python benchmarks/questions.py       # drawn pedestrians in demo/data, the model `ceca`
 
-A simulated user looks for an image of the test split and begins with few words, the gender and one thing more (of a
-person's images in turn the upper garment, the lower one, the shoes or the length of the hair: "a man, jacket"), or with
-a whole caption. The user then answers two questions, truly. Images have the attributes that the published dialogues
-tell (`attributes_of`), and these err. Ranks are of that image, and of the first image of its person, after no, one and
-two answers.
+A simulated user looks for an image of the test split. The search begins with few words or with a whole caption. Few
+words are the gender and one more attribute ("a man, jacket"): a person's images take the upper garment, the lower
+garment, the shoes and the length of the hair in turn. The user then answers two questions with the truth. Images have
+the attributes that the published dialogues tell (`attributes_of`), and some of these are wrong. The table shows two
+ranks after no, one and two answers: the rank of the image, and the rank of the first image of its person.
 
     fixed      the next attribute of the vocabulary that the few words did not say
-    static     the attribute that tells most about all images before anything is known, then the second
+    static     the attribute that tells most about all images before anything is known, then the second of these
     random     any attribute that the few words did not say
-    chosen     `ceca.search.questions.next_question`; nobody tells it what the words said
+    chosen     `ceca.search.questions.next_question`; it does not know what the few words said
 
-An answer can be taken in three ways:
+There are three ways to use an answer:
 
-    beliefs    the candidates' probabilities (`ceca.search.questions.beliefs`)
-    words      its words are added to the query, which is embedded again
-    both
+    beliefs    update the candidates' probabilities (`ceca.search.questions.beliefs`)
+    words      add its words to the query and embed the query again
+    both       do both
 
-Temperature and error rate are chosen on people of the validation split among all images but those of the test split,
-for both beginnings together. Searches go over the test split's images and over all splits'. Differences of the
-reciprocal rank have a bootstrap's 95 % interval over people.
+Temperature and error rate are chosen on people of the validation split, among all images outside the test split, for
+both beginnings together. Searches go over the images of the test split and over the images of all splits. Differences
+of the reciprocal rank have a 95 % bootstrap interval over people.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import dataclasses
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ from ceca.model.weights import load_model
 from ceca.search.questions import beliefs, next_question
 
 OMEGA, BATCH, ANSWERS = 0.3, 64, 2
-SAID = ("upper_kind", "lower_kind", "shoes_kind", "hair_length")  # besides the gender
+SAID = ("upper_kind", "lower_kind", "shoes_kind", "hair_length")  # the few words say one of these and the gender
 ARMS = ("fixed", "static", "random", "chosen")
 WAYS = ("beliefs", "words", "both")
 STARTS = ("few words", "caption")
@@ -64,21 +64,21 @@ TEMPERATURES, ERROR_RATES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5), 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is asked about."""
+    """Dataset, model, and what is not to be chosen on the validation split."""
 
     data: str = "demo/data"
     model: str = "ceca"
     temperature: float = 0.0
-    """0: chosen on the validation split."""
+    """Of `beliefs`; 0 chooses it on the validation split."""
     error_rate: float = 0.0
-    """Of `beliefs`; 0: chosen on the validation split."""
+    """Of `beliefs`; 0 chooses it on the validation split."""
     hidden_error_rate: float | None = None
-    """The attributes that images have come from a simulated annotator that errs so often in what a view hides; none:
-    from the published dialogues. The embeddings are of the published summaries in either case."""
+    """How often a simulated annotator errs about attributes that a view hides. The annotator then gives the images
+    their attributes; with None the published dialogues do. Embeddings use the published summaries in both cases."""
 
 
 class People:
-    """Images, embedded, with the attributes that are told of them and the true ones."""
+    """Embedded images [N] with two sets of attributes: the annotated ones (`codes`) and the true ones (`truth`)."""
 
     def __init__(self, settings: Settings):
         store = Store(settings.data)
@@ -90,15 +90,15 @@ class People:
         self.values = {facet: len(values) for facet, values in self.vocabulary.items()}
         drawn = {row["image_id"]: row for row in store.read(truth).to_pylist()}
         self.truth = [dict(drawn[row.image_id]["attributes"]) for row in self.rows]
-        told = {row["image_id"]: row["turns"] for row in store.read(dialogues, ["image_id", "turns"]).to_pylist()}
-        turns = [[(turn["question"], turn["answer"]) for turn in told[row.image_id]] for row in self.rows]
+        published = {row["image_id"]: row["turns"] for row in store.read(dialogues, ["image_id", "turns"]).to_pylist()}
+        turns = [[(turn["question"], turn["answer"]) for turn in published[row.image_id]] for row in self.rows]
         if settings.hidden_error_rate is not None:
             engine = OracleEngine(OracleConfig(hidden_error_rate=settings.hidden_error_rate), self.vocabulary)
             views = [drawn[row.image_id]["view"] for row in self.rows]
             turns = asyncio.run(_ask(engine, [row.image_id for row in self.rows], self.truth, views))
-        found = [attributes_of(turn, self.vocabulary) for turn in turns]
+        annotated = [attributes_of(turn, self.vocabulary) for turn in turns]
         self.codes = {
-            facet: np.array([values.index(one[facet]) if facet in one else -1 for one in found])
+            facet: np.array([values.index(image[facet]) if facet in image else -1 for image in annotated])
             for facet, values in self.vocabulary.items()
         }
         self.identities = np.array([row.identity for row in self.rows])
@@ -107,7 +107,7 @@ class People:
         self.said = []
         captions = store.read(store.current("captions"), ["image_id", "text"])
         texts = zip(captions["image_id"].to_pylist(), captions["text"].to_pylist(), strict=True)
-        first = dict(reversed(list(texts)))  # of several captions the first
+        first = dict(reversed(list(texts)))  # an image's first caption
         self.captions = [first[row.image_id] for row in self.rows]
         for row in self.rows:
             self.said.append(SAID[nth[row.identity] % len(SAID)])
@@ -116,7 +116,7 @@ class People:
         self.texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def similarity(self, texts: Sequence[str]) -> np.ndarray:
-        """[Q, N], of each text and every image; a text is embedded once."""
+        """Fused similarities [Q, N] of Q texts and all images; each text is embedded once."""
         new = sorted(set(texts) - set(self.texts))
         for start in range(0, len(new), BATCH):
             batch = new[start : start + BATCH]
@@ -128,6 +128,7 @@ class People:
 async def _ask(
     engine: OracleEngine, ids: Sequence[str], truth: Sequence[dict[str, str]], views: Sequence[str]
 ) -> list[list[tuple[str, str]]]:
+    """Simulated dialogues about images: pairs of question and answer."""
     return [
         [(question, (await engine.answer(Subject(image, b"", true, view), [], question, 48)).text)
          for question in QUESTIONS]
@@ -137,6 +138,7 @@ async def _ask(
 
 @torch.inference_mode()
 def _embed(model: CECA, store: Store, images, rows) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[no-untyped-def]
+    """Global and local embeddings of gallery images, [N, D] each."""
     parts = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
@@ -148,11 +150,12 @@ def _embed(model: CECA, store: Store, images, rows) -> tuple[torch.Tensor, torch
 
 
 def few_words(truth: dict[str, str], said: str) -> str:
+    """Beginning of a search that says the gender and the facet `said`."""
     return f"A {truth['gender']}, {in_words(said, truth[said])}"
 
 
 def in_words(facet: str, value: str) -> str:
-    """An answer as a caption would say it."""
+    """An answer in the words of a caption."""
     thing, _, part = facet.partition("_")
     noun = {"upper": "top", "lower": "trousers", "carried": "bag"}.get(thing, thing)
     if value in ("none", "bald"):
@@ -162,32 +165,39 @@ def in_words(facet: str, value: str) -> str:
 
 @dataclasses.dataclass
 class Run:
-    """[T, 3] ranks after no, one and two answers, and what was asked."""
+    """Results of conversations about T targets after no, one and two answers, [T, 3] each.
+
+    Args:
+        image: rank of the target.
+        person: rank of the first image of the target's person.
+        bits: -log2 of the probability of the person's images together.
+        asked: how often each facet was asked about.
+    """
 
     image: np.ndarray
     person: np.ndarray
-    bits: np.ndarray  # -log2 of what is believed of the person's images together
+    bits: np.ndarray
     asked: Counter[str]
 
 
-def converse(
-    people: People,
-    targets: np.ndarray,
-    candidates: np.ndarray,
-    arm: str,
-    way: str,
-    start: str,
-    temperature: float,
-    error_rate: float,
-    seed: int = 0,
-) -> Run:
-    """Conversations about the images `targets` among `candidates`, both rows of `people`."""
-    codes = {facet: found[candidates] for facet, found in people.codes.items()}
-    values, identities = people.values, people.identities[candidates]
-    random = np.random.default_rng(seed)
-    static = _static(codes, values, len(candidates), error_rate)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One of ARMS, WAYS and STARTS each, with temperature and error rate of `beliefs`."""
+
+    arm: str
+    way: str
+    start: str
+    temperature: float
+    error_rate: float
+
+
+def converse(people: People, targets: np.ndarray, candidates: np.ndarray, plan: Plan, seed: int = 0) -> Run:
+    """Hold a conversation about each of the images `targets` among `candidates`, both rows of `people`."""
+    codes = {facet: annotated[candidates] for facet, annotated in people.codes.items()}
+    identities = people.identities[candidates]
+    choose_facet = _chooser(people, codes, plan, seed)
     texts = [people.captions[target] for target in targets]
-    if start == "few words":
+    if plan.start == "few words":
         texts = [few_words(people.truth[target], people.said[target]) for target in targets]
     answers: list[dict[str, int | None]] = [{} for _ in targets]
     empty = np.zeros((len(targets), ANSWERS + 1))
@@ -195,50 +205,75 @@ def converse(
     for step in range(ANSWERS + 1):
         similarity = people.similarity(texts)[:, candidates]
         for n, target in enumerate(targets):
-            counted = {} if way == "words" else answers[n]
-            belief = beliefs(similarity[n], codes, values, counted, temperature=temperature, error_rate=error_rate)
-            own = np.flatnonzero(candidates == target)[0]
-            run.image[n, step] = 1 + (belief > belief[own]).sum()
-            run.person[n, step] = 1 + (belief > belief[identities == people.identities[target]].max()).sum()
-            run.bits[n, step] = -np.log2(belief[identities == people.identities[target]].sum())
+            counted = {} if plan.way == "words" else answers[n]
+            belief = beliefs(
+                similarity[n],
+                codes,
+                people.values,
+                counted,
+                temperature=plan.temperature,
+                error_rate=plan.error_rate,
+            )
+            of_target = belief[np.flatnonzero(candidates == target)[0]]
+            of_person = belief[identities == people.identities[target]]
+            run.image[n, step] = 1 + (belief > of_target).sum()
+            run.person[n, step] = 1 + (belief > of_person.max()).sum()
+            run.bits[n, step] = -np.log2(of_person.sum())
             if step == ANSWERS:
                 continue
-            said = {"gender", people.said[target]} if start == "few words" else set()
-            left = [name for name in people.vocabulary if name not in said and name not in answers[n]]
-            if arm == "fixed":
-                facet = left[0]
-            elif arm == "static":
-                facet = next(name for name in static if name in left)
-            elif arm == "random":
-                facet = left[int(random.integers(len(left)))]
-            else:
-                question = next_question(belief, codes, values, answers[n], error_rate=error_rate)
-                if question is None:
-                    run.asked["(nothing)"] += 1
-                    continue
-                facet = question.facet
-            run.asked[facet] += 1
+            facet = choose_facet(target, belief, answers[n])
+            run.asked[facet or "(nothing)"] += 1
+            if facet is None:
+                continue
             value = people.truth[target][facet]
             answers[n][facet] = people.vocabulary[facet].index(value)
-            if way != "beliefs":
+            if plan.way != "beliefs":
                 texts[n] += f", {in_words(facet, value)}"
     return run
 
 
+def _chooser(
+    people: People, codes: dict[str, np.ndarray], plan: Plan, seed: int
+) -> Callable[[int, np.ndarray, dict[str, int | None]], str | None]:
+    """The arm's choice of a facet to ask about.
+
+    Returns:
+        Function of a target, the candidates' probabilities and the answers so far. It returns None if no question
+        tells anything more.
+    """
+    random = np.random.default_rng(seed)
+    count = len(next(iter(codes.values())))
+    static = _static(codes, people.values, count, plan.error_rate)
+
+    def choose_facet(target: int, belief: np.ndarray, answers: dict[str, int | None]) -> str | None:
+        if plan.arm == "chosen":
+            question = next_question(belief, codes, people.values, answers, error_rate=plan.error_rate)
+            return question and question.facet
+        said = {"gender", people.said[target]} if plan.start == "few words" else set()
+        left = [facet for facet in people.vocabulary if facet not in said and facet not in answers]
+        if plan.arm == "fixed":
+            return left[0]
+        if plan.arm == "static":
+            return next(facet for facet in static if facet in left)
+        return left[int(random.integers(len(left)))]
+
+    return choose_facet
+
+
 def _static(codes: dict[str, np.ndarray], values: dict[str, int], count: int, error_rate: float) -> list[str]:
-    """Facets by what they tell of all candidates alike."""
+    """Facets in the order of what they tell about candidates that are equally probable."""
     order: list[str] = []
-    alike = np.full(count, 1 / count)
-    while question := next_question(alike, codes, values, order, error_rate=error_rate):
+    uniform = np.full(count, 1 / count)
+    while question := next_question(uniform, codes, values, order, error_rate=error_rate):
         order.append(question.facet)
     return order
 
 
 def choose(people: People, way: str) -> tuple[float, float]:
-    """Temperature and error rate that leave least to doubt on validation: bits, the mean after 0, 1 and 2 answers.
+    """Choose temperature and error rate on the validation split.
 
-    The questions are at random, so that what is asked does not depend on what is chosen. Reciprocal ranks after two
-    chosen questions are shown beside them.
+    They minimise `Run.bits`, averaged over no, one and two answers. The questions are at random, so that they do not
+    depend on the values tried. The table printed also has the reciprocal ranks after two chosen questions.
     """
     candidates = np.flatnonzero(people.splits != "test")
     targets = np.flatnonzero(people.splits == "val")
@@ -250,13 +285,13 @@ def choose(people: People, way: str) -> tuple[float, float]:
         cells: list[str] = []
         for start in STARTS:
             for rate in ERROR_RATES:
-                run = converse(people, targets, candidates, "random", way, start, temperature, rate)
-                found = float(run.bits.mean())
-                bits[temperature, rate] = bits.get((temperature, rate), 0) + found
-                cells.append(f"{found:7.2f}")
+                run = converse(people, targets, candidates, Plan("random", way, start, temperature, rate))
+                mean = float(run.bits.mean())
+                bits[temperature, rate] = bits.get((temperature, rate), 0) + mean
+                cells.append(f"{mean:7.2f}")
         for start in STARTS:
             for rate in ERROR_RATES:
-                run = converse(people, targets, candidates, "chosen", way, start, temperature, rate)
+                run = converse(people, targets, candidates, Plan("chosen", way, start, temperature, rate))
                 cells.append(f"{(1 / run.person[:, -1]).mean():7.3f}")
         print(f"{temperature:8g}" + "".join(cells), flush=True)
     return min(bits, key=lambda key: bits[key])
@@ -265,14 +300,14 @@ def choose(people: People, way: str) -> tuple[float, float]:
 def main(settings: Settings) -> None:
     torch.set_grad_enabled(False)
     people = People(settings)
-    coverage = ", ".join(f"{facet} {(found >= 0).mean():.0%}" for facet, found in people.codes.items())
+    coverage = ", ".join(f"{facet} {(values >= 0).mean():.0%}" for facet, values in people.codes.items())
     print(f"{len(people.rows):,} images; attributes known: {coverage}")
     chosen = {}
     for way in WAYS:
         temperature, rate = settings.temperature, settings.error_rate
         if not (temperature and rate):
-            found = choose(people, way)
-            temperature, rate = temperature or found[0], rate or found[1]
+            best_temperature, best_rate = choose(people, way)
+            temperature, rate = temperature or best_temperature, rate or best_rate
         chosen[way] = temperature, rate
         print(f"{way}: temperature {temperature:g}, error rate {rate:g}")
     targets = np.flatnonzero(people.splits == "test")
@@ -284,21 +319,30 @@ def main(settings: Settings) -> None:
 def report(
     people: People, start: str, targets: np.ndarray, candidates: np.ndarray, chosen: dict[str, tuple[float, float]]
 ) -> None:
+    """Print the table of one beginning.
+
+    Args:
+        people: all images.
+        start: one of STARTS.
+        targets: rows of the images that are looked for.
+        candidates: rows of the images that are searched.
+        chosen: way -> temperature and error rate.
+    """
     persons = len(set(people.identities[targets].tolist()))
     print(f"\n{start}: {len(candidates):,} images, {len(targets)} targets of {persons} people")
     print(f"{'':18}{'rank of the image':^24}{'rank of the person':^24}{'reciprocal, person':^21}")
     print(f"{'':18}" + f"{'0':>8}{'1':>8}{'2':>8}" * 2 + f"{'0':>7}{'1':>7}{'2':>7}   answers")
     runs: dict[tuple[str, str], Run] = {}
     for way, arm in itertools.product(WAYS, ARMS):
-        run = runs[way, arm] = converse(people, targets, candidates, arm, way, start, *chosen[way])
+        run = runs[way, arm] = converse(people, targets, candidates, Plan(arm, way, start, *chosen[way]))
         cells = "".join(f"{mean:8.1f}" for ranks in (run.image, run.person) for mean in ranks.mean(axis=0))
         cells += "".join(f"{mean:7.3f}" for mean in (1 / run.person).mean(axis=0))
         print(f"{way:9}{arm:9}{cells}")
     identities = people.identities[targets]
 
     def differ(first: tuple[str, str], second: tuple[str, str]) -> str:
-        found = paired_bootstrap(1 / runs[first].person[:, -1], 1 / runs[second].person[:, -1], identities)
-        return f"{' '.join(second):16} - {' '.join(first):16}{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        gain = paired_bootstrap(1 / runs[first].person[:, -1], 1 / runs[second].person[:, -1], identities)
+        return f"{' '.join(second):16} - {' '.join(first):16}{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
     print("reciprocal rank of the person after two answers, difference and 95 % interval")
     for way, arm in itertools.product(WAYS, ARMS[:-1]):
@@ -310,4 +354,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,12 +1,12 @@
-"""The service under load, against the floor: what its model and gallery take in one process, without a service.
+"""The service under load, compared with its floor: the same model and gallery in one process, without a service.
 
     python benchmarks/serve.py --images 100000 --clients 1 4 8 16 32 --seconds 10
 
-A gallery of random unit vectors and a model of random weights (time does not depend on what they are) are published as
-a dataset and served by `python -m serve` on this machine; clients in a process of their own ask over HTTP. In the same
-run this process takes the same texts through the same functions without Ray: alone (the floor of latency) and in
-batches (the floor of throughput). Reports p50, p95 and p99 of latency and queries per second, each as a ratio, and how
-long an added image takes to be found.
+The benchmark publishes a gallery of random unit vectors and a model of random weights as a dataset; times do not depend
+on their values. `python -m serve` serves it on this machine, and clients in a process of their own send requests over
+HTTP. The same run takes the same texts through the same functions in this process, without Ray: one at a time (the
+floor of latency) and in batches (the floor of throughput). The table has p50, p95 and p99 of latency and queries per
+second, also as ratios to the floor. The last line says how long it takes until a search finds an added image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import io
-import json
+import itertools
 import os
 import signal
 import subprocess
@@ -24,17 +24,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import httpx
 import numpy as np
 import pyarrow as pa
 import torch
-import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.common import in_own_process, machine, run_benchmark
 from ceca.config import ModelConfig
 from ceca.data import schema
 from ceca.data.store import Receipt, Store
@@ -46,15 +45,35 @@ from ceca.search.searcher import Searcher
 from cluster.object_store import free_port
 from serve.client import Client
 
-TINY = {"backbone": "ceca-tiny", "image_height": 128, "image_width": 64, "mixer_heads": 4, "local_dim": 256}
+TINY = ModelConfig(backbone="ceca-tiny", image_height=128, image_width=64, mixer_heads=4, local_dim=256)
 WORDS = (
     *("a", "woman", "man", "in", "red", "blue", "black", "white", "coat", "jacket"),
     *("jeans", "dress", "with", "backpack", "handbag", "hat", "short", "long", "hair"),
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Size of the gallery, of the load and of the service."""
+
+    images: int = 100_000
+    """Number of images in the gallery."""
+    model: str = "ViT-B-16-quickgelu"
+    """Backbone of the model; "tiny" is a small one."""
+    clients: tuple[int, ...] = (1, 4, 8, 16, 32)
+    """Numbers of clients; a row of the table each."""
+    seconds: float = 10.0
+    """Length of each measurement."""
+    batch: int = 32
+    """Most queries in one pass, of the service and of the floor."""
+    adds: int = 20
+    """Number of images added one after another."""
+    options: tuple[str, ...] = ()
+    """Further options of `python -m serve`."""
+
+
 def publish(store: Store, config: ModelConfig, images: int, per_part: int = 16_384) -> None:
-    """A model of random weights, and a gallery, an images table and dialogues of as many rows as asked for."""
+    """Publish a model of random weights, and the tables images, dialogues and gallery of `images` rows."""
     torch.manual_seed(0)
     model = CECA(config).eval()
     weights = serialize(model.state_dict())
@@ -101,32 +120,32 @@ def texts(count: int) -> list[str]:
 
 
 def floor(store: Store, batch: int, seconds: float) -> tuple[list[float], float]:
-    """Seconds of each query alone, and queries per second in batches, in this process with all its threads."""
+    """Seconds of each query alone, and queries per second in batches, in this process with all cores."""
     searcher = Searcher(store)
-    asked = texts(4096)
+    queries = texts(4096)
 
     def run(some: list[str]) -> None:
         pair = embed_texts(searcher.model, some)
         searcher.gallery.search(*pair, omega=0.3, top_k=10)
 
     for size in (1, batch):
-        run(asked[:size])
+        run(queries[:size])
     alone: list[float] = []
     begun = time.perf_counter()
     while time.perf_counter() - begun < seconds:
         started = time.perf_counter()
-        run([asked[len(alone) % len(asked)]])
+        run([queries[len(alone) % len(queries)]])
         alone.append(time.perf_counter() - started)
     done, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < seconds:
-        run([asked[(done + n) % len(asked)] for n in range(batch)])
+        run([queries[(done + n) % len(queries)] for n in range(batch)])
         done += batch
     return alone, done / (time.perf_counter() - begun)
 
 
 @contextlib.contextmanager
 def served(data: str, port: int, options: list[str]) -> Iterator[None]:
-    """`python -m serve` until the end."""
+    """Run `python -m serve` while the context lasts; it is ready when the context begins."""
     command = [sys.executable, "-m", "serve", "--data", data, "--port", str(port), *options]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -146,30 +165,37 @@ def served(data: str, port: int, options: list[str]) -> Iterator[None]:
 
 
 async def load(url: str, clients: int, seconds: float) -> dict[str, list[float]]:
-    """Clients that each ask again as soon as they are answered: seconds of each answer, by HTTP status."""
-    asked, latencies = texts(4096), {}
-    place = 0
+    """Send requests from several clients; each sends the next one as soon as the last one is answered.
 
-    async def client(number: int, connection: httpx.AsyncClient, end: float) -> None:
-        nonlocal place
+    Args:
+        url: of the search route.
+        clients: number of clients.
+        seconds: length of the measurement, after at most 3 s that warm the service up.
+
+    Returns:
+        HTTP status -> seconds of each answer with this status.
+    """
+    latencies: dict[str, list[float]] = {}
+    queries = itertools.cycle(texts(4096))
+
+    async def client(connection: httpx.AsyncClient, end: float) -> None:
         while time.perf_counter() < end:
-            place += 1
             started = time.perf_counter()
-            answer = await connection.post(url, json={"query": asked[place % len(asked)]})
+            answer = await connection.post(url, json={"query": next(queries)})
             latencies.setdefault(str(answer.status_code), []).append(time.perf_counter() - started)
 
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(timeout=60, limits=limits) as connection:
-        for length, kept in ((min(3.0, seconds), False), (seconds, True)):  # the first seconds warm it up
+        for length, kept in ((min(3.0, seconds), False), (seconds, True)):
             end = time.perf_counter() + length
-            await asyncio.gather(*(client(number, connection, end) for number in range(clients)))
+            await asyncio.gather(*(client(connection, end) for _ in range(clients)))
             if not kept:
                 latencies.clear()
     return latencies
 
 
-def added(url: str, count: int) -> list[float]:
-    """Seconds from sending an image, with its description, until a search can find it."""
+def measure_adding(url: str, count: int) -> list[float]:
+    """Seconds from sending an image with its description until a search can find it, for each of `count` images."""
     random, took = np.random.default_rng(2), []
     with Client(url) as client:
         for _ in range(count):
@@ -181,48 +207,56 @@ def added(url: str, count: int) -> list[float]:
     return took
 
 
-def main(
-    images: Annotated[int, tyro.conf.arg(help="in the gallery")] = 100_000,
-    model: Annotated[str, tyro.conf.arg(help="ViT-B-16-quickgelu, or tiny")] = "ViT-B-16-quickgelu",
-    clients: tuple[int, ...] = (1, 4, 8, 16, 32),
-    seconds: Annotated[float, tyro.conf.arg(help="of each measurement")] = 10.0,
-    batch: int = 32,
-    adds: Annotated[int, tyro.conf.arg(help="images that are added one after another")] = 20,
-    options: Annotated[tuple[str, ...], tyro.conf.arg(help="of `python -m serve`")] = (),
-    asking: Annotated[str, tyro.conf.arg(help="URL: only ask, for the process of the clients")] = "",
-) -> None:
-    if asking:
-        (count,) = clients
-        print(json.dumps(asyncio.run(load(asking, count, seconds))))
-        return
-    config = ModelConfig(**TINY) if model == "tiny" else ModelConfig(backbone=model)
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(folder)
-        publish(store, dataclasses.replace(config), images)
-        print(f"{images:,} images x {find_edition(store).global_dim + config.local_dim}, {model}, batch {batch}")
+def measure_load(settings: Settings, folder: Path) -> dict[str, list[float]]:
+    """`load` of the only number in `settings.clients`, from this process; the service's URL is in the folder."""
+    (clients,) = settings.clients
+    url = (folder / "url").read_text()
+    return asyncio.run(load(f"{url}/v1/search", clients, settings.seconds))
+
+
+def main(settings: Settings) -> None:
+    config = TINY if settings.model == "tiny" else ModelConfig(backbone=settings.model)
+    with tempfile.TemporaryDirectory(prefix="ceca-benchmark-") as folder, tempfile.TemporaryDirectory() as data:
+        store = Store(data)
+        publish(store, config, settings.images)
+        width = find_edition(store).global_dim + config.local_dim
+        print(f"{settings.images:,} images x {width}, {settings.model}, batch {settings.batch}, {machine()}")
         torch.set_num_threads(os.cpu_count() or 1)
-        alone, throughput = floor(store, batch, seconds)
-        base = float(np.median(alone))
-        print(f"floor: p50 {1e3 * base:.1f} ms alone, {throughput:.1f} queries/s in batches")
+        alone, throughput = floor(store, settings.batch, settings.seconds)
+        latency = float(np.median(alone))
         port = free_port()
-        with served(folder, port, ["--batch", str(batch), *options]):
-            for count in clients:
-                command = [sys.executable, __file__, "--clients", str(count), "--seconds", str(seconds)]
-                command += ["--asking", f"http://127.0.0.1:{port}/v1/search"]
-                found = json.loads(subprocess.check_output(command, text=True))
-                took = np.array(found.get("200", [np.nan]))
-                p50, p95, p99 = (1e3 * float(np.percentile(took, q)) for q in (50, 95, 99))
-                rate = len(took) / seconds
-                other = {status: len(values) for status, values in found.items() if status != "200"}
-                over = f"{p50 / 1e3 / base:.2f} x floor, {p50 - 1e3 * base:+.1f} ms"
-                print(
-                    f"{count:3d} clients: p50 {p50:.1f} ms ({over}), p95 {p95:.1f}, "
-                    f"p99 {p99:.1f}; {rate:.1f}/s ({rate / throughput:.0%} of the floor) {other or ''}",
-                    flush=True,
-                )
-            took = np.array(added(f"http://127.0.0.1:{port}", adds))
-            print(f"{adds} images added one after another: found after {took.mean():.2f} s, at most {took.max():.2f} s")
+        url = f"http://127.0.0.1:{port}"
+        (Path(folder) / "url").write_text(url)
+        with served(data, port, ["--batch", str(settings.batch), *settings.options]):
+            print(f"\n{'clients':8}{'p50':>10}{'of floor':>10}{'p95':>10}{'p99':>10}{'queries/s':>11}{'of floor':>10}")
+            print(f"{'floor':8}{1e3 * latency:7.1f} ms{'':30}{throughput:11.1f}", flush=True)
+            for clients in settings.clients:
+                one_size = dataclasses.replace(settings, clients=(clients,))
+                answers = in_own_process(__file__, "load", one_size, Path(folder))
+                print(row(clients, answers, settings.seconds, latency, throughput), flush=True)
+            took = np.array(measure_adding(url, settings.adds))
+    print(f"{settings.adds} images added one by one: found after {took.mean():.2f} s, at most {took.max():.2f} s")
+
+
+def row(clients: int, answers: dict[str, list[float]], seconds: float, latency: float, throughput: float) -> str:
+    """One row of the table.
+
+    Args:
+        clients: number of clients.
+        answers: HTTP status -> seconds of each answer; statuses other than 200 are counted at the end of the row.
+        seconds: length of the measurement.
+        latency: floor, in seconds.
+        throughput: floor, in queries per second.
+    """
+    took = np.array(answers.get("200", [np.nan]))
+    p50, p95, p99 = (1e3 * float(np.percentile(took, percent)) for percent in (50, 95, 99))
+    rate = len(took) / seconds
+    refused = {status: len(values) for status, values in answers.items() if status != "200"}
+    return (
+        f"{clients:<8}{p50:7.1f} ms{p50 / 1e3 / latency:9.2f}x{p95:7.1f} ms{p99:7.1f} ms{rate:11.1f}"
+        f"{rate / throughput:10.0%} {refused or ''}"
+    )
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_benchmark(main, Settings, {"load": measure_load}, __doc__)

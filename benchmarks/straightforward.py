@@ -1,8 +1,8 @@
-"""CECA as one would write it from the paper: plain PyTorch, correct, and without a thought for speed.
+"""CECA as one would write it from the paper: plain PyTorch, correct, not optimised for speed.
 
-What `train.py` is measured against. It keeps the attention maps of all blocks and takes the last one's row, encodes
-captions and summaries in two passes at their full 77 tokens, selects tokens and pools them sample by sample, and leaves
-padding to a mask. The losses are written out from their equations. It computes what ceca computes, from its weights.
+`train.py` compares ceca with it. It keeps the attention maps of all blocks and uses one row of the last. It encodes
+captions and summaries in two passes at their full 77 tokens. It selects and pools tokens sample by sample, and masks
+padding. The losses are written out from their equations. From the same weights it computes the same values as ceca.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ceca.model.clip import TINY, descriptions
 
 
 class Mixer(nn.Module):
-    """Self-attention, cross-attention, MLP, gated."""
+    """Self-attention, cross-attention and MLP with a gated residual."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -40,7 +40,7 @@ class Mixer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Linear + MLP with batch normalisation over the tokens that are there, then the maximum, sample by sample."""
+    """Linear + MLP with batch normalisation over all tokens except padding, then the maximum of each sample."""
 
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -67,22 +67,27 @@ class Straightforward(nn.Module):
         self.visual_embedding, self.textual_embedding = (Embedding(width, config.local_dim) for _ in range(2))
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take the weights of ceca's model."""
-        own = {}
+        """Load the weights of ceca's model.
+
+        Args:
+            state: `state_dict` of `ceca.model.ceca.CECA`.
+        """
+        renamed = {}
         for name, value in state.items():
             name = name.removeprefix("backbone.")
-            if ".query." in name:  # one projection for query, key and value
+            if ".query." in name:  # here one projection gives query, key and value
                 attention, kind = name.split(".query.")
                 key_value = state[f"{attention}.key_value.{kind}"]
-                own[f"{attention}.in_proj_{kind}"] = torch.cat([value, key_value])
+                renamed[f"{attention}.in_proj_{kind}"] = torch.cat([value, key_value])
             elif ".key_value." not in name:
-                own[name.replace("attention.out.", "attention.out_proj.")] = value
-        missing, unknown = self.load_state_dict(own, strict=False)
+                renamed[name.replace("attention.out.", "attention.out_proj.")] = value
+        missing, unknown = self.load_state_dict(renamed, strict=False)
         left = [name for name in missing if name != "clip.logit_scale" and not name.endswith("num_batches_tracked")]
         assert not left, left
         assert not unknown, unknown
 
     def blocks(self, blocks: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Tokens [B, N, D] after all blocks, and each block's attention map [B, N, N], mean over heads."""
         maps = []
         for block in blocks:
             normed = block.ln_1(x)
@@ -93,6 +98,7 @@ class Straightforward(nn.Module):
         return x, maps
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, 193, D] of images, class token first, and the last block's attention map."""
         visual = self.clip.visual
         x = visual.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
@@ -100,11 +106,19 @@ class Straightforward(nn.Module):
         return visual.ln_post(x) @ visual.proj, maps[-1]
 
     def encode_texts(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, 77, D] of texts, and the last block's attention map."""
         x = self.clip.token_embedding(ids) + self.clip.positional_embedding
         x, maps = self.blocks(self.clip.transformer.resblocks, x, self.clip.attn_mask)
         return self.clip.ln_final(x) @ self.clip.text_projection, maps[-1]
 
     def forward(self, images: Tensor, captions: Tensor, summaries: Tensor) -> dict[str, Tensor]:
+        """Features [B, D] of the losses by name.
+
+        Args:
+            images: pixels [B, 3, H, W].
+            captions: token ids [B, 77].
+            summaries: token ids [B, 77].
+        """
         image, image_map = self.encode_images(images)
         text, text_map = self.encode_texts(captions)
         summary, summary_map = self.encode_texts(summaries)
@@ -140,6 +154,7 @@ class Straightforward(nn.Module):
 
 
 def select(tokens: Tensor, importance: Tensor, ratio: float) -> Tensor:
+    """The most important share of a sample's tokens, normalised."""
     if ratio < 1:
         kept = math.ceil(ratio * len(tokens))
         tokens = tokens[importance.argsort(descending=True, stable=True)[:kept]]
@@ -147,6 +162,7 @@ def select(tokens: Tensor, importance: Tensor, ratio: float) -> Tensor:
 
 
 def pad(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Samples in one tensor [B, N, D], and a mask [B, N] that is true at padding."""
     padded = nn.utils.rnn.pad_sequence(samples, batch_first=True)
     absent = torch.ones(padded.shape[:2], dtype=torch.bool, device=padded.device)
     for i, sample in enumerate(samples):
@@ -155,13 +171,14 @@ def pad(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def mix(mixer: Mixer, own: list[Tensor], other: list[Tensor] | None) -> list[Tensor]:
+    """Mixed tokens of each sample, conditioned on the other side's tokens if there are any."""
     tokens, absent = pad(own)
     mixed = mixer(tokens, absent, *(pad(other) if other is not None else (None, None)))
     return [mixed[i, : len(sample)] for i, sample in enumerate(own)]
 
 
 def total_loss(features: dict[str, Tensor], identities: Tensor, config: LossConfig) -> Tensor:
-    """TAL(global) + TAL(local) + CAWL, as their equations stand."""
+    """TAL(global) + TAL(local) + CAWL, from their equations."""
     unit = {name: F.normalize(value.float(), dim=1) for name, value in features.items()}
     positive = identities[:, None] == identities[None, :]
     tal = torch.zeros((), device=identities.device)

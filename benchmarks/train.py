@@ -1,31 +1,30 @@
-"""Samples per second and peak memory of a training step against a straightforward implementation, in one run.
+"""Samples per second and peak memory of a training step, compared with a straightforward implementation in one run.
 
     python benchmarks/train.py                                        # ViT-B/16, 384x128, batch 64, fp32 on CPU
     python benchmarks/train.py --device cuda --precision bf16         # where there is a GPU
 
-Each way takes the same steps (forward, losses, backward, Adam) over the same batch of drawn pedestrians from the same
-weights, in a process of its own:
+Each arm takes the same steps (forward, losses, backward, Adam) over the same batch of drawn pedestrians, and starts
+from the same weights:
 
     straightforward  benchmarks/straightforward.py
-    ceca             the step as training takes it
-    ceca, bf16 back  the same with `--backward bf16`: fp32 forward, the gradient's matrix products in bf16
-    ceca, bf16       the same with `--precision bf16`, which the published recipes have
+    ceca             the step of the stage `train`
+    ceca, bf16 back  the same with `--backward bf16`: forward in fp32, the gradient's matrix products in bf16
+    ceca, bf16       the same with `--precision bf16`, as in the published recipes
     ceca, gpu12gb    the recipe of that name: bf16, towers 16 samples at a time, activations computed again
 
-The first step warms up. MFU is the work that the model needs (no padding, nothing computed twice) over what the machine
-could have done in that time, by the speed of large matrix products in the same precisions, measured here.
+The first step warms up. MFU (model FLOP utilisation) is the work that the model needs, divided by the work that the
+machine could do in that time. The first excludes padding and repeated computation. The second comes from large matrix
+products in the same precisions, timed here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,10 +33,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.common import ArmFailed, fastest, in_own_process, machine, peak_memory, run_benchmark
 from benchmarks.straightforward import Straightforward, total_loss
 from ceca.commandline import load_recipe
 from ceca.config import LossConfig, ModelConfig, OptimiserConfig, OracleConfig, TrainConfig
@@ -45,24 +44,24 @@ from ceca.model.ceca import CECA
 from ceca.training.flops import step_flops
 from ceca.training.step import loss_terms, scaled_loss
 
-# The share of an arm's work that is bf16 products where the benchmark's precision is fp32.
+# Arm -> share of its matrix products in bf16, if the benchmark's precision is fp32.
 ARMS = {"straightforward": 0.0, "ceca": 0.0, "ceca, bf16 back": 2 / 3, "ceca, bf16": 1.0, "ceca, gpu12gb": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is compared, and on what."""
+    """Size of the work and of the model."""
 
     batch: int = 64
     steps: int = 2
-    """Timed steps, after one that is not."""
+    """Number of timed steps; one step before them is not timed."""
     backbone: str = "ViT-B-16-quickgelu"
     height: int = 384
     width: int = 128
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     peak_tflops: float | None = None
-    """Of the device in bf16; by default a large matrix product is timed."""
+    """TFLOP/s of the device in bf16; None times a large matrix product."""
     out: Path | None = None
     """Also write the figures as JSON."""
 
@@ -81,18 +80,16 @@ def main(settings: Settings) -> None:
         print(
             f"batch {settings.batch}, {tokens / settings.batch / 2:.1f} tokens a text, {flops / 1e12:.2f} TFLOP a step"
         )
-        print(f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}")
+        print(f"{machine()}, torch {torch.__version__}")
         print(f"TFLOP/s of a large matrix product: {peaks[0]:.3f} in fp32, {peaks[1]:.3f} in bf16\n")
         figures: dict[str, Any] = {}
         for arm in arms:
             print(f"{arm} …", flush=True)
-            command = [sys.executable, __file__, "--arm", arm, folder]
-            (place / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), default=str))
-            finished = subprocess.run(command, check=False)
-            if finished.returncode:
+            try:
+                figures[arm] = in_own_process(__file__, arm, settings, place, show=True)
+            except ArmFailed:
                 print(f"    {arm} failed: does it fit in this machine's memory? Try a smaller --batch.", flush=True)
                 continue
-            figures[arm] = json.loads((place / f"{arm}.json").read_text())
             low = arms[arm]
             least = flops / 1e12 * ((1 - low) / peaks[0] + low / peaks[1])
             figures[arm]["mfu"] = least / statistics.mean(figures[arm]["seconds"])
@@ -109,7 +106,7 @@ def model_config(settings: Settings) -> ModelConfig:
 
 
 def prepare(settings: Settings, place: Path) -> int:
-    """The batch and the weights, as files; the number of tokens of its texts."""
+    """Write the batch and the weights to files; return the number of tokens of the batch's texts."""
     import asyncio
 
     from ceca.datasets.drawn import draw_dataset
@@ -151,25 +148,23 @@ def matrix_tflops(settings: Settings, dtype: torch.dtype) -> float:
     """Speed of a large matrix product, in TFLOP/s."""
     size = 8192 if settings.device == "cuda" else 3072
     a, b = (torch.randn(size, size, device=settings.device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(5):
-        wait(settings)
-        started = time.perf_counter()
+
+    def multiply() -> None:
         a @ b
         wait(settings)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds) / 1e12
+
+    return 2 * size**3 / fastest(multiply, 5) / 1e12
 
 
 def wait(settings: Settings) -> None:
+    """Wait until the GPU, if there is one, has finished its work."""
     if settings.device == "cuda":
         torch.cuda.synchronize()
 
 
-def run_arm(arm: str, place: Path) -> None:
-    """Take the steps of one way and write down what they took."""
-    settings = Settings(**{k: v for k, v in json.loads((place / "settings.json").read_text()).items() if k != "out"})
-    # Where memory does not suffice, this process is the one to go.
+def measure(arm: str, settings: Settings, place: Path) -> dict[str, Any]:
+    """Losses, seconds and memory of one arm's steps."""
+    # If the machine's memory does not suffice, the kernel ends this process and no other.
     Path("/proc/self/oom_score_adj").write_text("1000")
     batch = {k: v.to(settings.device) for k, v in torch.load(place / "batch.pt", weights_only=True).items()}
     weights = torch.load(place / "weights.pt", weights_only=True)
@@ -186,19 +181,18 @@ def run_arm(arm: str, place: Path) -> None:
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss))
         print(f"    step {number}: {seconds[-1]:.2f} s, loss {losses[-1]:.5f}", flush=True)
-    found = {"losses": losses, "seconds": seconds[1:], "memory": memory(settings), "memory_before": before}
-    (place / f"{arm}.json").write_text(json.dumps(found))
+    return {"losses": losses, "seconds": seconds[1:], "memory": memory(settings), "memory_before": before}
 
 
 def memory(settings: Settings) -> int:
-    """Most bytes that this process, or its GPU, has held."""
+    """Peak memory of this process, or of its GPU, in bytes."""
     if settings.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 
 def ceca_step(settings: Settings, weights: dict[str, Any], batch: dict[str, Any], arm: str) -> Any:
-    """The step of jobs/training/worker.py: DeepSpeed around the model, without the data's part."""
+    """The step of jobs/training/worker.py without reading data: DeepSpeed around the model."""
     os.environ |= {"DS_ACCELERATOR": settings.device, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     from ceca.model.backbone import trim
     from ceca.training.engine import make_engine
@@ -220,7 +214,7 @@ def ceca_step(settings: Settings, weights: dict[str, Any], batch: dict[str, Any]
     model = CECA(config.model).train()
     model.load_state_dict(weights)
     engine = make_engine(model, config, steps=1000)
-    # As the other way has it: one rate for all.
+    # One rate for all parameters, as in the straightforward arm.
     engine.lr_scheduler.base_lrs = [1e-5] * len(engine.lr_scheduler.base_lrs)
     for group in engine.optimizer.param_groups:
         group["lr"] = 1e-5
@@ -262,21 +256,18 @@ def report(settings: Settings, figures: dict[str, Any]) -> None:
     print(
         f"\n{'':18}{'samples/s':>10}{'faster by':>11}{'peak memory':>13}{'MFU':>7}{'largest difference of a loss':>31}"
     )
-    for arm, found in figures.items():
-        seconds = statistics.mean(found["seconds"])
+    for arm, of_arm in figures.items():
+        seconds = statistics.mean(of_arm["seconds"])
         ratio = difference = "–"
         if base is not None:
             ratio = f"{statistics.mean(base['seconds']) / seconds:.2f}x"
-            pairs = zip(found["losses"], base["losses"], strict=True)
+            pairs = zip(of_arm["losses"], base["losses"], strict=True)
             difference = f"{max(abs(loss - wanted) / abs(wanted) for loss, wanted in pairs):.1e}"
         print(
-            f"{arm:18}{settings.batch / seconds:10.3f}{ratio:>11}{found['memory'] / 1e9:10.2f} GB"
-            f"{found['mfu']:7.0%}{difference:>31}"
+            f"{arm:18}{settings.batch / seconds:10.3f}{ratio:>11}{of_arm['memory'] / 1e9:10.2f} GB"
+            f"{of_arm['mfu']:7.0%}{difference:>31}"
         )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--arm"]:
-        run_arm(sys.argv[2], Path(sys.argv[3]))
-    else:
-        main(tyro.cli(Settings))
+    run_benchmark(main, Settings, {arm: functools.partial(measure, arm) for arm in ARMS}, __doc__)

@@ -1,7 +1,7 @@
-"""From a recipe and a command line to a stage's configuration.
+"""Reading a stage's configuration from recipes and the command line.
 
-A recipe is a YAML file with one section per stage, and recipes add up: a method's and a benchmark's. The command
-line's options are generated from the same types.
+A recipe is a YAML file with one section per stage. Recipes can be combined, e.g. a method's with a benchmark's. The
+options of the command line are generated from the types in ceca/config.py.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ RECIPES = Path(__file__).parent / "recipes"
 
 DRY_RUN: Any = (
     "dry_run",
-    Annotated[bool, tyro.conf.arg(help="two small steps on CPU in fp32 from random weights, and nothing is kept")],
+    Annotated[bool, tyro.conf.arg(help="run two small steps on CPU in fp32 from random weights, and keep nothing")],
     dataclasses.field(default=False),
 )
 
 
 def load_recipe(recipe: str) -> dict[str, Any]:
-    """A recipe's sections as config objects' values: {stage: {key: value}}.
+    """Read the sections of one or several recipes: stage → key → value.
 
-    `recipe` is a name below ceca/recipes or a path of a YAML file, or several joined by `+`, of which a later one
-    replaces what it names of the earlier: `irra+cuhk_pedes` is a method on a benchmark.
+    Args:
+        recipe: a name below ceca/recipes or the path of a YAML file, or several joined by `+`. A later recipe replaces
+            values of an earlier one: `irra+cuhk_pedes` is a method on a benchmark.
 
     Raises:
-        ConfigError: no such recipe, not a mapping, or an unknown stage.
+        ConfigError: a recipe does not exist or is not a mapping, or a stage, key or value is not valid.
     """
     sections: dict[str, Any] = {}
     for name in recipe.split("+"):
@@ -45,11 +46,12 @@ def load_recipe(recipe: str) -> dict[str, Any]:
 
 
 def list_recipes() -> list[str]:
-    """Names of the project's recipes; those of methods go before a benchmark's."""
+    """Names of the project's recipes, of benchmarks and of methods."""
     return sorted(path.stem for path in RECIPES.rglob("*.yaml"))
 
 
 def _read_recipe(name: str) -> dict[str, Any]:
+    """Read one recipe; arguments and errors as `load_recipe`."""
     path = Path(name)
     if not name.endswith((".yaml", ".yml")):
         places = [RECIPES / f"{name}.yaml", RECIPES / "methods" / f"{name}.yaml"]
@@ -72,6 +74,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Replace values of `base` by those of `over`, at any depth, in a copy."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -81,18 +84,26 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What a job's command line says: where the data is, whether to start anew, and the stage's settings."""
+    """The arguments of a job's command line."""
 
-    data: str
-    redo: bool
-    config: Any
-    dry_run: bool = False
+    data: str  # URI of the dataset
+    redo: bool  # make a new version although this one is published
+    config: Any  # the stage's settings
+    dry_run: bool = False  # only of `train`
 
 
 def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | None = None) -> Arguments:
-    """Read a job's command line: `--data URI [--recipe NAME] [--redo]` and one option per setting of the stage.
+    """Parse a job's command line: `--data URI [--recipe NAME] [--redo]` and one option per setting of the stage.
 
-    A recipe is read first; the options' defaults, also those that --help shows, are then its values.
+    The recipe is read first. Its values become the defaults of the options, also in --help.
+
+    Args:
+        stage: name of the stage.
+        argv: the arguments; by default those of this process.
+        prog: name of the program in --help.
+
+    Raises:
+        ConfigError: the recipe is not valid, or a rule over several settings does not hold.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     config_type = STAGES[stage]
@@ -110,7 +121,7 @@ def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | N
             ),
             (
                 "redo",
-                Annotated[bool, tyro.conf.arg(help="make a new version though this one is published")],
+                Annotated[bool, tyro.conf.arg(help="make a new version although this one is published")],
                 dataclasses.field(default=False),
             ),
             ("config", Annotated[config_type, tyro.conf.arg(name="")], dataclasses.field(default=default)),
@@ -127,11 +138,11 @@ def parse_arguments(stage: str, argv: Sequence[str] | None = None, prog: str | N
 
 
 def _peek(argv: Sequence[str], option: str) -> str | None:
-    """The option's value, of the last one where it is given twice, as tyro takes it."""
-    found = None
+    """Value of an option before the line is parsed; the last value if it is given twice, as in tyro."""
+    value = None
     for position, argument in enumerate(argv):
         if argument == option and position + 1 < len(argv):
-            found = argv[position + 1]
+            value = argv[position + 1]
         elif argument.startswith(f"{option}="):
-            found = argument.split("=", 1)[1]
-    return found
+            value = argument.split("=", 1)[1]
+    return value

@@ -1,10 +1,30 @@
-"""Environment variables: the one module that reads those of this project, each with its meaning.
+"""Environment variables: the one module that reads this project's own, each described in `VARIABLES`.
 
 docs/environment.md lists them for users; a test compares that list with `VARIABLES`.
+
+Variables of other programs are read or set where that program is used:
+
+    AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL     read in ceca/data/store.py; s3fs reads the other AWS_* variables itself
+    AWS_*                                     passed on to Ray workers in jobs/runtime/ray_session.py, set in
+                                              cluster/object_store.py
+    RAY_JOB_CONFIG_JSON_ENV_VAR               read here and in jobs/runtime/ray_session.py; set by `ray job submit`
+    RAY_ADDRESS                               read in jobs/runtime/ray_session.py and serve/__main__.py, set in
+                                              cluster/local.py
+    RAY_TMPDIR                                read in serve/__main__.py
+    RAY_TRAIN_*, PYTHONWARNINGS               set in jobs/runtime/ray_session.py and jobs/train.py
+    RAY_SERVE_*                               set in serve/proxy.py, cluster/local.py and cluster/kubernetes
+    RAY_*, AUTOSCALER_*                       of a local cluster: set in cluster/local.py
+    VLLM_CPU_KVCACHE_SPACE, VLLM_LOGGING_LEVEL, VLLM_NO_USAGE_STATS
+                                              set in ceca/dialogue/vllm.py before vLLM is imported
+    TORCH_EXTENSIONS_DIR                      set in ceca/training/engine.py while an operation is compiled
+    DS_ACCELERATOR                            set in jobs/training/worker.py before DeepSpeed is imported
+    WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME     read in jobs/training/watch.py
+    OPENAI_API_KEY                            read in ceca/dialogue/openai.py; a setting can name another variable
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -15,22 +35,30 @@ from ceca.errors import UserError
 Number = TypeVar("Number", int, float)
 
 VARIABLES = {
-    "CECA_CACHE": "Folder of this machine for what can be made again: shards of galleries, fetched dialogue models, "
+    "CECA_CACHE": "Folder on this machine for files that can be made again: gallery shards, fetched dialogue models, "
     "compiled operations. Default: ~/.cache/ceca.",
-    "CECA_LEASE_SILENT_S": "Seconds without a sign of life after which the holder of a name counts as dead; the same "
+    "CECA_LEASE_SILENT_S": "Seconds without a beat after which the holder of a name counts as dead. Must be the same "
     "on all machines. Default: 60.",
-    "CECA_DECLARED_GPUS": "Set by `ceca cluster up --gpus`: the nodes only declare GPUs, and workers compute on CPUs.",
+    "CECA_DECLARED_GPUS": "Set by `ceca cluster up --gpus`: nodes only declare GPUs, and workers compute on CPUs.",
+    "CECA_LOCAL_CLUSTER": "Set by `ceca cluster up` in its processes: the cluster's folder, by which "
+    "`ceca cluster down` finds them.",
 }
+
+RAY_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in processes that `ray job submit` started
 
 
 def cache_folder(*names: str) -> Path:
-    """A folder below `CECA_CACHE` (empty counts as not set); not created here.
+    """Path of a folder below `CECA_CACHE`; the folder is not created.
 
-    Where the home folder is missing, a folder of this user below the temporary one.
+    An empty variable counts as not set. On a machine without a home folder the default is a folder of this user below
+    the temporary folder.
+
+    Args:
+        names: folders below the cache.
     """
-    set_to = os.environ.get("CECA_CACHE")
-    if set_to:
-        return Path(set_to, *names)
+    cache = os.environ.get("CECA_CACHE")
+    if cache:
+        return Path(cache, *names)
     try:
         return Path(Path.home(), ".cache", "ceca", *names)
     except RuntimeError:  # no home folder
@@ -38,10 +66,10 @@ def cache_folder(*names: str) -> Path:
 
 
 def lease_silent_s() -> float:
-    """Seconds without a sign of life after which the holder of a name counts as dead.
+    """Seconds without a beat after which the holder of a name counts as dead.
 
     Raises:
-        UserError: the variable is not a positive number.
+        UserError: the variable is not a positive, finite number.
     """
     value = os.environ.get("CECA_LEASE_SILENT_S") or "60"
     try:
@@ -54,8 +82,14 @@ def lease_silent_s() -> float:
 
 
 def usable_gpus(gpus: Number) -> Number:
-    """GPUs that a worker computes on: the given number, or 0 where a local cluster only declares its GPUs.
+    """Number of GPUs that a worker computes on: `gpus`, or 0 if a local cluster only declares its GPUs.
 
-    Declared GPUs let work find its node as on a real cluster (cluster/local.py).
+    Declared GPUs let Ray place work as on a real GPU cluster (cluster/local.py).
     """
     return 0 if os.environ.get("CECA_DECLARED_GPUS") else gpus
+
+
+def ray_job_id() -> str:
+    """Submission id of the Ray job that started this process; empty if none did."""
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG, "{}"))
+    return job.get("metadata", {}).get("job_submission_id", "")

@@ -1,8 +1,8 @@
-"""The one error that a person is meant to read."""
+"""The error that users see."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was found, where, and what to do.
+    """A problem that the user can fix. The message says what is wrong, where, and what to do.
 
-    Commands print the message alone and exit with 2; every other exception is a defect and keeps its traceback.
+    Commands print only the message and exit with 2. Every other exception is a defect and keeps its traceback.
     """

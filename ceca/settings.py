@@ -1,4 +1,4 @@
-"""The machinery of settings: frozen dataclasses, checked when they are made, and read from plain values."""
+"""Machinery of settings: frozen dataclasses that are validated when they are made, to and from plain values."""
 
 from __future__ import annotations
 
@@ -15,63 +15,61 @@ T = TypeVar("T")
 
 
 Positive = Annotated[int, Field(ge=1)]
-
-
 NonNegative = Annotated[int, Field(ge=0)]
-
-
 PositiveFloat = Annotated[float, Field(gt=0)]
-
-
 Share = Annotated[float, Field(ge=0, le=1)]
 
-
-Execution = "execution"  # metadata key: the field says how a job runs, not what it computes
-Added = "added"  # metadata key: the field came after tables were published
+Execution = "execution"  # metadata key of fields that decide how a job runs, not what it computes
+Added = "added"  # metadata key of fields that came after tables were published
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; the message says which key, what was found and what is valid."""
+    """A configuration that cannot be used. The message names the key, the value found, and what is valid."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def config(cls: type[T]) -> type[T]:
-    """A frozen keyword-only dataclass whose values are checked against their types when it is made.
+    """Make a class a frozen, keyword-only dataclass that validates its values against their types.
 
-    A value that does not fit raises ConfigError.
+    Making an instance with a value that does not fit raises ConfigError.
     """
-    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
-    make = made.__init__
+    validated: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    validate = validated.__init__
 
-    @functools.wraps(make)
+    @functools.wraps(validate)
     def __init__(self: Any, *args: Any, **values: Any) -> None:
         try:
-            make(self, *args, **values)
+            validate(self, *args, **values)
         except ValidationError as error:
             raise ConfigError(_problems(error)) from None
 
-    made.__init__ = __init__
-    return made
+    validated.__init__ = __init__
+    return validated
 
 
 def added(default: Any) -> Any:
-    """A field that came after tables were published: at its default it is left out of a result's version.
+    """Declare a field that came after tables were published.
 
-    So what was published before it existed keeps its version.
+    At its default it is left out of a result's version, so that earlier results keep theirs.
     """
     return dataclasses.field(default=default, metadata={Added: True})
 
 
 def execution(default: Any) -> Any:
-    """A field that says how a job runs (workers, replicas), so that it is left out of a result's version."""
+    """Declare a field that decides how a job runs (workers, replicas); a result's version does not depend on it."""
     return dataclasses.field(default=default, metadata={Execution: True})
 
 
 def from_mapping(config_type: type[T], mapping: dict[str, Any], where: str = "configuration") -> T:
-    """Make a config from plain values, e.g. a recipe's section.
+    """Make a configuration from plain values, e.g. a section of a recipe.
+
+    Args:
+        config_type: a class made by `config`.
+        mapping: key → value; nested configurations are mappings too.
+        where: place of the values, for error messages.
 
     Raises:
-        ConfigError: a key is unknown (the valid ones are listed) or a value does not fit its type.
+        ConfigError: a key is unknown (the valid ones are listed), or a value does not fit its type.
     """
     _refuse_unknown_keys(config_type, mapping, where)
     try:
@@ -81,18 +79,19 @@ def from_mapping(config_type: type[T], mapping: dict[str, Any], where: str = "co
 
 
 def _problems(error: ValidationError) -> str:
-    """What is wrong, each with the setting's name; a rule over several settings says by itself what it found."""
-    found = []
+    """Describe each problem with the setting's name. The message of a rule over several settings is kept as it is."""
+    problems = []
     for problem in error.errors():
         if problem["type"] == "value_error":
-            found.append(problem["msg"].removeprefix("Value error, "))
+            problems.append(problem["msg"].removeprefix("Value error, "))
         else:
             name = ".".join(map(str, problem["loc"])) or "value"
-            found.append(f"{name}: {problem['msg']} (found {problem['input']!r})")
-    return "; ".join(found)
+            problems.append(f"{name}: {problem['msg']} (found {problem['input']!r})")
+    return "; ".join(problems)
 
 
 def _refuse_unknown_keys(config_type: type, mapping: Any, where: str) -> None:
+    """Raise ConfigError for a key, at any depth, that the configuration does not have."""
     if not isinstance(mapping, dict):
         raise ConfigError(f"{where}: expected keys and values, found {mapping!r}")
     types = get_type_hints(config_type)
@@ -105,10 +104,12 @@ def _refuse_unknown_keys(config_type: type, mapping: Any, where: str) -> None:
 
 
 def to_mapping(settings: Any, *, results_only: bool = False) -> dict[str, Any]:
-    """The resolved configuration as plain values, for a manifest.
+    """Turn a configuration into plain values, e.g. for a manifest.
 
-    With `results_only`, fields that only say how a job runs (workers, replicas) are left out, so that the same
-    work on another cluster has the same version.
+    Args:
+        settings: an instance of a class made by `config`.
+        results_only: leave out fields that decide how a job runs (`execution`), so that the same work on another
+            cluster has the same version.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):

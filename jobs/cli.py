@@ -6,8 +6,6 @@ import importlib
 import os
 import sys
 
-from jobs.runtime.console import entry
-
 COMMANDS = {
     "demo": "draw pedestrians and take them through every stage",
     "draw": "draw a synthetic benchmark in a published layout",
@@ -20,12 +18,12 @@ COMMANDS = {
     "index": "embed images → table gallery",
     "remove": "take images or people out of search",
     "search": "find a person from a description, in this shell",
-    "weights": "bring in other programs' checkpoints, give CLIP's part to open_clip",
-    "report": "pictures of what a stage has made",
+    "weights": "import checkpoints of other programs, export the CLIP part to open_clip",
+    "report": "figures and tables of a dataset and its models",
     "serve": "the search service with its page",
     "cluster": "a Ray cluster of several nodes on this machine: up, status, down",
 }
-PROGRAMS = {"serve": "serve", "cluster": "cluster.local"}  # of which jobs know nothing
+PROGRAMS = {"serve": "serve", "cluster": "cluster.local"}  # started as programs: jobs import neither
 
 
 def main() -> None:
@@ -41,6 +39,8 @@ def main() -> None:
         sys.exit(2)
     if name in PROGRAMS:
         os.execv(sys.executable, [sys.executable, "-m", PROGRAMS[name], *rest])
+    from jobs.runtime.console import entry
+
     entry(lambda: importlib.import_module(f"jobs.{name}").main(rest))
 
 

@@ -1,10 +1,10 @@
-"""Compare: train several methods on one dataset, several seeds each, and print their table.
+"""Compare: train several methods on one dataset with several seeds each, and print their table.
 
     ceca compare --data s3://bucket/cuhk --recipe cuhk_pedes --methods clip irra rde ceca agreement --seeds 3
 
-A method is a recipe below ceca/recipes/methods, or a file of yours; with the benchmark's recipe on top it is trained as
-`<method>-<seed>`. One that says nothing of training takes the models of `ceca`. What is published is not trained again,
-so the same command continues and adds.
+A method is a recipe below ceca/recipes/methods, or a YAML file. It is combined with the benchmark's recipe and trained
+as `<method>-<seed>`. A method without training settings takes the models of `ceca`. Published models are not trained
+again, so the same command continues, and more methods or seeds can be added.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
-from rich.table import Table as TextTable
 
 from ceca.commandline import load_recipe
 from ceca.config import EvaluateConfig, Split, TrainConfig
 from ceca.data.names import COMPARISONS
 from ceca.data.store import Store
 from ceca.errors import UserError
-from ceca.report.figures import draw_comparison
+from ceca.evaluation.names import METRICS
 from ceca.settings import from_mapping
-from jobs.evaluate import METRICS, evaluate
-from jobs.runtime.console import console, entry
+from jobs.evaluate import evaluate
+from jobs.runtime.console import console, entry, text_table
 from jobs.runtime.ray_session import connect
 from jobs.train import train
 
-# Published figures on the test splits (method: Retrieval and evaluation): Rank-1 and, where it is known, mAP.
+# Published figures on the test splits (method: Retrieval and evaluation): Rank-1, and mAP if it is known.
 PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
     "cuhk_pedes": {"clip": (68.19, None), "irra": (73.38, 66.13), "rde": (75.94, 67.56), "ceca": (78.30, 65.9)},
     "icfg_pedes": {"clip": (56.74, None), "irra": (63.46, 38.05), "rde": (67.68, 40.06), "ceca": (72.25, None)},
@@ -56,33 +55,43 @@ def compare(
         raise UserError(f"--seeds must be at least 1 and --methods name one, found {seeds} and {list(methods)}")
     runs = [plan(method, recipe, seed, split) for method in methods for seed in range(seeds)]  # typos first
     connect()
-    found: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    results: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for number, (method, training, evaluation) in enumerate(runs, 1):
         console.print(f"compare: {training.name} ({number} of {len(runs)})")
         train(data, training)
-        found[method].append(evaluate(data, evaluation)["metrics"]["fused"])
+        results[method].append(evaluate(data, evaluation)["metrics"]["fused"])
     store = Store(data)
-    rows = {method: summarise(results) for method, results in found.items()}
-    result = {"recipe": recipe, "split": split, "seeds": seeds, "methods": found, "summary": rows}
-    store.write_json(result, COMPARISONS, f"{recipe.replace('/', '_')}.json")
+    rows = {method: summarise(of_seeds) for method, of_seeds in results.items()}
+    comparison = {"recipe": recipe, "split": split, "seeds": seeds, "methods": results, "summary": rows}
+    store.write_json(comparison, COMPARISONS, f"{recipe.replace('/', '_')}.json")
     print_comparison(recipe, split, seeds, rows)
     if picture is not None:
+        from ceca.report.figures import draw_comparison
+
         draw_comparison(rows, picture)
         console.print(f"compare: → {picture}")
-    return result
+    return comparison
 
 
-def plan(method: str, recipe: str, seed: int, split: Split) -> tuple[str, TrainConfig, EvaluateConfig]:
+class PlannedRun(NamedTuple):
     """The training and the evaluation of one method with one seed."""
+
+    method: str
+    training: TrainConfig
+    evaluation: EvaluateConfig
+
+
+def plan(method: str, recipe: str, seed: int, split: Split) -> PlannedRun:
+    """Combine a method's recipe with the benchmark's."""
     sections = load_recipe(f"{method}+{recipe}")
     training: TrainConfig = from_mapping(TrainConfig, sections.get("train", {}), f"recipe {method}+{recipe}: train")
     name = f"{Path(method).stem if 'train' in load_recipe(method) else 'ceca'}-{seed}"
     evaluation = from_mapping(EvaluateConfig, {**sections.get("evaluate", {}), "model": name, "split": split})
-    return method, dataclasses.replace(training, name=name, seed=seed), evaluation
+    return PlannedRun(method, dataclasses.replace(training, name=name, seed=seed), evaluation)
 
 
 def summarise(results: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation (of the sample; 0 for one) of each metric."""
+    """Mean and sample standard deviation of each metric; the deviation of a single result is 0."""
     return {
         key: (
             statistics.mean(result[key] for result in results),
@@ -93,11 +102,9 @@ def summarise(results: list[dict[str, float]]) -> dict[str, tuple[float, float]]
 
 
 def print_comparison(recipe: str, split: str, seeds: int, rows: dict[str, dict[str, tuple[float, float]]]) -> None:
-    """A row per method; the best of each column stands out."""
-    table = TextTable(title=f"{recipe}, split {split}, {seeds} seeds: mean ± deviation, percent", title_justify="left")
-    table.add_column("method")
-    for heading in METRICS.values():
-        table.add_column(heading, justify="right")
+    """Print a row per method; the best figure of each column is bold."""
+    title = f"{recipe}, split {split}, {seeds} seeds: mean ± deviation, percent"
+    table = text_table(title, "method", *METRICS.values(), left="method")
     published = PUBLISHED.get(recipe, {})
     if published:
         table.add_column("published Rank-1 (mAP)", justify="right")

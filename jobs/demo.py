@@ -2,7 +2,7 @@
 
     make demo
 
-The model without summaries (λ = 0, no CAWL) is trained beside CECA with the same seed and steps, for the table.
+For the table, a model without summaries (λ = 0, no CAWL) is trained beside CECA with the same seed and steps.
 """
 
 from __future__ import annotations
@@ -10,39 +10,68 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
-from rich.table import Table as TextTable
 
+from ceca.config import TrainConfig
 from ceca.data.store import Store
 from ceca.data.tables import list_images, make_pairs
-from ceca.datasets.drawn import contact_sheet
-from ceca.report.figures import draw_ranked_lists
-from ceca.search.catalogue import Catalogue
-from ceca.search.searcher import Searcher
 from jobs.draw import draw
-from jobs.evaluate import METRICS, evaluate
+from jobs.evaluate import evaluate
 from jobs.pipeline import pipeline, recipe_config
-from jobs.runtime.console import console, entry
+from jobs.runtime.console import console, entry, print_metrics
 from jobs.runtime.ray_session import connect
-from jobs.search import ranked_list
 from jobs.train import train
 
 BASELINE = "no-summaries"
 
 
 def demo(folder: Path, recipe: str, searches: int = 3) -> dict[str, dict[str, float]]:
-    """Run it all below `folder`; returns the rows of the table that it prints."""
+    """Run all stages below a folder and print a table of metrics.
+
+    Args:
+        folder: where everything is put.
+        recipe: name or path of a recipe.
+        searches: number of searches to answer.
+
+    Returns:
+        The rows of the table.
+    """
+    from ceca.datasets.drawn import contact_sheet
+
     started = time.monotonic()
     source, data = folder / "drawn", str(folder / "data")
     draw(str(source), recipe_config(recipe, "draw"))
     contact_sheet(source, folder / "pedestrians.png", rows=2, columns=6)
     connect()
-    found = pipeline(data, str(source), recipe)
+    result = pipeline(data, str(source), recipe)
     settings = recipe_config(recipe, "train")
-    without = dataclasses.replace(
+    train(data, _without_summaries(settings))
+    baseline = evaluate(data, recipe_config(recipe, "evaluate", model=BASELINE))
+    metrics = result["metrics"]
+    rows = {
+        "chance": metrics["chance"],
+        "without summaries (λ = 0, no CAWL)": baseline["metrics"]["fused"],
+        "CECA, global branch alone": metrics["global"],
+        "CECA, local branch alone": metrics["local"],
+        "CECA": metrics["fused"],
+    }
+    picture = _answer_searches(Store(data), folder / "searches.png", searches, seed=settings.seed)
+    title = (
+        f"People never seen in training: {result['queries']} queries, {result['gallery']} images, percent "
+        "(summaries by the simulated annotator)"
+    )
+    print_metrics(title, rows)
+    console.print(f"demo: {time.monotonic() - started:.0f} s; the ranked lists are in {picture}")
+    console.print("demo: `make serve` opens the search page on this gallery")
+    return rows
+
+
+def _without_summaries(settings: TrainConfig) -> TrainConfig:
+    """The same training without summaries."""
+    return dataclasses.replace(
         settings,
         name=BASELINE,
         model=dataclasses.replace(settings.model, summary_weight=0.0),
@@ -50,24 +79,15 @@ def demo(folder: Path, recipe: str, searches: int = 3) -> dict[str, dict[str, fl
             settings.losses, terms=tuple(term for term in settings.losses.terms if term != "cawl")
         ),
     )
-    train(data, without)
-    baseline = evaluate(data, recipe_config(recipe, "evaluate", model=BASELINE))
-    rows = {
-        "chance": found["metrics"]["chance"],
-        "without summaries (λ = 0, no CAWL)": baseline["metrics"]["fused"],
-        "CECA, global branch alone": found["metrics"]["global"],
-        "CECA, local branch alone": found["metrics"]["local"],
-        "CECA": found["metrics"]["fused"],
-    }
-    picture = _answer_searches(Store(data), folder / "searches.png", searches, seed=settings.seed)
-    _print_table(rows, found)
-    console.print(f"demo: {time.monotonic() - started:.0f} s; the ranked lists are in {picture}")
-    console.print("demo: `make serve` opens the search page on this gallery")
-    return rows
 
 
 def _answer_searches(store: Store, picture: Path, count: int, seed: int) -> Path:
-    """Ask for people of the test split in the words of their captions, which no training has seen."""
+    """Search for people of the test split with their captions, and draw the ranked lists."""
+    from ceca.report.figures import draw_ranked_lists
+    from ceca.search.catalogue import Catalogue
+    from ceca.search.searcher import Searcher
+    from jobs.reports.hits import ranked_list
+
     images = store.current("images", "ingest")
     pairs = make_pairs(store, list_images(store, images, "test"), store.current("captions", "ingest"))
     chosen = np.random.default_rng(seed).choice(pairs.num_rows, size=min(count, pairs.num_rows), replace=False)
@@ -81,20 +101,6 @@ def _answer_searches(store: Store, picture: Path, count: int, seed: int) -> Path
         console.print(f"search: “{query}” → right at rank {', '.join(map(str, ranks)) or 'none of 8'}")
         lists.append(ranked_list(catalogue, query, identity, hits))
     return draw_ranked_lists(lists, picture)
-
-
-def _print_table(rows: dict[str, dict[str, float]], found: dict[str, Any]) -> None:
-    title = (
-        f"People never seen in training: {found['queries']} queries, {found['gallery']} images, percent "
-        "(summaries by the simulated annotator)"
-    )
-    table = TextTable(title=title, title_justify="left")
-    table.add_column("")
-    for heading in METRICS.values():
-        table.add_column(heading, justify="right")
-    for name, metrics in rows.items():
-        table.add_row(name, *(f"{metrics[key]:.2f}" for key in METRICS))
-    console.print(table)
 
 
 def main(argv: list[str] | None = None) -> None:

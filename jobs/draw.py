@@ -2,7 +2,7 @@
 
     python jobs/draw.py --data build/drawn --identities 360
 
-Drawn on this machine alone; where the folder is a URI (s3://…), copied there afterwards.
+The images are drawn on this machine; if the folder is a URI (s3://…), they are then copied there.
 """
 
 from __future__ import annotations
@@ -19,23 +19,31 @@ from jobs.runtime.console import Track, console, entry
 
 
 def draw(folder: str, config: DrawConfig) -> DrawnStatistics:
-    """Draw what is missing of a dataset; a folder that is complete stays as it is."""
+    """Draw the images that a dataset lacks; a complete folder stays as it is.
+
+    Args:
+        folder: path or URI.
+        config: number of people and images, layout and seed.
+
+    Raises:
+        UserError: the settings do not fit together.
+    """
     if "://" not in folder:
         return _draw(Path(folder), config, folder)
     with tempfile.TemporaryDirectory(prefix="ceca-draw-") as place:
-        made = _draw(Path(place), config, folder)
+        statistics = _draw(Path(place), config, folder)
         fs, root = filesystem(folder)
         if folder.startswith("s3://") and not fs.exists(root.split("/")[0]):
             fs.mkdir(root.split("/")[0])
         files = [path for path in Path(place).rglob("*") if path.is_file()]
         fs.put([str(file) for file in files], [f"{root}/{file.relative_to(place).as_posix()}" for file in files])
-    return made
+    return statistics
 
 
 def _draw(folder: Path, config: DrawConfig, shown: str) -> DrawnStatistics:
     with Track("draw", config.identities * config.images_per_identity, unit="images") as track:
         try:
-            made = draw_dataset(
+            statistics = draw_dataset(
                 folder,
                 seed=config.seed,
                 identities=config.identities,
@@ -48,9 +56,9 @@ def _draw(folder: Path, config: DrawConfig, shown: str) -> DrawnStatistics:
             )
         except ValueError as error:
             raise UserError(str(error)) from error
-    images = ", ".join(f"{count:,} {split}" for split, count in made.images.items())
-    console.print(f"draw: {images} images, {made.captions:,} captions → {shown}")
-    return made
+    images = ", ".join(f"{count:,} {split}" for split, count in statistics.images.items())
+    console.print(f"draw: {images} images, {statistics.captions:,} captions → {shown}")
+    return statistics
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
     python jobs/ingest.py --source CUHK-PEDES --data s3://bucket/cuhk
 
-Images are decoded on Ray workers to check them; their bytes are kept as they came.
+Ray workers decode every image to check it; the tables keep the original bytes.
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
-from rich.table import Table as TextTable
 
 from ceca.commandline import parse_arguments
 from ceca.config import IngestConfig
 from ceca.data.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, caption_id, image_id
 from ceca.data.store import Manifest, Reject, Store, StoreError, filesystem, version_of
 from ceca.datasets.images import ImageError, check_image
-from ceca.datasets.layouts import Annotations, count_splits, differences, read_annotations, read_attributes
+from ceca.datasets.layouts import Annotations, Record, count_splits, differences, read_annotations, read_attributes
 from ceca.settings import to_mapping
-from jobs.runtime.console import console, entry
-from jobs.runtime.units import Output, Plan, run_plan
+from jobs.runtime.console import console, entry, text_table
+from jobs.runtime.records import cut, from_json, to_json
+from jobs.runtime.units import Output, Plan, Workers, run_plan
 
 
 def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, Manifest]:
-    """Publish images, captions and, of drawn pedestrians, attributes."""
+    """Publish the tables images and captions, and attributes if the pedestrians are drawn.
+
+    Args:
+        data: dataset URI.
+        config: source, layout and size of the parts.
+        redo: make a new version even if this one is published.
+
+    Returns:
+        The manifest of each table.
+    """
     store = Store(data)
     annotations = read_annotations(config.source, config.layout)
     print_statistics(annotations)
-    records = annotations.records[: config.limit]
-    units = [
-        [
-            [r.source_path, r.identity, r.split, r.camera, list(r.captions)]
-            for r in records[start : start + config.images_per_part]
-        ]
-        for start in range(0, len(records), config.images_per_part)
-    ]
+    batches = cut(annotations.records[: config.limit], config.images_per_part)
     settings = to_mapping(config, results_only=True)
     tables: tuple[str, ...] = ("captions", "images")
     notes: dict[str, Any] = {"layout": annotations.layout.name}
@@ -51,8 +53,8 @@ def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, 
         stage="ingest",
         version=version_of("ingest", SCHEMA_VERSION, digest, notes, decides),
         tables=tables,
-        units=units,
-        sizes=[len(unit) for unit in units],
+        units=[to_json(records) for records in batches],
+        sizes=[len(records) for records in batches],
         worker=IngestWorker,
         arguments={"source": config.source if "://" in config.source else filesystem(config.source)[1]},
         made_from={"annotation": digest},
@@ -60,38 +62,43 @@ def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, 
         rejects=annotations.rejects,
         notes=notes,
     )
-    return run_plan(store, plan, redo=redo, replicas=len(units), cpus=config.cpus_per_task)
+    return run_plan(store, plan, Workers(len(batches), cpus=config.cpus_per_task), redo=redo)
 
 
 class IngestWorker:
-    """Reads and checks the images of some records."""
+    """Reads and checks the images of some records. A unit of work is a list of Record as JSON."""
 
     def __init__(self, source: str):
         self.fs, self.root = filesystem(source)
-        # The ground truth goes by the workers and not by the plan: it is as large as the annotations.
-        drawn = read_attributes(self.fs, self.root)
-        self.attributes = {image["path"]: image for image in drawn["images"]} if drawn else {}
+        # Each worker reads the ground truth itself: it is as large as the annotations, too large for the plan.
+        truth = read_attributes(self.fs, self.root)
+        self.attributes = {image["path"]: image for image in truth["images"]} if truth else {}
 
     def __call__(self, work: list[Any]) -> Output:
+        records = from_json(Record, work)
         images, captions, attributes, rejects = [], [], [], []
         with ThreadPoolExecutor(16) as readers:  # an object store answers many requests at once
-            contents = readers.map(self._read, [record[0] for record in work])
-        for (path, identity, split, camera, texts), content in zip(work, contents, strict=True):
+            contents = readers.map(self._read, [record.source_path for record in records])
+        for record, content in zip(records, contents, strict=True):
             if isinstance(content, Reject):
                 rejects.append(content)
                 continue
+            path = record.source_path
             try:
                 width, height = check_image(content)
             except ImageError as error:
                 rejects.append(Reject(path, error.reason, error.detail))
                 continue
             key = image_id(path)
-            images.append((key, identity, split, camera, content, width, height, path))
-            captions += [(caption_id(key, n), key, identity, split, text) for n, text in texts]
+            images.append((key, record.identity, record.split, record.camera, content, width, height, path))
+            captions += [
+                (caption_id(key, position), key, record.identity, record.split, text)
+                for position, text in record.captions
+            ]
             if path in self.attributes:
-                drawn = self.attributes[path]
+                truth = self.attributes[path]
                 attributes.append(
-                    (key, drawn["view"], drawn["lighting"], drawn["occluded"], list(drawn["attributes"].items()))
+                    (key, truth["view"], truth["lighting"], truth["occluded"], list(truth["attributes"].items()))
                 )
         tables = {"images": _table(images, IMAGES), "captions": _table(captions, CAPTIONS)}
         if self.attributes:
@@ -114,11 +121,10 @@ def _table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
 
 
 def print_statistics(annotations: Annotations) -> None:
-    """Show the dataset's size by split and warn of every number that differs from the published one."""
+    """Print the dataset's size by split, and a warning for each number that differs from the published one."""
     counts = count_splits(annotations.records)
-    table = TextTable(title=f"{annotations.layout.name}: {annotations.layout.annotation}", title_justify="left")
-    for heading in ("split", "images", "identities", "captions"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
+    title = f"{annotations.layout.name}: {annotations.layout.annotation}"
+    table = text_table(title, "split", "images", "identities", "captions", left="split")
     for split, count in counts.items():
         table.add_row(split, f"{count.images:,}", f"{count.identities:,}", f"{count.captions:,}")
     console.print(table)

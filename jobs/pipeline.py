@@ -1,8 +1,8 @@
-"""Pipeline: every stage after the other, from a published layout on disk to a gallery that can be searched.
+"""Pipeline: all stages in order, from a published layout on disk to a gallery that can be searched.
 
     python jobs/pipeline.py --source CUHK-PEDES --data s3://bucket/cuhk --recipe cuhk_pedes
 
-What is published already is not done again, so the same command continues a pipeline that was stopped anywhere.
+Published tables are not made again, so the same command continues a pipeline that was stopped anywhere.
 """
 
 from __future__ import annotations
@@ -26,14 +26,24 @@ from jobs.train import train
 
 
 def recipe_config(recipe: str, stage: str, **overrides: Any) -> Any:
-    """A stage's configuration from a recipe, some of its values replaced."""
+    """A stage's configuration from a recipe, with some values replaced."""
     settings: Any = from_mapping(STAGES[stage], load_recipe(recipe).get(stage) or {}, f"recipe {recipe}: {stage}")
     return dataclasses.replace(settings, **overrides)
 
 
 def pipeline(data: str, source: str, recipe: str, name: str = "ceca") -> dict[str, Any]:
-    """Run ingest, dialogue, train, evaluate and index; returns the evaluation."""
-    # All of them first: what is wrong with a recipe is said before anything is computed.
+    """Run ingest, dialogue, train, evaluate and index.
+
+    Args:
+        data: dataset URI.
+        source: folder or URI with the annotation file and imgs/.
+        recipe: name or path of a recipe.
+        name: the model's name below the dataset URI.
+
+    Returns:
+        The result of the evaluation.
+    """
+    # All settings are read first, so that a mistake in the recipe is reported before anything is computed.
     named = {
         "ingest": {"source": source},
         "train": {"name": name},
@@ -48,9 +58,9 @@ def pipeline(data: str, source: str, recipe: str, name: str = "ceca") -> dict[st
         ingest(data, settings["ingest"])
         dialogue(data, settings["dialogue"])
         train(data, settings["train"])
-        found = evaluate(data, settings["evaluate"])
+        result = evaluate(data, settings["evaluate"])
         index(data, settings["index"])
-    return found
+    return result
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     ) -> None:
         pipeline(data, source, recipe, name)
 
-    tyro.cli(run, args=argv, prog="pipeline", description="Every stage: ingest, dialogue, train, evaluate, index.")
+    tyro.cli(run, args=argv, prog="pipeline", description="All stages: ingest, dialogue, train, evaluate, index.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Report: pictures and tables of what a stage made.
+"""Report: figures and tables of a dataset and its models.
 
 ceca report page --data s3://bucket/cuhk
 """
@@ -34,7 +34,9 @@ KINDS: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    tyro.extras.subcommand_cli_from_dict(KINDS, args=argv, prog="ceca report", description="Look at what a stage made.")
+    tyro.extras.subcommand_cli_from_dict(
+        KINDS, args=argv, prog="ceca report", description="Figures and tables of a dataset."
+    )
 
 
 if __name__ == "__main__":

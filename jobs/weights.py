@@ -1,4 +1,4 @@
-"""Weights: bring in other programs' checkpoints, and give a model's CLIP part to open_clip.
+"""Weights: import checkpoints of other programs, and export a model's CLIP part to open_clip.
 
 ceca weights import --data s3://bucket/cuhk --checkpoint rde/best.pth --name rde-published
 ceca weights export --data s3://bucket/cuhk --model ceca-vitb16 --out clip.safetensors
@@ -15,9 +15,7 @@ import tyro
 from ceca.config import LossConfig, ModelConfig, TrainConfig
 from ceca.data.store import Store
 from ceca.errors import UserError
-from ceca.model.foreign import export_clip, import_checkpoint
 from ceca.model.registry import PublishedModel, find_model
-from ceca.model.weights import load_model, publish_model, serialize
 from ceca.settings import to_mapping
 from jobs.runtime.console import console, entry
 
@@ -33,6 +31,9 @@ def import_weights(
     image_width: Annotated[int, tyro.conf.arg(help="in pixels")] = 128,
 ) -> PublishedModel:
     """Publish a checkpoint of IRRA or RDE as a model, to evaluate, index and serve it."""
+    from ceca.model.foreign import import_checkpoint
+    from ceca.model.weights import publish_model, serialize
+
     store = Store(data)
     given = ModelConfig(backbone=backbone, image_height=image_height, image_width=image_width)
     config, state = import_checkpoint(checkpoint, given)
@@ -42,7 +43,7 @@ def import_weights(
     if published is not None and published.version != version:
         raise UserError(f"{published.uri} is published with other weights; use another --name")
     terms: Any = ("tal_global", "tal_local") if config.local_branch else ("sdm", "identity", "words")
-    made = publish_model(
+    model = publish_model(
         store,
         name,
         weights,
@@ -53,8 +54,8 @@ def import_weights(
         version=version,
     )
     kind = "RDE, global and local" if config.local_branch else "IRRA, global"
-    console.print(f"weights: {len(state)} tensors ({kind}) → {made.uri}")
-    return made
+    console.print(f"weights: {len(state)} tensors ({kind}) → {model.uri}")
+    return model
 
 
 def export_weights(
@@ -65,6 +66,9 @@ def export_weights(
     """Write a model's CLIP part for open_clip."""
     if out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, found {out}")
+    from ceca.model.foreign import export_clip
+    from ceca.model.weights import load_model
+
     loaded, _ = load_model(Store(data), model)
     export_clip(loaded, out)
     config = loaded.config

@@ -1,4 +1,7 @@
-"""`python -m serve --data URI`: the search service in the foreground, until Ctrl-C."""
+"""`python -m serve --data URI`: the search service in the foreground, until Ctrl-C.
+
+Ray and torch are imported inside functions, so that --help and wrong options are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,39 @@ import sys
 import time
 from pathlib import Path
 
-import ray
-from ray import serve
-
 from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
-from ceca.data.store import Store
 from ceca.errors import UserError
-from ceca.search.edition import find_edition
-from serve.app import QUIET, application
-from serve.proxy import ENVIRONMENT
+from serve.environment import ENVIRONMENT
 
-CORES = 8  # that one replica uses at most unless told: a batch has no work for more
-NAME = "ceca-search"  # of the application, so that others on the same cluster are left alone
+CORES = 8  # most CPUs per replica unless the settings say otherwise: a batch has no work for more
+NAME = "ceca-search"  # of the application, so that other applications on the same cluster are left alone
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check the dataset, start Ray if there is none, deploy, and stay."""
+    """Check the dataset, start Ray if it is not running, deploy the service, and wait for Ctrl-C.
+
+    Raises:
+        UserError: the options are not safe or the port is taken, or the dataset has nothing to serve.
+    """
     arguments = parse_arguments("serve", argv, prog="python -m serve")
     config: ServeConfig = arguments.config
     if not (config.keys or config.open or _is_loopback(config.host)):
         raise UserError(
             f"others can reach {config.host}, and this searches for people: give --keys FILE "
-            "(`python -m serve.access NAME` makes a key), or --open where something before it asks who they are"
+            "(`python -m serve.access NAME` makes a key), or --open if a proxy in front of it authenticates users"
         )
+    from ceca.data.store import Store
+    from ceca.search.edition import find_edition
+
     edition = find_edition(Store(arguments.data), config.model)
     if not os.environ.get("RAY_ADDRESS"):
         _check_port(config.host, config.port)
+    import ray
+    from ray import serve
+
+    from serve.app import QUIET, application
+
     images = edition.manifest("gallery").rows
     print(f"starting: {images:,} images of {edition.data}, model {edition.model_name}", flush=True)
     try:
@@ -58,31 +67,35 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _connect(config: ServeConfig) -> ServeConfig:
-    """Join the cluster that RAY_ADDRESS names, else one that `ray start` left on this machine, else start Ray.
+    """Join the cluster that RAY_ADDRESS names, or one that `ray start` left on this machine, or start Ray.
 
-    Returns the settings for what was found.
+    Returns:
+        The settings, with the CPUs per replica if Ray was started here.
     """
+    import ray
+
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    encoders = config.encoder_replicas_max or config.encoder_replicas
-    searchers = config.shards * (config.search_replicas_max or config.search_replicas)
-    cores = os.cpu_count() or 1
-    alone = dataclasses.replace(config, cpus=config.cpus or min(cores, CORES))
-    needed = (alone.cpus or 1) * (encoders + searchers)
     address = os.environ.get("RAY_ADDRESS") or _left_here()
-    if address:  # it knows its CPUs
+    if address:  # the cluster has its own number of CPUs
         ray.init(address=address, **quiet)
         return config
-    ray.init(address="local", num_cpus=max(needed, cores), include_dashboard=False, **quiet)
-    return alone
+    cores = os.cpu_count() or 1
+    cpus = config.cpus or min(cores, CORES)
+    encoders = config.encoder_replicas_max or config.encoder_replicas
+    searchers = config.shards * (config.search_replicas_max or config.search_replicas)
+    ray.init(address="local", num_cpus=max(cpus * (encoders + searchers), cores), include_dashboard=False, **quiet)
+    return dataclasses.replace(config, cpus=cpus)
 
 
 def _left_here() -> str | None:
-    """The address of the cluster that `ray start` left on this machine, where it answers: of one that was killed Ray
-    keeps the address, and would wait for it for minutes."""
+    """The address of the cluster that `ray start` left on this machine, if it answers.
+
+    Ray keeps the address of a killed cluster, and would wait for that cluster for minutes.
+    """
     file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     try:
         address = file.read_text().strip()
@@ -94,14 +107,17 @@ def _left_here() -> str | None:
 
 
 def _stop() -> None:
-    """Take the application down, and Serve with it unless it serves something else too."""
+    """Delete the application, and stop Ray Serve unless it serves other applications too."""
+    import ray
+    from ray import serve
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not ray.is_initialized():
         return
-    # Ray prints that the Serve controller, which ends itself on request, was killed: nobody needs to read that.
+    # The Serve controller ends itself on request, but Ray prints that it was killed. Do not show that.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        with contextlib.suppress(Exception):  # a cluster that is gone needs no goodbye
+        with contextlib.suppress(Exception):  # the cluster may be gone already
             serve.delete(NAME)
             if not serve.status().applications:
                 serve.shutdown()
@@ -125,7 +141,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _reachable(host: str) -> str:
-    """An address to open in a browser on this machine."""
+    """The host to open in a browser on this machine."""
     return "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
 
 
@@ -134,8 +150,8 @@ def _interrupt(*_: object) -> None:
 
 
 def entry() -> None:
-    """A UserError is one line and exit code 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started it in the background, deaf to Ctrl-C
+    """Run the command. A UserError is printed in one line, with exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background process would ignore Ctrl-C otherwise
         signal.signal(number, _interrupt)
     try:
         main()

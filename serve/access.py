@@ -1,6 +1,6 @@
-"""Who may ask: API keys with scopes, a limit of each, and a log of what was asked.
+"""API keys with scopes and rate limits, and the log of who searched.
 
-A file names the SHA-256 of each key and not the key, so that reading it opens nothing:
+The file of keys holds the SHA-256 of each key and not the key, so reading the file gives no access:
 
     keys:
       - name: portal
@@ -38,7 +38,14 @@ AUDIT = logging.getLogger("ceca.audit")
 
 @dataclass(frozen=True)
 class Key:
-    """One key: whose it is, its SHA-256 in hex, what it is for, and how many requests a minute it may make."""
+    """One API key.
+
+    Args:
+        name: its owner.
+        sha256: its SHA-256 in hex.
+        scopes: what it gives access to.
+        per_minute: limit of requests per minute.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -47,10 +54,10 @@ class Key:
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file.
+    """Read the keys of a file.
 
     Raises:
-        UserError: it cannot be read, or something in it is not valid; never says what a key is.
+        UserError: the file cannot be read or is not valid. The message never contains a key.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -60,16 +67,24 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     try:
         keys = TypeAdapter(tuple[Key, ...]).validate_python(entries)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
+        problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         raise UserError(f"{path}: {problems}") from None
     if len({key.name for key in keys}) < len(keys) or not keys:
-        raise UserError(f"{path}: every key needs a name of its own, and there must be one; found {len(keys)}")
+        raise UserError(f"{path}: expected at least one key, each with a different name; found {len(keys)} keys")
+
     return keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why a request is not answered: HTTP status, what to tell, after how many seconds to come again, and whose key."""
+    """Why a key is not admitted.
+
+    Args:
+        status: HTTP status.
+        detail: the reason, for the client.
+        retry_after: seconds after which the client may try again.
+        who: name of the key.
+    """
 
     status: int
     detail: str
@@ -78,9 +93,14 @@ class Refusal:
 
 
 class Gate:
-    """Lets requests with a key through, at most so many a minute; without keys everybody, for this machine alone.
+    """Admits requests by their key, within the key's limit. Without any keys it admits everybody.
 
-    A bucket per key and per ingress replica: `replicas` share a key's limit between them.
+    Each ingress replica has a token bucket per key, with its share of the key's limit.
+
+    Args:
+        keys: the API keys.
+        replicas: number of ingress replicas that share each key's limit.
+        clock: seconds, for tests.
     """
 
     def __init__(self, keys: Sequence[Key], replicas: int = 1, clock: Any = time.monotonic):
@@ -91,32 +111,53 @@ class Gate:
         return max(1.0, key.per_minute / self.replicas)
 
     def admit(self, given: str | None, scope: Scope | None) -> Key | Refusal | None:
-        """The key, a refusal, or None where there are no keys at all. Scope None: any key."""
+        """Check a key and take one request from its limit.
+
+        Args:
+            given: the key that the client sent.
+            scope: the scope that the key needs; None admits any key.
+
+        Returns:
+            The key, or the refusal, or None if the service has no keys at all.
+        """
         if not self.keys:
             return None
         if not given:
             return Refusal(401, "a key is needed: Authorization: Bearer KEY")
         digest = hashlib.sha256(given.encode()).hexdigest()
-        # Every key is compared, each in constant time: how long it takes tells nothing.
-        (*_, found) = [None, *(key for key in self.keys if hmac.compare_digest(key.sha256, digest))]
-        if found is None:
+        # Compare every key, each in constant time, so that the duration reveals nothing.
+        (*_, key) = [None, *(key for key in self.keys if hmac.compare_digest(key.sha256, digest))]
+        if key is None:
             return Refusal(401, "this key is not known")
-        if scope is not None and scope not in found.scopes:
-            detail = f"this key is for {', '.join(found.scopes)}, and this needs {scope}"
-            return Refusal(403, detail, who=found.name)
-        left, then = self.buckets[found.name]
-        now, size = self.clock(), self._size(found)
+        if scope is not None and scope not in key.scopes:
+            detail = f"this key is for {', '.join(key.scopes)}, and this needs {scope}"
+            return Refusal(403, detail, who=key.name)
+        wait = self._take(key)
+        if wait:
+            return Refusal(429, f"this key may ask {key.per_minute} times a minute", wait, who=key.name)
+        return key
+
+    def _take(self, key: Key) -> int:
+        """Take one request from a key's bucket. Returns the seconds to wait if the bucket is empty, else 0."""
+        left, then = self.buckets[key.name]
+        now, size = self.clock(), self._size(key)
         left = min(size, left + (now - then) * size / 60)
         if left < 1:
-            self.buckets[found.name] = (left, now)
-            wait = int((1 - left) * 60 / size) + 1
-            return Refusal(429, f"this key may ask {found.per_minute} times a minute", wait, who=found.name)
-        self.buckets[found.name] = (left - 1, now)
-        return found
+            self.buckets[key.name] = (left, now)
+            return int((1 - left) * 60 / size) + 1
+        self.buckets[key.name] = (left - 1, now)
+        return 0
 
 
 def audit(who: str, action: str, status: int, **facts: Any) -> None:
-    """A line of JSON in the log `ceca.audit`. Words that were searched for are given as their hash, never as such."""
+    """Write a line of JSON to the log `ceca.audit`. Searched words appear only as a hash.
+
+    Args:
+        who: name of the key.
+        action: method and path.
+        status: HTTP status of the response.
+        facts: further fields.
+    """
     AUDIT.info(
         json.dumps(
             {
@@ -131,12 +172,15 @@ def audit(who: str, action: str, status: int, **facts: Any) -> None:
 
 
 def hashed(query: str | bytes) -> str:
+    """16 hex digits of the SHA-256 of a query, for the log."""
     return hashlib.sha256(query if isinstance(query, bytes) else query.encode()).hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Make an API key and print its entry for the file of keys."""
+
     def make(
-        name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help="whose key it is")],
+        name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help="owner of the key")],
         scopes: tuple[Scope, ...] = ("search",),
         per_minute: int = 600,
     ) -> None:
@@ -147,7 +191,9 @@ def main(argv: list[str] | None = None) -> None:
             "scopes": list(scopes),
             "per_minute": per_minute,
         }
-        print(f"the key, shown this once: {key}", file=sys.stderr)  # so that a file of the rest does not hold it
+        print(
+            f"the key, shown this once: {key}", file=sys.stderr
+        )  # on stderr, so that a file with the output does not hold it
         print(yaml.safe_dump({"keys": [entry]}, sort_keys=False), end="")
 
     tyro.cli(make, args=argv, prog="python -m serve.access", description="Make an API key.")

@@ -1,16 +1,16 @@
-"""The service's client, over plain HTTP: what serve/api.py answers, as small Python values.
+"""The service's Python client, over plain HTTP. It returns the records of `serve.schema`.
 
     with Client("http://localhost:8000", key=os.environ["KEY"]) as client:
         for hit in client.search("a woman in a red coat").hits:
             print(hit.similarity, hit.summary)
 
-Every request may be made twice, for the service adds images by content and changes nothing when it searches. So one
-that the service had no room for, or whose connection was lost, is made again until `timeout_s` is over.
+Every request may be sent twice: a search changes nothing, and an image is added by its content. So the client sends a
+request again if the service had no capacity or the connection was lost, until `timeout_s` is over. It needs neither
+Ray nor FastAPI.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,17 +20,40 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
 from ceca.errors import UserError
+from serve.schema import ExplainResponse, Job, Proposed, Ready, SearchHit, SearchResponse, Sentence, Status, Word
 
-T = TypeVar("T")
+__all__ = [
+    "Answer",
+    "Client",
+    "ClientError",
+    "Explanation",
+    "Hit",
+    "Job",
+    "Question",
+    "Ready",
+    "Sentence",
+    "Status",
+    "Word",
+]
 
-AGAIN = {429, 502, 503, 504}  # the service or a gateway before it has no room, or no replica, just now
-PAUSE_S, LONGEST_PAUSE_S = 0.2, 2.0  # between attempts that nobody named a time for, and between looks at a job
-PAGE = 10  # images; every service gives as many at a time
+# Short names of the records for users of the client.
+Answer = SearchResponse
+Explanation = ExplainResponse
+Hit = SearchHit
+Question = Proposed
+
+Record = TypeVar("Record", bound=BaseModel)
+
+AGAIN = {429, 502, 503, 504}  # the service, or a gateway before it, has no room or no replica at the moment
+# Pauses between attempts when the response names no time, and between two looks at a job.
+PAUSE_S, LONGEST_PAUSE_S = 0.2, 2.0
+PAGE = 10  # images per request of `search_all`; every service allows this number
 
 HINTS = {
-    401: "give Client(…, key=…) a key that the service's file of keys holds",
+    401: "give Client(…, key=…) a key that is in the service's file of keys",
     403: "use a key with this scope",
     413: "send a smaller image, or a shorter query",
 }
@@ -40,130 +63,29 @@ Image = str | Path | bytes
 
 
 class ClientError(UserError):
-    """A request was not answered as hoped; `status` is the HTTP status, None where there was no answer."""
+    """A request failed. `status` is the HTTP status; None if there was no response."""
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
         self.status = status
 
 
-@dataclasses.dataclass(frozen=True)
-class Hit:
-    """One image. `identity` is None where nobody said whose image it is, `belief` (0 … 1) where no conversation is
-    held, `summary` where it has no dialogue; `image` is its path on the service."""
-
-    image_id: str
-    identity: int | None
-    similarity: float
-    global_similarity: float
-    local_similarity: float
-    belief: float | None
-    summary: str | None
-    image: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """The question whose answer would tell most, and its answers with the share of the belief that each has."""
-
-    facet: str
-    text: str
-    values: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The best images, best first, and what they were ranked with. `next_offset` is None behind the last page,
-    `query` where an image was searched with."""
-
-    query: str | None
-    omega: float
-    model: str
-    gallery: str
-    took_ms: float
-    hits: tuple[Hit, ...]
-    next_offset: int | None
-    question: Question | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Word:
-    """A word of a query, and by how much the similarity falls without it."""
-
-    word: str
-    contribution: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Sentence:
-    """What was said of an image, in its `summary` or in answer to the question `source`."""
-
-    source: str
-    text: str
-    similarity: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Why an image was found: the query's words in order, and what was said of the image, the closest first."""
-
-    query: str
-    image_id: str
-    omega: float
-    model: str
-    gallery: str
-    similarity: float
-    global_similarity: float
-    local_similarity: float
-    words: tuple[Word, ...]
-    sentences: tuple[Sentence, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """An image that is added or erased. `status` is waiting, done or failed; `detail` says why it failed or waits."""
-
-    job: str
-    status: str
-    image_id: str | None
-    detail: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Ready:
-    """What is served."""
-
-    model: str
-    gallery: str
-    images: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Status(Ready):
-    """Why a newer gallery is not served (`following`), what keeps images from being added or erased (`intake`), and how
-    many wait for that."""
-
-    following: str
-    intake: str
-    arrivals: int
-    erasures: int
-
-
 class Client:
-    """A service at a URL. May be shared by threads. Every method raises ClientError.
+    """A connection to a service. Threads may share it. Every method can raise ClientError.
 
     Args:
-        url: such as `http://localhost:8000`, with the route prefix where there is one.
-        key: an API key; None where the service has none.
-        timeout_s: that a request may take in all, attempts and pauses included.
-        job_timeout_s: that `add` and `remove` wait for their job: the first image starts a dialogue engine.
+        url: the service's address, such as `http://localhost:8000`, with the route prefix if there is one.
+        key: an API key; None if the service has none.
+        timeout_s: time limit of a request, with all its attempts and pauses.
+        job_timeout_s: time limit for `add` and `remove` to wait for their job. The first image starts a dialogue
+            engine, which takes minutes.
     """
 
     def __init__(self, url: str, key: str | None = None, timeout_s: float = 30, *, job_timeout_s: float = 600):
         if not url.startswith(("http://", "https://")):
-            raise ClientError(f"{url!r} is no address of a service; it begins with http:// or https://")
+            raise ClientError(f"{url!r} is no address of a service: it must begin with http:// or https://")
         if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-            raise ClientError("the key is empty or holds characters that no key has; see `python -m serve.access`")
+            raise ClientError("the key is empty or holds characters that no key can have; see `python -m serve.access`")
         self.url, self.timeout_s, self.job_timeout_s = url.rstrip("/"), timeout_s, job_timeout_s
         try:
             self._http = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {})
@@ -178,7 +100,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         self._http.close()
 
     # --- searching ----------------------------------------------------------------------------------------
@@ -194,14 +116,16 @@ class Client:
         suggest: bool = False,
         offset: int = 0,
     ) -> Answer:
-        """The images that a description fits best.
+        """The images that fit a description best.
 
         Args:
-            omega: 0 (whole picture) … 1 (details); None: the service's own.
-            where: facets, each with a value or several, one of which an image must have.
-            answers: what is known of the person by facet, None where the user does not know.
-            suggest: propose the question that would tell most.
-            offset: so many best images are skipped.
+            query: the description.
+            top_k: number of images.
+            omega: ω, from 0 (whole picture) to 1 (details); None uses the service's own.
+            where: facets with one or several values; an image must have one of the values of each facet.
+            answers: the user's answers by facet; None if the user does not know.
+            suggest: also return the question whose answer would tell most.
+            offset: number of best images to skip.
         """
         body = {"query": query, "answers": dict(answers or {}), "suggest": suggest}
         return self._search("/v1/search", body, top_k, omega, offset, where)
@@ -215,9 +139,16 @@ class Client:
         answers: Mapping[str, str | None] | None = None,
         page: int = PAGE,
     ) -> Iterator[Hit]:
-        """All images that the service gives for a description, best first, so many at a time as they are needed.
+        """All images that the service returns for a description, best first. Pages are requested as they are read.
 
-        An image that comes twice, because the gallery changed between two pages, is given once.
+        An image that is on two pages, because the gallery changed between them, is returned once.
+
+        Args:
+            query: the description.
+            omega: as in `search`.
+            where: as in `search`.
+            answers: as in `search`.
+            page: images per request.
         """
         seen: set[str] = set()
         offset: int | None = 0
@@ -236,10 +167,10 @@ class Client:
         where: Conditions | None = None,
         offset: int = 0,
     ) -> Answer:
-        """The images most like one: a file, or its bytes (JPEG, PNG, WebP or BMP)."""
+        """The images most similar to an image: a file, or its bytes (JPEG, PNG, WebP or BMP)."""
         params: dict[str, Any] = {"top_k": top_k, "offset": offset, "where": json.dumps(_conditions(where))}
         params |= {} if omega is None else {"omega": omega}
-        return _answer(self._json("POST", "/v1/search/image", params=params, content=_content(image)))
+        return self._record(Answer, "POST", "/v1/search/image", params=params, content=_content(image))
 
     def search_like(
         self,
@@ -250,23 +181,20 @@ class Client:
         where: Conditions | None = None,
         offset: int = 0,
     ) -> Answer:
-        """The images most like one of the gallery, which is the first of them."""
+        """The images most similar to an image of the gallery, which comes first itself."""
         return self._search("/v1/search/like", {"image_id": image_id}, top_k, omega, offset, where)
 
     def explain(self, query: str, image_id: str, *, omega: float | None = None) -> Explanation:
-        """Why an image was found by a query."""
-        found = self._json("POST", "/v1/explain", json={"query": query, "image_id": image_id, "omega": omega})
-        words = tuple(_make(Word, word) for word in found["words"])
-        return _make(
-            Explanation, found, words=words, sentences=tuple(_make(Sentence, told) for told in found["sentences"])
-        )
+        """Why a query returned an image."""
+        body = {"query": query, "image_id": image_id, "omega": omega}
+        return self._record(Explanation, "POST", "/v1/explain", json=body)
 
     def image(self, image_id: str) -> bytes:
-        """An image of the gallery as it came."""
+        """The file of an image of the gallery, unchanged."""
         return self._request("GET", f"/v1/images/{quote(image_id, safe='')}").content
 
     def facets(self) -> dict[str, list[str]]:
-        """What `where` can name: facets and their values."""
+        """The facets and values that `where` can name."""
         return self._json("GET", "/v1/facets")
 
     # --- changing the gallery -----------------------------------------------------------------------------
@@ -281,35 +209,39 @@ class Client:
         summary: str = "",
         wait: bool = True,
     ) -> Job:
-        """Add an image: a file, or its bytes. With `wait` it is searchable when this returns.
+        """Add an image to the gallery.
 
         Args:
-            identity: whose image it is, a number. camera: which one took it. name: where it came from.
-            summary: what the person looks like; empty: the service asks its multimodal model, if it has one.
+            image: a file, or its bytes.
+            identity: number of the person in the image.
+            camera: the camera that took it.
+            name: where the image came from.
+            summary: description of the person; if empty, the service asks its multimodal model, if it has one.
+            wait: return when the image is searchable; else as soon as it is acknowledged.
         """
         about = {"identity": identity, "camera": camera, "name": name, "summary": summary}
         params = {name: value for name, value in about.items() if value not in (None, "")}
-        return self._finished(self._json("POST", "/v1/images", params=params, content=_content(image)), wait)
+        return self._finished(self._record(Job, "POST", "/v1/images", params=params, content=_content(image)), wait)
 
     def remove(self, image_id: str, wait: bool = True) -> Job:
-        """Take an image out of search and have it erased. With `wait` it is erased when this returns."""
-        return self._finished(self._json("DELETE", f"/v1/images/{quote(image_id, safe='')}"), wait)
+        """Remove an image from search and erase it. With `wait`, return when it is erased."""
+        return self._finished(self._record(Job, "DELETE", f"/v1/images/{quote(image_id, safe='')}"), wait)
 
     def job(self, job: str) -> Job:
-        """How far an image is that is added or removed."""
-        return _make(Job, self._json("GET", f"/v1/jobs/{quote(job, safe='')}"))
+        """The state of an image that is being added or erased."""
+        return self._record(Job, "GET", f"/v1/jobs/{quote(job, safe='')}")
 
     # --- the service --------------------------------------------------------------------------------------
 
     def ready(self) -> Ready:
         """What is served. Waits up to `timeout_s` until every replica has loaded it."""
-        return _make(Ready, self._json("GET", "/readyz"))
+        return self._record(Ready, "GET", "/readyz")
 
     def status(self) -> Status:
         """What is served, what waits, and what went wrong. Needs a key with the scope `admin`."""
-        return _make(Status, self._json("GET", "/v1/status"))
+        return self._record(Status, "GET", "/v1/status")
 
-    # --- how it is asked ----------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------
 
     def _search(
         self,
@@ -321,11 +253,14 @@ class Client:
         where: Conditions | None,
     ) -> Answer:
         body |= {"top_k": top_k, "omega": omega, "offset": offset, "where": _conditions(where)}
-        return _answer(self._json("POST", path, json=body))
+        return self._record(Answer, "POST", path, json=body)
 
-    def _finished(self, acknowledged: dict[str, Any], wait: bool) -> Job:
-        """The job as it was acknowledged, or with `wait` when it is done."""
-        job = _make(Job, acknowledged)
+    def _finished(self, job: Job, wait: bool) -> Job:
+        """The acknowledged job; with `wait`, the same job when it is done.
+
+        Raises:
+            ClientError: the job failed, or still waits after `job_timeout_s`.
+        """
         deadline, pause = time.monotonic() + self.job_timeout_s, PAUSE_S
         while wait and job.status == "waiting":
             if time.monotonic() + pause > deadline:
@@ -335,10 +270,22 @@ class Client:
                 )
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
-            job = dataclasses.replace(self.job(job.job), image_id=job.image_id)
+            job = self.job(job.job).model_copy(update={"image_id": job.image_id})
         if job.status == "failed":
             raise ClientError(f"image {job.image_id} was not added: {job.detail}; mend that and add it again")
         return job
+
+    def _record(self, kind: type[Record], method: str, path: str, **request: Any) -> Record:
+        """The response's JSON as a record."""
+        content = self._json(method, path, **request)
+        try:
+            return kind.model_validate(content)
+        except ValidationError as error:
+            problem = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+            raise ClientError(
+                f"{method} {self.url}{path} gave JSON that is no {kind.__name__} ({problem}); is this the service, and "
+                "as new as this client?"
+            ) from None
 
     def _json(self, method: str, path: str, **request: Any) -> Any:
         response = self._request(method, path, **request)
@@ -349,48 +296,37 @@ class Client:
             raise ClientError(f"{method} {self.url}{path} gave {kind}, not JSON; is this the service?") from None
 
     def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """The response, of status 2xx; asks again where that may help."""
+        """Send a request, again if that may help. The response has a status 2xx."""
         deadline, pause = time.monotonic() + self.timeout_s, PAUSE_S
-        where, lost = f"{method} {self.url}{path}", False
+        name, connection_lost = f"{method} {self.url}{path}", False
         while True:
             left = max(deadline - time.monotonic(), 0.001)
             status: int | None = None
             try:
                 response = self._http.request(method, self.url + path, timeout=left, **request)
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-                raise ClientError(f"{where} cannot be asked: {error}") from None
+                raise ClientError(f"{name} cannot be sent: {error}") from None
             except httpx.RequestError as error:
-                found, wait, lost = str(error) or type(error).__name__, pause, True
+                problem, wait, connection_lost = str(error) or type(error).__name__, pause, True
             else:
                 if response.is_success:
                     return response
-                status, found = response.status_code, f"{response.status_code}: {_detail(response)}"
+                status, problem = response.status_code, f"{response.status_code}: {_detail(response)}"
                 if status not in AGAIN:
                     hint = f"; {HINTS[status]}" if status in HINTS else ""
-                    if lost and status == 404 and method == "DELETE":
+                    if connection_lost and status == 404 and method == "DELETE":
                         hint = "; an attempt whose answer was lost may have removed it"
-                    raise ClientError(f"{where} was answered {found}{hint}", status)
+                    raise ClientError(f"{name} was answered {problem}{hint}", status)
                 wait = _retry_after(response, pause)
             if time.monotonic() + wait > deadline:
-                begun = "was answered" if status else "was not answered:"
+                result = "was answered" if status else "was not answered:"
                 raise ClientError(
-                    f"{where} {begun} {found}; given up after {self.timeout_s:g} s (timeout_s): is the service running "
-                    "there, and has it room?",
+                    f"{name} {result} {problem}; given up after {self.timeout_s:g} s (timeout_s): is the service "
+                    "running there, and does it have capacity?",
                     status,
                 )
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE_S)
-
-
-def _make(kind: type[T], found: Mapping[str, Any], **instead: Any) -> T:
-    """A value from what the service answered; what a newer service says besides is left out."""
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: found[name] for name in names if name not in instead}, **instead)
-
-
-def _answer(found: dict[str, Any]) -> Answer:
-    question = None if found["question"] is None else _make(Question, found["question"])
-    return _make(Answer, found, hits=tuple(_make(Hit, hit) for hit in found["hits"]), question=question)
 
 
 def _conditions(where: Conditions | None) -> dict[str, list[str]]:
@@ -407,18 +343,18 @@ def _content(image: Image) -> bytes:
 
 
 def _detail(response: httpx.Response) -> str:
-    """What the service says is wrong, in words: `where: what` where it names places."""
+    """The service's explanation of an error: its words, or `place: problem` for each problem that it lists."""
     try:
         detail = response.json()["detail"]
         if isinstance(detail, str):
             return detail
         return "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in detail)
     except (ValueError, TypeError, KeyError, IndexError):  # a gateway's page, or another service
-        where = response.headers.get("location")
-        return f"it is at {where}" if where else response.reason_phrase
+        location = response.headers.get("location")
+        return f"it is at {location}" if location else response.reason_phrase
 
 
 def _retry_after(response: httpx.Response, otherwise: float) -> float:
-    """Seconds after which to come again."""
-    said = response.headers.get("retry-after", "")
-    return max(float(said), PAUSE_S) if said.isascii() and said.isdigit() else otherwise
+    """Seconds to wait before the next attempt."""
+    seconds = response.headers.get("retry-after", "")
+    return max(float(seconds), PAUSE_S) if seconds.isascii() and seconds.isdigit() else otherwise

@@ -1,5 +1,8 @@
-"""The engine that is asked about added images: a process of its own, which comes with its GPUs when it is needed and
-goes when it is not, so that a service without new images holds none."""
+"""The dialogue engine that describes added images.
+
+It runs in its own process, which takes its GPUs when an image needs it and releases them when idle. So a service
+without new images holds no GPUs for it.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,43 @@ from ceca.dialogue.engines import make_engine
 
 log = logging.getLogger(__name__)
 
-AGAIN_S = 10.0  # before an engine that did not start is tried again
+RETRY_S = 10.0  # pause after an engine that did not start, before the next attempt
 
 
 @ray.remote(num_cpus=0)
 class Engine:
-    """The process."""
+    """The engine's process, a Ray actor.
+
+    Args:
+        settings: settings of the dialogue.
+        choices: the attributes to ask for and their values; None asks for none.
+    """
 
     def __init__(self, settings: DialogueConfig, choices: Choices | None):
         self.settings, self.choices = settings, choices
         self.engine = make_engine(settings, choices)
 
     async def start(self) -> str:
-        """Returns the model's name; raises EngineError."""
+        """Start the engine.
+
+        Returns:
+            The model's name.
+
+        Raises:
+            EngineError: it did not start.
+        """
         await self.engine.start()
         return self.engine.model
 
     async def converse(self, subject: Subject) -> Dialogue | tuple[str, str]:
-        """A dialogue, or the reason and the detail of a DialogueError; raises EngineError."""
+        """Hold the dialogue about an image.
+
+        Returns:
+            The dialogue, or the reason and detail of a DialogueError.
+
+        Raises:
+            EngineError: the engine does not answer.
+        """
         settings = self.settings
         try:
             return await converse(
@@ -55,7 +77,14 @@ class Engine:
 
 
 class Questioner:
-    """Asks about images, by an engine that it starts when one is wanted and lets go after `shrink_s` without."""
+    """Describes images with an engine, which it starts on demand and stops after `shrink_s` without images.
+
+    Args:
+        store: the dataset.
+        settings: settings of the dialogue, as for the dataset's images.
+        config: settings of the service.
+        on_ready: called when the engine has started.
+    """
 
     def __init__(self, store: Store, settings: DialogueConfig, config: ServeConfig, on_ready: Callable[[], None]):
         self.store, self.config, self.on_ready = store, config, on_ready
@@ -65,23 +94,23 @@ class Questioner:
         self.engine: ActorHandle | None = None
         self.starting: asyncio.Task[None] | None = None
         self.model, self.problem = "", ""
-        self.used = self.failed = float("-inf")  # when an answer came last, and when a start failed
+        self.used = self.failed = float("-inf")  # times of the last answer and of the last failed start
 
     def ready(self) -> bool:
-        """Is the engine there? If not, it is started, and `on_ready` says when it is."""
-        idle = self.starting is None and time.monotonic() > self.failed + AGAIN_S
+        """Whether the engine runs. If not, this starts it, and `on_ready` is called when it runs."""
+        idle = self.starting is None and time.monotonic() > self.failed + RETRY_S
         if self.engine is None and idle:
             self.starting = asyncio.create_task(self._start())
         return self.engine is not None
 
     async def _start(self) -> None:
-        room = f", when there is room for its GPUs ({self.gpus})" if self.gpus else ""
-        self.problem = f"the engine that describes images starts{room}"
+        start = f"starts as soon as there is room for its GPUs ({self.gpus})" if self.gpus else "is starting"
+        self.problem = f"the engine that describes images {start}"
         try:
             choices = await asyncio.to_thread(read_vocabulary, self.store) if self.settings.attributes else None
             engine = Engine.options(num_gpus=self.gpus).remote(self.settings, choices)  # type: ignore[attr-defined]
             self.model = await engine.start.remote()
-        except Exception as error:  # of the store, of vLLM, of its node: all may come back
+        except Exception as error:  # from the store, vLLM or the node: each may work again later
             self._lost(error)
         else:
             self.engine, self.problem, self.used = engine, "", time.monotonic()
@@ -96,29 +125,34 @@ class Questioner:
         log.warning("the engine that describes images: %s", self.problem)
 
     async def converse(self, subject: Subject) -> Dialogue:
-        """A dialogue about an image.
+        """Hold the dialogue about an image.
 
         Raises:
-            DialogueError: for this image. EngineError: for all; the next `ready` starts it anew.
+            DialogueError: it failed for this image.
+            EngineError: the engine failed; the next `ready` starts it again.
         """
-        if self.engine is None:  # lost a moment ago
+        if self.engine is None:  # it failed a moment ago
             raise EngineError(self.problem)
         try:
-            found = await self.engine.converse.remote(subject)
+            result = await self.engine.converse.remote(subject)
         except (RayActorError, RayTaskError) as error:
             self._lost(error)
             raise EngineError(self.problem) from None
         self.used = time.monotonic()
-        if isinstance(found, tuple):
-            raise DialogueError(*found)
-        return found
+        if isinstance(result, tuple):
+            raise DialogueError(*result)
+        return result
 
     def rest(self, wanted: bool) -> None:
-        """Nobody is asked about now; is somebody waiting for that? Else let go of what is not needed any more."""
+        """Release the engine if it is idle.
+
+        Args:
+            wanted: images are waiting for the engine, so keep it or its start.
+        """
         if wanted:
             return
-        if self.starting is not None:  # those who waited are gone, and a machine need not come
+        if self.starting is not None:  # no image waits any more, so no machine needs to come
             self.starting.cancel()
         self.problem = ""
         if self.engine is not None and time.monotonic() > self.used + self.config.shrink_s:
-            self.engine = None  # Ray ends an actor of which nobody has a handle
+            self.engine = None  # Ray ends an actor without handles

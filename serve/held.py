@@ -1,4 +1,4 @@
-"""What a replica holds of each edition that it is asked for, made at the first need and let go when others come."""
+"""What a replica holds for each edition: made at the first request for it, dropped when newer editions come."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-KEPT = 2  # the one before is still asked for while replicas change to the next
+KEPT = 2  # the previous edition is still requested while replicas change to the next
 
 
 class Held(Generic[K, V]):
-    """Makes each value once, although many threads ask; keeps the last few that were asked for."""
+    """Makes each value once, even if many threads ask for it, and keeps the values that were requested last.
+
+    Args:
+        make: makes the value of a key.
+        kept: number of values to keep.
+    """
 
     def __init__(self, make: Callable[[K], V], kept: int = KEPT):
         self.make, self.kept = make, kept
@@ -23,20 +28,21 @@ class Held(Generic[K, V]):
         self.making = threading.Lock()
 
     def get(self, key: K) -> V:
-        found = self._find(key)
-        if found is not None:
-            return found
+        """The value of a key. If it is not held, this makes it first, which may take minutes."""
+        value = self._held(key)
+        if value is not None:
+            return value
         with self.making:
-            found = self._find(key)
-            if found is None:
-                found = self.make(key)
+            value = self._held(key)
+            if value is None:
+                value = self.make(key)
                 with self.lock:
-                    self.values[key] = found
+                    self.values[key] = value
                     while len(self.values) > self.kept:
                         self.values.popitem(last=False)
-            return found
+            return value
 
-    def _find(self, key: K) -> V | None:
+    def _held(self, key: K) -> V | None:
         with self.lock:
             if key in self.values:
                 self.values.move_to_end(key)

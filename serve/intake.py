@@ -1,13 +1,14 @@
-"""Images that are added and removed one by one while the service runs: asked about, embedded, searchable; or erased.
+"""The intake: makes added images searchable and erases removed ones, one by one while the service runs.
 
-What is acknowledged is in the store first, so that nothing is lost with a process:
+An acknowledged change is in the store first, so nothing is lost with a process:
 
-    arrivals/<image id>-<request>.json    acknowledged, not yet searchable: the image and what was said of it
+    arrivals/<image id>-<request>.json    acknowledged, not yet searchable: the image and its sender's details
     added/<digest>/                       searchable (`ceca.search.edition`)
     failed/<image id>.json                why an image could not be added
-    removed/<name>.json                   out of every search (`ceca.data.erase`); erased everywhere by this deployment
+    removed/<name>.json                   out of every search (`ceca.data.erase`); this deployment erases it everywhere
 
-Each step leaves the store so that the next start goes on from it, and may be done twice.
+After each step a new start can continue from the store, and each step may be repeated. Plain Python; `serve.app` makes
+it a deployment.
 """
 
 from __future__ import annotations
@@ -16,22 +17,19 @@ import asyncio
 import base64
 import dataclasses
 import logging
-import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ceca.config import DialogueConfig, ServeConfig
 from ceca.data import schema
 from ceca.data.changes import ADDED, pending_erasures, read_added, removed_images, waiting_image, write_added
 from ceca.data.erase import Busy, erase, finish, undisturbed
-from ceca.data.lease import Holders, LeaseError
+from ceca.data.lease import Holders, LeaseError, this_process
 from ceca.data.names import ARRIVALS, FAILED
 from ceca.data.store import Store
 from ceca.dialogue.conversation import DialogueError, Subject
@@ -43,48 +41,58 @@ from serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 32  # images that are asked about and written together
-POLL_S = 2.0  # between looks for what another ingress replica or another service has left
-SMALL = 16  # so many small objects of `added` are joined into one
-WHOLE = 1024  # images in an object that is not joined any more
+AT_ONCE = 32  # most images that are described and written together
+POLL_S = 2.0  # pause between two looks for changes by other ingress replicas or services
+SMALL = 16  # more small objects of `added` than this are joined into one
+WHOLE = 1024  # an object with this number of images is not small
 
 
 def engine_settings(edition: Edition, config: ServeConfig) -> DialogueConfig | None:
-    """How an added image is asked about: as those of the dataset were. None where no engine can: they were imported, or
-    answered by the simulated annotator, which knows drawn people only."""
-    told = edition.told()
-    if told is None or "engine" not in told.config or told.config.get("published"):
+    """Settings of the dialogue about an added image: the same as for the dataset's images.
+
+    Returns:
+        None if no engine can look at new images: the dialogues were imported, or come from the simulated annotator,
+        which knows only drawn people.
+    """
+    dialogues = edition.told()
+    if dialogues is None or "engine" not in dialogues.config or dialogues.config.get("published"):
         return None
-    settings = {**told.config, "only_missing": False}
+    settings = {**dialogues.config, "only_missing": False}
     if config.engine_url:
         settings["openai"] = {**settings["openai"], "base_url": config.engine_url}
-    found = from_mapping(DialogueConfig, settings, "dialogues")
-    return None if found.engine == "oracle" else found
+    config_of_dialogue = from_mapping(DialogueConfig, settings, "dialogues")
+    return None if config_of_dialogue.engine == "oracle" else config_of_dialogue
 
 
-@serve.deployment
 class Intake:
-    """One replica, which does what the store says is to be done and then waits for more."""
+    """The single replica that carries out the changes in the store and then waits for more.
 
-    async def __init__(  # type: ignore[misc]  # Ray awaits it, and so there is a loop to work in
+    Args:
+        data: dataset URI.
+        config: settings of the service.
+        settings: settings of the dialogue; None if no engine can look at new images.
+        encoder: handle of `QueryEncoder`.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it, so there is an event loop for the task
         self, data: str, config: ServeConfig, settings: DialogueConfig | None, encoder: DeploymentHandle
     ):
         self.store, self.config, self.encoder = Store(data), config, encoder
         self.metrics = Metrics()
         self.more = asyncio.Event()
         self.questioner = Questioner(self.store, settings, config, self.more.set) if settings else None
-        self.unasked: set[str] = set()  # arrivals that wait for its engine, and let others pass
+        self.unasked: set[str] = set()  # arrivals that wait for the engine while others are carried out
         self.problem = self.postponed = ""
         self.holders = Holders(self.store)
         self.carrying = asyncio.Lock()
         self.work = asyncio.create_task(self._work())
 
     async def wake(self) -> None:
-        """There is something to do."""
+        """Look for changes now."""
         self.more.set()
 
     async def status(self) -> str:
-        """What keeps it from its work; empty where nothing does."""
+        """What keeps the intake from its work; empty if nothing does."""
         waits = self.questioner.problem if self.questioner else ""
         return "; ".join(filter(None, (self.problem, self.postponed, waits)))
 
@@ -94,8 +102,8 @@ class Intake:
             try:
                 done = await self._turn()
                 self.problem = ""
-            except Exception as error:  # of the store, the engine, the encoder: all may come back
-                log.warning("cannot go on: %s", error)
+            except Exception as error:  # from the store, the engine or the encoder: each may work again later
+                log.warning("cannot continue: %s", error)
                 self.problem, done = " ".join(str(error).split()), 0
                 self.metrics.problems.inc(1, {"where": "intake"})
             if not done:
@@ -107,19 +115,18 @@ class Intake:
                     continue
 
     async def _turn(self) -> int:
-        """Do what there is, at most `AT_ONCE` images; returns how many that were."""
+        """Erase what is pending and add at most `AT_ONCE` images. Returns the number of added images."""
         try:
             pending = await asyncio.to_thread(pending_erasures, self.store)
             self.postponed = await asyncio.to_thread(self._erase, pending) if pending else ""
-        finally:  # neither keeps the other from being done
+        finally:  # a failed erasure does not prevent additions
             done = await self._add_some()
         return done
 
     def _erase(self, pending: Sequence[str]) -> str:
-        """Erase, or say what that waits for."""
-        who = f"the service (process {os.getpid()} on {socket.gethostname()})"
+        """Erase the pending removals. Returns what they wait for; empty if they are done."""
         try:
-            with undisturbed(self.store, self.holders, who):
+            with undisturbed(self.store, self.holders, this_process("the service")):
                 finish(self.store, *pending)
         except (Busy, LeaseError) as error:
             return str(error)
@@ -137,13 +144,13 @@ class Intake:
         return len(names)
 
     async def _add_waiting(self, names: Sequence[str]) -> None:
-        """Make these arrivals searchable."""
+        """Make these arrivals searchable, except those that wait for the engine."""
         edition = await asyncio.to_thread(find_edition, self.store, self.config.model)
-        there = await asyncio.to_thread(_added_ids, edition)
-        gone = await asyncio.to_thread(removed_images, self.store)
+        added = await asyncio.to_thread(_added_ids, edition)
+        removed = await asyncio.to_thread(removed_images, self.store)
         records: list[dict[str, Any]] = []
         for name in names:
-            if waiting_image(name) in there | gone:  # killed between writing it and this, or sent twice
+            if waiting_image(name) in added | removed:  # sent twice, or a process was killed before this line
                 await asyncio.to_thread(self.store.remove, ARRIVALS, name)
                 continue
             record = await asyncio.to_thread(self.store.read_json, ARRIVALS, name)
@@ -157,31 +164,31 @@ class Intake:
         await asyncio.to_thread(_join_small, edition)
 
     async def _add(self, edition: Edition, records: Sequence[dict[str, Any]]) -> None:
-        """Ask about images, embed them, and write them where every search finds them."""
-        told = await asyncio.gather(*(self._describe(record) for record in records), return_exceptions=True)
+        """Describe images, embed them, and write them where every search finds them."""
+        descriptions = await asyncio.gather(*(self._describe(record) for record in records), return_exceptions=True)
         rows = []
-        for record, found in zip(records, told, strict=True):
-            if isinstance(found, DialogueError):
-                await self._fail(record, found)
-            elif not isinstance(found, BaseException):
-                rows.append({**record, **found})
+        for record, description in zip(records, descriptions, strict=True):
+            if isinstance(description, DialogueError):
+                await self._fail(record, description)
+            elif not isinstance(description, BaseException):
+                rows.append({**record, **description})
         if rows:
             images, summaries = [row["image"] for row in rows], [row["summary"] for row in rows]
             pair = await self.encoder.images.remote(edition, images, summaries)
             await self._write(edition, rows, pair)
         for record in rows:
             await asyncio.to_thread(self.store.remove, ARRIVALS, record["arrival"])
-        there = {record["image_id"] for record in rows}  # the next turn takes away what else was sent of them
-        self.unasked = {name for name in self.unasked if waiting_image(name) not in there}
-        for found in told:
-            if isinstance(found, BaseException) and not isinstance(found, DialogueError):
-                raise found
+        written = {record["image_id"] for record in rows}  # the next turn removes further arrivals of these images
+        self.unasked = {name for name in self.unasked if waiting_image(name) not in written}
+        for description in descriptions:
+            if isinstance(description, BaseException) and not isinstance(description, DialogueError):
+                raise description
 
     async def _write(self, edition: Edition, rows: Sequence[dict[str, Any]], pair: tuple[np.ndarray, ...]) -> None:
-        """Write rows where every search finds them, but for what has been removed since they were read."""
+        """Write rows where every search finds them, except images that were removed since the rows were read."""
         await asyncio.to_thread(write_added, self.store, edition.digest, added_table(rows, pair))
-        gone = await asyncio.to_thread(removed_images, self.store)  # after it: now an erasure that comes sees them
-        if late := gone & {row["image_id"] for row in rows}:
+        removed = await asyncio.to_thread(removed_images, self.store)  # read last: a later erasure sees the rows itself
+        if late := removed & {row["image_id"] for row in rows}:
             await asyncio.to_thread(erase, self.store, late)
 
     async def _fail(self, record: dict[str, Any], error: DialogueError) -> None:
@@ -191,56 +198,63 @@ class Intake:
         self.metrics.problems.inc(1, {"where": "dialogue"})
 
     async def _describe(self, record: dict[str, Any]) -> dict[str, Any] | DialogueError:
-        """The dialogue about an image, or what its sender said of it."""
+        """The dialogue columns of an image, from the engine or from the sender's summary."""
         if record["summary"]:
             given = {"turns": [], "attributes": {}, "flags": ["given"], "dialogue_model": "given"}
             return {**given, "summary": record["summary"]}
         if self.questioner is None:
             return DialogueError("no_engine", NO_ENGINE)
         try:
-            made = await self.questioner.converse(Subject(record["image_id"], record["image"]))
+            dialogue = await self.questioner.converse(Subject(record["image_id"], record["image"]))
         except DialogueError as error:
             return error
-        turns = [{"question": turn.question, "answer": turn.answer} for turn in made.turns]
-        told = {"turns": turns, "attributes": dict(made.attributes), "flags": list(made.flags)}
-        return {**told, "summary": made.summary, "dialogue_model": self.questioner.model}
+        return {
+            "turns": [{"question": turn.question, "answer": turn.answer} for turn in dialogue.turns],
+            "attributes": dict(dialogue.attributes),
+            "flags": list(dialogue.flags),
+            "summary": dialogue.summary,
+            "dialogue_model": self.questioner.model,
+        }
 
     async def carry(self, edition: Edition) -> None:
-        """Embed with an edition's model what was added under another, before anybody is asked about that edition."""
-        async with self.carrying:  # every ingress replica asks for it
+        """Embed with an edition's model the images that were added under another, before the edition is served."""
+        async with self.carrying:  # every ingress replica calls this
             await self._carry(edition)
 
     async def _carry(self, edition: Edition) -> None:
-        names = await asyncio.to_thread(self.store.names, ADDED, edition.digest)  # with what another call has carried
-        now = dataclasses.replace(edition, added=tuple(names))
-        there = await asyncio.to_thread(_added_ids, now) | edition.removed_ids
+        names = await asyncio.to_thread(self.store.names, ADDED, edition.digest)  # also what an earlier call carried
+        current = dataclasses.replace(edition, added=tuple(names))
+        known = await asyncio.to_thread(_added_ids, current) | edition.removed_ids
         for digest in await asyncio.to_thread(self.store.names, ADDED):
             if digest == edition.digest:
                 continue
             for name in await asyncio.to_thread(self.store.names, ADDED, digest):
                 table = await asyncio.to_thread(read_added, self.store, digest, name)
-                rows = [row for row in table.to_pylist() if row["image_id"] not in there]
+                rows = [row for row in table.to_pylist() if row["image_id"] not in known]
                 for start in range(0, len(rows), AT_ONCE):
-                    some = rows[start : start + AT_ONCE]
-                    images, summaries = [row["image"] for row in some], [row["summary"] for row in some]
-                    pair = await self.encoder.images.remote(edition, images, summaries)
-                    gone = await asyncio.to_thread(removed_images, self.store)  # since the images were read
-                    kept = [n for n, row in enumerate(some) if row["image_id"] not in gone]
-                    some = [{**some[n], "attributes": dict(some[n]["attributes"])} for n in kept]
-                    pair = pair[0][kept], pair[1][kept]
-                    if some:
-                        await self._write(edition, some, pair)
-                    there |= {row["image_id"] for row in some}
+                    written = await self._embed_again(edition, rows[start : start + AT_ONCE])
+                    known |= {row["image_id"] for row in written}
+
+    async def _embed_again(self, edition: Edition, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Embed rows with an edition's model and write them. Returns the written rows: those not removed meanwhile."""
+        images, summaries = [row["image"] for row in rows], [row["summary"] for row in rows]
+        pair = await self.encoder.images.remote(edition, images, summaries)
+        removed = await asyncio.to_thread(removed_images, self.store)  # since the images were read
+        kept = [n for n, row in enumerate(rows) if row["image_id"] not in removed]
+        written = [{**rows[n], "attributes": dict(rows[n]["attributes"])} for n in kept]
+        if written:
+            await self._write(edition, written, (pair[0][kept], pair[1][kept]))
+        return written
 
 
 NO_ENGINE = (
-    "no engine can look at a new image here, for the dataset's dialogues were imported or come from the simulated "
-    "annotator; say in `summary` what the person looks like"
+    "no engine can look at a new image here, because the dataset's dialogues were imported or come from the simulated "
+    "annotator; describe the person in `summary`"
 )
 
 
 def added_table(rows: Sequence[dict[str, Any]], pair: tuple[np.ndarray, ...]) -> pa.Table:
-    """Rows of schema.added with these embeddings [n, D] and [n, E]."""
+    """N rows of `schema.added` with their embeddings [N, D] and [N, E]."""
     complete = [
         {
             **row,
@@ -259,19 +273,18 @@ def _added_ids(edition: Edition) -> set[str]:
 
 
 def _join_small(edition: Edition) -> None:
-    """Write many small objects of `added` as one, without what is there twice or was removed."""
+    """Join the small objects of `added` if there are many, without duplicate and removed images."""
     store, digest = edition.store, edition.digest
     names = store.names(ADDED, digest)
     small = [name for name in names if _rows(store, digest, name) < WHOLE] if len(names) > SMALL else []
     if len(small) <= SMALL:
         return
     whole = pa.concat_tables([read_added(store, digest, name) for name in small])
-    gone = removed_images(store)
-    seen: set[str] = set()
+    left_out = set(removed_images(store))
     kept: list[int] = []
     for row, image_id in enumerate(whole["image_id"].to_pylist()):
-        if image_id not in gone | seen:
-            seen.add(image_id)
+        if image_id not in left_out:
+            left_out.add(image_id)
             kept.append(row)
     written = write_added(store, digest, whole.take(kept)) if kept else None
     for name in small:
@@ -285,10 +298,10 @@ def _rows(store: Store, digest: str, name: str) -> int:
 
 
 def refuse_without_engine(settings: DialogueConfig | None, summary: str) -> None:
-    """Say so at once where an image cannot be added.
+    """Refuse an image that nothing can describe, before it is acknowledged.
 
     Raises:
-        UserError: it has no summary, and no engine to write one.
+        UserError: it has no summary, and no engine can write one.
     """
     if settings is None and not summary:
         raise UserError(NO_ENGINE)

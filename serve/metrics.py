@@ -1,4 +1,4 @@
-"""What Prometheus learns of the service, through Ray's own exporter on every node."""
+"""Metrics of the service for Prometheus, exported by Ray on every node."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
 
 
 class Metrics:
-    """One object per replica; Ray adds the replica's own tags."""
+    """The metrics of one replica. Ray adds tags that name the replica."""
 
     def __init__(self) -> None:
         self.stages = Histogram("ceca_stage_seconds", "Latency by stage of a request", SECONDS, ("stage",))
         self.requests = Counter("ceca_requests", "Requests by route and status", ("route", "status"))
-        self.waiting = Gauge("ceca_requests_in_flight", "Requests at work or waiting on an ingress replica")
+        self.waiting = Gauge("ceca_requests_in_flight", "Requests in progress or waiting on an ingress replica")
         self.batches = Histogram("ceca_batch_size", "Queries in one pass", SIZES, ("deployment",))
         self.images = Gauge("ceca_gallery_images", "Images that a search can find")
         self.arrivals = Gauge("ceca_arrivals_waiting", "Images acknowledged and not yet searchable")
@@ -26,6 +26,7 @@ class Metrics:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Measure the duration of a stage; nothing is recorded if it raises."""
         started = time.perf_counter()
         yield
         self.stages.observe(time.perf_counter() - started, {"stage": name})

@@ -1,4 +1,7 @@
-"""What a client may send over HTTP and what it gets: the models that the description at /openapi.json is made of."""
+"""The HTTP interface's records: what a client sends and what it gets. /openapi.json is generated from them.
+
+The Python client (`serve.client`) returns these records too, so this module imports neither Ray nor FastAPI.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-# --- what is sent -----------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------
 
 
 def _words(text: str) -> str:
@@ -26,7 +29,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value  # 3.0 is an integer in JSON
 
 
-# Not only white space, which is a little more in Python than in the regular expressions of JSON Schema.
+# Python strips slightly more characters as white space than the regular expressions of JSON Schema do.
 PATTERN = r"[^\s\u0085\u001c-\u001f]"
 Words = Annotated[str, AfterValidator(_words), Field(json_schema_extra={"pattern": PATTERN})]
 Text = Annotated[str, AfterValidator(_characters)]
@@ -39,11 +42,12 @@ Conditions = Annotated[dict[Text, Values], Field(max_length=20)]
 
 
 class SearchRequest(BaseModel):
-    """A description of a person, and which of the images found are wanted.
+    """A description of a person, and which of the best images to return.
 
-    `omega`: ω, null: the service's own. `where`: facets with the values of which an image must have one. `offset`: so
-    many best images are skipped. `answers`: what is known of the person by facet, null where the user does not know;
-    images that agree come first. `suggest`: propose the question that would tell most.
+    `top_k`: number of images. `offset`: number of best images to skip. `omega`: ω, the weight of the local similarity;
+    null uses the service's own. `where`: facets and values; an image must have one of the values of each facet.
+    `answers`: the user's answers by facet, null if the user does not know; images that agree come first. `suggest`:
+    also return the question whose answer would tell most.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -58,7 +62,7 @@ class SearchRequest(BaseModel):
 
 
 class LikeRequest(BaseModel):
-    """An image of the gallery, to which others are compared by their embeddings."""
+    """An image of the gallery. Other images are compared with it by their embeddings."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -69,12 +73,8 @@ class LikeRequest(BaseModel):
     where: Conditions = {}
 
 
-class Like(str):
-    """The id of an image of the gallery, as a query."""
-
-
 class ExplainRequest(BaseModel):
-    """A query and one of the images that it found."""
+    """A query and one of the images that it returned."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -84,20 +84,29 @@ class ExplainRequest(BaseModel):
 
 
 class Session(BaseModel):
-    """A key, to be kept by the browser."""
+    """An API key for the browser to keep."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    # What a header can carry as it is: a cookie of other characters could not be set.
+    # Only characters that a header can carry unchanged: a cookie with others could not be set.
     key: Annotated[str, Field(pattern="^[!-~]{1,200}$")]
 
 
-# --- what is answered -------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------------------
 
 
-class SearchHit(BaseModel):
-    """One image of the gallery; `summary` is null where it has no dialogue, `identity` where nobody said whose image it
-    is, `belief` where no conversation is held; `image` is a path on this service."""
+class Record(BaseModel):
+    """What the service returns. It cannot be changed, and ignores fields that a newer service adds."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class SearchHit(Record):
+    """One image of the gallery.
+
+    `identity` is null if nobody has said whose image it is, `belief` (0 … 1) is null outside a conversation, `summary`
+    is null if the image has no dialogue. `image` is a path on this service.
+    """
 
     image_id: str
     identity: int | None
@@ -109,47 +118,54 @@ class SearchHit(BaseModel):
     image: str
 
 
-class Proposed(BaseModel):
-    """The question whose answer would tell most: its facet, its words, and its answers with the share of the belief
-    that each has, the likeliest first."""
+class Proposed(Record):
+    """The question whose answer would tell most.
+
+    `text` is its wording. `values` are the possible answers with the belief that each is true, most probable first.
+    """
 
     facet: str
     text: str
     values: dict[str, float]
 
 
-class SearchResponse(BaseModel):
-    """The best images, best first, and what they were ranked with. `next_offset` is null behind the last page."""
+class SearchResponse(Record):
+    """The best images, best first, and what ranked them.
+
+    `query` is null for a search by image. `next_offset` is null after the last page.
+    """
 
     query: str | None
     omega: float
     model: str
     gallery: str
     took_ms: float
-    hits: list[SearchHit]
+    hits: tuple[SearchHit, ...]
     next_offset: int | None
     question: Proposed | None
 
 
-class Word(BaseModel):
+class Word(Record):
     """A word of the query, and by how much the similarity falls without it."""
 
     word: str
     contribution: float
 
 
-class Sentence(BaseModel):
-    """What was said of an image: in its summary or in answer to the question `source`; and its similarity to the
-    query."""
+class Sentence(Record):
+    """A sentence about an image, and its similarity to the query.
+
+    `source` is `summary`, or the question that the sentence answers.
+    """
 
     source: str
     text: str
     similarity: float
 
 
-class ExplainResponse(BaseModel):
-    """Why an image was found: its similarity by part, the words of the query in order, and what was said of the image,
-    the closest first."""
+class ExplainResponse(Record):
+    """Why a query returned an image: its similarities, the words of the query in order, and the sentences about the
+    image, most similar first."""
 
     query: str
     image_id: str
@@ -159,13 +175,12 @@ class ExplainResponse(BaseModel):
     similarity: float
     global_similarity: float
     local_similarity: float
-    words: list[Word]
-    sentences: list[Sentence]
+    words: tuple[Word, ...]
+    sentences: tuple[Sentence, ...]
 
 
-class Job(BaseModel):
-    """Something that takes its time: an image that is added, or one that is erased. `detail`: why it failed or what it
-    waits for."""
+class Job(Record):
+    """An image that is being added or erased. `detail` says why it failed or what it waits for."""
 
     job: str
     status: Literal["waiting", "done", "failed"]
@@ -173,17 +188,17 @@ class Job(BaseModel):
     detail: str = ""
 
 
-class Refused(BaseModel):
-    """Why there is no answer; 422 says it of each part of the request."""
+class Refused(Record):
+    """Why a request was refused. For 422, `detail` lists each problem and its place in the request."""
 
     detail: str
 
 
-class Health(BaseModel):
+class Health(Record):
     status: Literal["ok"] = "ok"
 
 
-class Ready(BaseModel):
+class Ready(Record):
     """What is served."""
 
     model: str
@@ -192,8 +207,11 @@ class Ready(BaseModel):
 
 
 class Status(Ready):
-    """For those who run it: why a newer gallery is not served (`following`), what keeps images from being added or
-    erased (`intake`), and how many wait for that."""
+    """The state of the service, for its operators.
+
+    `following` says why a newer gallery is not served, `intake` what keeps images from being added or erased.
+    `arrivals` and `erasures` are the numbers of images waiting for that.
+    """
 
     following: str
     intake: str

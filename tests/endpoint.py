@@ -1,4 +1,4 @@
-"""A chat-completions server of this process, for the openai engine: it answers, and misbehaves on demand."""
+"""Chat-completions server in this process, for tests of the openai engine. The replies are up to the test."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from fastapi.responses import JSONResponse, Response
 
 
 def completion(text: Any = "a man", finish_reason: str = "stop", **usage: Any) -> JSONResponse:
+    """Response with one chat completion."""
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     return JSONResponse({"choices": [choice], "usage": usage})
 
 
 class ChatServer:
-    """Listens on a free port of this machine and answers chat completions by `reply`."""
+    """Server on a free port of this machine.
+
+    Args:
+        reply: coroutine function (body, request) → response.
+    """
 
     def __init__(self, reply: Callable[[dict[str, Any], Request], Any]):
         self.reply = reply
@@ -46,11 +51,15 @@ class ChatServer:
 
 
 class Describer:
-    """Replies with words that depend on image and turn, after a while; counts what it was asked."""
+    """Reply that depends on the image and the turn, after a delay. It counts the questions about each image.
+
+    Args:
+        seconds: delay of a reply.
+    """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self.asked: Counter[str] = Counter()  # digest of the image → questions
+        self.asked: Counter[str] = Counter()  # digest of the image → number of questions
 
     async def __call__(self, body: dict[str, Any], request: Request) -> Response:
         name = digest_of(body)
@@ -61,6 +70,6 @@ class Describer:
 
 
 def digest_of(body: dict[str, Any]) -> str:
-    """Of the image in a request."""
+    """Digest of the image in a request."""
     url = body["messages"][0]["content"][0]["image_url"]["url"]
     return hashlib.sha256(base64.b64decode(url.split(",", 1)[1])).hexdigest()[:12]

@@ -31,12 +31,12 @@ from ceca.data.names import ADDED, ARRIVALS, FAILED, REMOVED
 from ceca.data.schema import image_id
 from ceca.data.store import Store, StoreError, version_of
 
-READERS = 8  # objects read at a time: an object store answers many requests at once
+READERS = 8  # objects read at the same time
 ERASED = ".erased.json"
 
 
 def now() -> str:
-    """The current time in UTC, as records state it."""
+    """Current time in UTC, as records write it, e.g. `2024-05-01T12:00:00Z`."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
@@ -58,7 +58,7 @@ def hide(store: Store, image_ids: Collection[str], erase: bool = False) -> str:
     name = version_of(ids)
     before = store.read_json(REMOVED, f"{name}.json") or {}
     if erase:
-        store.remove(REMOVED, f"{name}{ERASED}")  # another ingest may have brought them back
+        store.remove(REMOVED, f"{name}{ERASED}")  # another ingest may have added the images again
     erase = erase or bool(before.get("erase"))
     store.write_json({"images": ids, "created": now(), "erase": erase}, REMOVED, f"{name}.json")
     return name
@@ -77,7 +77,8 @@ def removed_images(store: Store, names: Sequence[str] | None = None) -> set[str]
         return {image for images in readers.map(functools.partial(_images_of, store), records) for image in images}
 
 
-_READ: dict[tuple[str, str], tuple[str, ...]] = {}  # a record is named for its ids, so one read is enough
+# (store, record) → its images. A record's name is a digest of its ids, so one read is enough.
+_READ: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 def _images_of(store: Store, name: str) -> tuple[str, ...]:
@@ -91,7 +92,7 @@ def _images_of(store: Store, name: str) -> tuple[str, ...]:
 
 
 def removal(store: Store, name: str) -> dict[str, Any] | None:
-    """The record of a removal, or None."""
+    """Record of a removal; None if it does not exist."""
     record: dict[str, Any] | None = store.read_json(REMOVED, f"{name}.json")
     return record
 
@@ -113,7 +114,7 @@ def erased_images(store: Store) -> set[str]:
 
 
 def _erasures(store: Store, objects: Collection[str]) -> dict[str, list[str]]:
-    """Removals that request erasure, among these objects → their images."""
+    """Removals among these objects that request erasure: name → ids of the images."""
     names = [name for name in objects if not name.endswith(ERASED)]
     with ThreadPoolExecutor(READERS) as readers:
         records = list(readers.map(lambda name: store.read_json(REMOVED, name) or {}, names))
@@ -139,7 +140,7 @@ def write_arrival(store: Store, content: bytes, size: tuple[int, int], said: Map
         store: the dataset.
         content: the encoded image.
         size: its width and height in pixels.
-        said: `identity`, `camera`, `source_path` and `summary`, as far as they are known.
+        said: `identity`, `camera`, `source_path` and `summary`, if known.
 
     Returns:
         The image's id.
@@ -203,7 +204,7 @@ def read_added(store: Store, digest: str, name: str, columns: Sequence[str] | No
 
 
 def added_images(store: Store) -> dict[str, int]:
-    """Images added one by one, by any model → their identities."""
+    """Images added one by one, by any model: image id → identity."""
 
     def read(name: str) -> dict[str, list[Any]]:
         with store.open(name) as file:
@@ -214,5 +215,5 @@ def added_images(store: Store) -> dict[str, int]:
         with ThreadPoolExecutor(READERS) as readers, contextlib.suppress(FileNotFoundError):
             tables = list(readers.map(read, names))
             return {key: who for rows in tables for key, who in zip(rows["image_id"], rows["identity"], strict=True)}
-        # An object was replaced while it was read: list them again.
+        # An object was replaced while it was read, so list the objects again.
     raise StoreError(f"{store.place(ADDED)} changes all the time; stop the service that writes it and try again")

@@ -1,10 +1,12 @@
-"""Erasing: nothing below a dataset's URI holds images that were removed, in any version of any table.
+"""Erasing: delete removed images from every version of every table below a dataset's URI.
 
-It is the one exception to "nothing published is changed in place". A part that holds such an image is written again
-without it under another name, then the manifests that name the old part name the new one, and when none names the old
-part any more it is removed. Versions keep their names. Killed at any moment nothing else is lost, and the same call
-finishes; so does another erasure at the same time. Callers keep stages away meanwhile (`undisturbed`).
-Which images are to be erased is recorded in removed/ (`ceca.data.changes`).
+This is the one exception to "nothing published is changed in place". A part that holds such an image is written again
+without it, under another name. Then the manifests that name the old part are written again with the new part. When no
+manifest names the old part any more, it is removed. Versions keep their names.
+
+A process that is killed at any moment loses no other row, and calling it again finishes the work. Two erasures at the
+same time also lose nothing. No stage may work on the dataset meanwhile (`undisturbed`). The images to erase are
+recorded in removed/ (`ceca.data.changes`).
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ from ceca.data.schema import image_id, image_of
 from ceca.data.store import Part, Store, StoreError, encode
 from ceca.errors import UserError
 
-ERASING = "erase"  # the name that is held by who erases, and for which stages wait
-KEYS = ("image_id", "caption_id", "key")  # columns that say whose a row is, the first that a table has; key: of rejects
-UNTOUCHED = 10  # seconds without a write, after which nobody writes a file aside any more
+ERASING = "erase"  # name of the lease that an erasure holds; stages wait until it is free
+KEYS = ("image_id", "caption_id", "key")  # columns that name a row's image; a table's first of them counts
+UNTOUCHED = 10  # seconds without a write after which an unfinished file has no writer any more
 
-ASIDE = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # names of files that `Store.write_bytes` has not renamed yet
 
-Watch = Callable[[str, int], None]  # called after each object with what is done, and how many objects that concerns
+Watch = Callable[[str, int], None]  # called after each object: name of the step, number of objects in the step
 
 
 class Busy(UserError):
@@ -46,32 +48,46 @@ class Busy(UserError):
 
 @contextlib.contextmanager
 def undisturbed(store: Store, holders: Holders, who: str) -> Iterator[None]:
-    """While it lasts no stage works on the dataset: what it has read before, it would write again.
+    """Keep stages away from the dataset while the context lasts: a stage would write again what it read before.
+
+    Args:
+        store: the dataset.
+        holders: the holders of names, as seen so far.
+        who: this process, as other processes print it (`ceca.data.lease.this_process`).
 
     Raises:
-        Busy: one does. LeaseError: somebody else erases.
+        Busy: a stage works on the dataset.
+        LeaseError: another process erases.
     """
 
     def refuse() -> None:
-        # A pipeline's stages hold names of their own.
+        # The stages of a pipeline hold names too, so the pipeline's own name does not matter.
         held = {name: by for name, by in holders.of().items() if name != ERASING and not name.startswith("pipeline-")}
         for name, by in sorted(held.items()):
             raise Busy(f"erasing waits until {name} ends, which is held by {by}")
 
-    refuse()  # first, so that no stage waits for an erasure that does not begin
+    refuse()  # before the lease, so that no stage waits for an erasure that does not begin
     with holding(store, ERASING, who, on_lost=lambda: None, say=lambda _: None):
-        refuse()  # of a stage that begins in this moment and this, at least one sees the other
+        refuse()  # after it too: if a stage starts in this moment, at least one of the two sees the other
         yield
 
 
 def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, int]:
-    """Erase the images of these removals, all in one pass, and record that; returns rows erased by table.
+    """Erase the images of these removals in one pass, and record that they are erased.
 
-    Those of all other erasures go too where they are met: they may have come back, and another process that erases them
-    now must not get back from here what it has just erased.
+    Images of all other erasures are erased too. They may have come back since; and if another process erases them now,
+    this one must not write them again.
+
+    Args:
+        store: the dataset.
+        names: names of the removals.
+        watch: called after each object.
+
+    Returns:
+        As `erase`.
 
     Raises:
-        StoreError: there is no such removal, or as in `erase`.
+        StoreError: a removal does not exist, or as in `erase`.
     """
     ids = erased_images(store)
     for name in names:
@@ -84,85 +100,101 @@ def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, i
         mark_erased(store, name)
     return erased
 
-    # One was replaced meanwhile: look again.
-
 
 def erase(store: Store, image_ids: Collection[str], watch: Watch | None = None) -> dict[str, int]:
-    """Erase all there is of these images below the dataset's URI but the removals' own ids.
+    """Erase everything about these images below the dataset's URI, except their ids in removed/.
+
+    Args:
+        store: the dataset.
+        image_ids: the images.
+        watch: called after each object.
 
     Returns:
-        Rows erased by table, over its versions; objects, of the folders that hold one an image.
+        Table → number of rows erased from all its versions; for arrivals/ and failed/ the number of objects.
 
     Raises:
-        StoreError: an object cannot be read, so that nobody knows whether it holds one of them, or not be written, or
-            what is erased comes back.
+        StoreError: an object cannot be read, so it may hold one of the images; or it cannot be written; or erased
+            images come back.
     """
     ids, erased, watch = frozenset(image_ids), Counter[str](), watch or (lambda doing, total: None)
     if not ids:
         return {}
-    for again in ("", " again", " again", " again"):  # something may have been written meanwhile
-        # What is to be added goes first, so that as little as can be is added after the look.
+    for again in ("", " again", " again", " again"):  # another process may have written meanwhile
+        # Arrivals first, so that few images are added after the search for rows below.
         for name in store.walk():
             folder, _, rest = name.partition("/")
             if folder in (ARRIVALS, FAILED) and waiting_image(rest) in ids:
                 store.remove(name)
                 erased[folder] += 1
-        held = {name: rows for name, rows in _look(store, ids, watch, f"erase, look{again}") if rows}
-        if not held and not _rejected(store, ids):
+        counts = {name: rows for name, rows in _count_rows(store, ids, watch, f"erase, look{again}") if rows}
+        if not counts and not _rejected(store, ids):
             break
-        erased.update(_erase_held(store, ids, held, watch, f"erase{again}"))
+        erased.update(_erase_objects(store, ids, counts, watch, f"erase{again}"))
     else:
         raise StoreError(
             f"what is erased comes back in {store.uri}: stop the stage or service that writes it, try again"
         )
-    _remove_aside(store)
+    _remove_unfinished(store)
     return dict(sorted(erased.items()))
 
 
-def _erase_held(store: Store, ids: Collection[str], held: Mapping[str, int], watch: Watch, doing: str) -> Counter[str]:
-    """Erase from the objects that hold so many rows of these images."""
+def _erase_objects(
+    store: Store, ids: Collection[str], counts: Mapping[str, int], watch: Watch, step: str
+) -> Counter[str]:
+    """Erase images from the objects that hold rows of them.
+
+    Args:
+        store: the dataset.
+        ids: the images.
+        counts: object → number of its rows that belong to the images.
+        watch: called after each object.
+        step: name of this step, for `watch`.
+
+    Returns:
+        Table or folder → number of rows erased.
+    """
     erased: Counter[str] = Counter()
     parts: dict[str, set[str]] = defaultdict(set)
     alone = []
-    for name in sorted(held):
-        if found := PART.fullmatch(name):
-            parts[found["table"]].add(name)
+    for name in sorted(counts):
+        if part := PART.fullmatch(name):
+            parts[part["table"]].add(name)
         else:
             alone.append(name)
-    # A unit of unfinished work is a slice of the list of images, which gets shorter: all of it begins anew. The table
-    # images comes last, so that a second run after a kill knows that too.
-    anew = bool(parts) or _rejected(store, ids)
-    if anew:
+    # A unit of unfinished work is a slice of the list of images. The list gets shorter, so unfinished work starts over.
+    # The table images comes last, so that a second run after a kill removes the work too.
+    start_over = bool(parts) or _rejected(store, ids)
+    if start_over:
         store.remove(WORK)
     for name in alone:
         _erase_object(store, name, ids)
-        erased[name.rpartition("/")[0] if name.startswith(f"{ADDED}/") else name] += held[name]
-        watch(doing, len(held))
+        erased[name.rpartition("/")[0] if name.startswith(f"{ADDED}/") else name] += counts[name]
+        watch(step, len(counts))
     for table in sorted(parts, key=lambda table: (table == "images", table)):
         for _ in _erase_table(store, table, parts[table], ids):
-            watch(doing, len(held))
-        erased[table] += sum(held[name] for name in parts[table])
-    if anew:
+            watch(step, len(counts))
+        erased[table] += sum(counts[name] for name in parts[table])
+    if start_over:
         store.remove(WORK)
     return erased
 
 
-def _look(store: Store, ids: Collection[str], watch: Watch, doing: str) -> Iterator[tuple[str, int]]:
-    """Every Parquet object, and how many rows of these images it holds."""
+def _count_rows(store: Store, ids: Collection[str], watch: Watch, step: str) -> Iterator[tuple[str, int]]:
+    """Yield every Parquet object with the number of its rows that belong to these images."""
     names = [name for name in store.walk() if name.endswith(".parquet")]
 
-    def look(name: str) -> int:
-        column, keys = _keys(store, name)
-        return sum(_is_of(column, key, ids) for key in keys)
+    def count(name: str) -> int:
+        column, keys = _read_keys(store, name)
+        return sum(_belongs(column, key, ids) for key in keys)
 
     with ThreadPoolExecutor(READERS) as readers:
-        for name, rows in zip(names, readers.map(look, names), strict=True):
-            watch(doing, len(names))
+        for name, rows in zip(names, readers.map(count, names), strict=True):
+            watch(step, len(names))
             yield name, rows
 
 
-def _keys(store: Store, name: str) -> tuple[str, list[str]]:
-    """The column that says whose a row is, and what it holds; nothing where no column does or the object is gone."""
+def _read_keys(store: Store, name: str) -> tuple[str, list[str]]:
+    """Read the column of an object that names its rows' images: name and values; empty if it has none or is gone."""
     try:
         with store.open(name) as file:
             parquet = pq.ParquetFile(file)
@@ -172,8 +204,14 @@ def _keys(store: Store, name: str) -> tuple[str, list[str]]:
         return "", []
 
 
-def _is_of(column: str, key: str, ids: Collection[str]) -> bool:
-    """Whether a row is of one of these images. The key of a reject is an image's, a caption's or a path."""
+def _belongs(column: str, key: str, ids: Collection[str]) -> bool:
+    """Whether a row belongs to one of these images.
+
+    Args:
+        column: the column that names the row's image.
+        key: the row's value in it. The key of a reject is an image id, a caption id or a path.
+        ids: the images.
+    """
     if column == "image_id":
         return key in ids
     of_caption = image_of(key) in ids
@@ -181,82 +219,97 @@ def _is_of(column: str, key: str, ids: Collection[str]) -> bool:
 
 
 def _rejected(store: Store, ids: Collection[str]) -> bool:
-    """Whether unfinished work has met one of these images and could not use it."""
+    """Whether a receipt of unfinished work holds a reject of one of these images."""
     receipts = (store.read_json(name) or {} for name in store.walk(WORK) if name.endswith(".json"))
-    return any(_is_of("key", reject["key"], ids) for found in receipts for reject in found.get("rejects", ()))
+    return any(_belongs("key", reject["key"], ids) for receipt in receipts for reject in receipt.get("rejects", ()))
 
 
-def _rest(store: Store, name: str, ids: Collection[str], sha256: str | None = None) -> pa.Table:
-    """The rows of an object that stay.
+def _read_rest(store: Store, name: str, ids: Collection[str], sha256: str | None = None) -> pa.Table:
+    """Read the rows of an object that do not belong to these images.
+
+    Args:
+        store: the dataset.
+        name: the object.
+        ids: the images.
+        sha256: the published digest, if there is one.
 
     Raises:
-        StoreError: it has another digest than it should.
+        StoreError: the content has another digest.
+        FileNotFoundError: the object is gone.
     """
     content = store.read_bytes(name)
     if sha256 not in (None, hashlib.sha256(content).hexdigest()):
-        # Written again it would look whole.
+        # Writing it again would hide the damage.
         raise StoreError(
             f"{store.place(name)} is damaged: its digest is not the published one; remove this object and its "
             "version's manifest, erase again, and run its stage with --redo"
         )
     rows = pq.read_table(pa.BufferReader(content))
     column = next(key for key in KEYS if key in rows.column_names)
-    return rows.filter(pa.array([not _is_of(column, key, ids) for key in rows[column].to_pylist()], pa.bool_()))
+    return rows.filter(pa.array([not _belongs(column, key, ids) for key in rows[column].to_pylist()], pa.bool_()))
 
 
 def _erase_object(store: Store, name: str, ids: Collection[str]) -> None:
-    """Erase from an object that no manifest names: an object of `added`, or the figures of an evaluation's captions."""
+    """Erase images from an object that no manifest names: one of `added`, or an evaluation's figures per caption."""
     try:
-        rest = _rest(store, name, ids)
+        rest = _read_rest(store, name, ids)
     except FileNotFoundError:
-        return  # another erasure was here, or it was joined with others: the next look tells
+        return  # another erasure replaced it, or it was joined with others; the next pass finds its rows
     if not name.startswith(f"{ADDED}/"):
         store.write_bytes(encode(rest), name)
         return
-    if rest.num_rows:  # for a moment both are there: better a row twice than not at all
+    if rest.num_rows:  # written before the old object is removed: better a row twice than not at all
         write_added(store, name.split("/")[1], rest)
     store.remove(name)
 
 
 def _erase_table(store: Store, table: str, names: Collection[str], ids: Collection[str]) -> Iterator[str]:
-    """Erase from these parts of a table; yields each of them on the way."""
+    """Erase images from parts of a table (`names`: paths below the dataset), and yield each part's path when done."""
     published = {
         part["path"]: part["sha256"]
         for _, manifest in _manifests(store, table)
         for part in manifest["parts"]
         if f"{table}/{part['path']}" in names
     }
-    instead: dict[str, dict[str, Any] | None] = {}
+    replacements: dict[str, dict[str, Any] | None] = {}
     for path, sha256 in published.items():
-        with contextlib.suppress(FileNotFoundError):  # another erasure was here: the next look tells
-            rest = _rest(store, f"{table}/{path}", ids, sha256)
-            instead[path] = _write_again(store, table, path, rest) if rest.num_rows else None
+        with contextlib.suppress(FileNotFoundError):  # another erasure replaced it; the next pass finds its rows
+            rest = _read_rest(store, f"{table}/{path}", ids, sha256)
+            replacements[path] = _write_again(store, table, path, rest) if rest.num_rows else None
         yield f"{table}/{path}"
-    while _name_instead(store, table, instead):
-        pass  # until nobody else has written what it read before
+    while _replace_parts(store, table, replacements):
+        pass  # another erasure may have written a manifest that it had read before
     for name in sorted(names):
         store.remove(name)
         if name.removeprefix(f"{table}/") not in published:  # left by work that was killed
             yield name
+    _replace_parts(store, table, replacements)
 
-    _name_instead(store, table, instead)
 
+def _replace_parts(store: Store, table: str, replacements: Mapping[str, dict[str, Any] | None]) -> bool:
+    """Replace or drop parts in all manifests of a table, keeping their order.
 
-def _name_instead(store: Store, table: str, instead: Mapping[str, dict[str, Any] | None]) -> bool:
-    """Have a table's manifests name other parts, or none, in the same order. Returns whether one named an old one."""
+    Args:
+        store: the dataset.
+        table: name of the table.
+        replacements: path of an old part → the new part, or None to drop it.
+
+    Returns:
+        Whether a manifest named an old part.
+    """
     changed = False
     for name, manifest in _manifests(store, table):
-        if any(part["path"] in instead for part in manifest["parts"]):
-            parts = [part for old in manifest["parts"] if (part := instead.get(old["path"], old)) is not None]
+        if any(part["path"] in replacements for part in manifest["parts"]):
+            parts = [part for old in manifest["parts"] if (part := replacements.get(old["path"], old)) is not None]
             store.write_json({**manifest, "parts": parts, "rows": sum(part["rows"] for part in parts)}, name)
             changed = True
     return changed
 
 
 def _manifests(store: Store, table: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A table's manifests with their paths, each read when it is its turn: the current one last, as it is published.
+    """Yield the path and content of each manifest of a table, read one by one; the current version's comes last.
 
-    They are read as they are and not as `Manifest`: an older program's tables are erased from too.
+    They are read as plain JSON and not as `Manifest`, because tables of other schema versions are erased from too.
     """
     of_version = re.compile(re.escape(f"{table}/") + "[^/]+/" + re.escape(MANIFEST))
     for name in [*filter(of_version.fullmatch, store.walk(table)), f"{table}/{MANIFEST}"]:
@@ -266,7 +319,11 @@ def _manifests(store: Store, table: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _write_again(store: Store, table: str, path: str, rows: pa.Table) -> dict[str, Any]:
-    """Write what is left of a part under its name and the digest of what is left, as a manifest describes it."""
+    """Write the rows that stay of a part (`path`: below its table) under a new name.
+
+    Returns:
+        The new part, as a manifest describes it.
+    """
     content = encode(rows)
     sha256 = hashlib.sha256(content).hexdigest()
     old = PART.fullmatch(f"{table}/{path}")
@@ -276,13 +333,13 @@ def _write_again(store: Store, table: str, path: str, rows: pa.Table) -> dict[st
     return dataclasses.asdict(Part(new, rows.num_rows, len(content), sha256))
 
 
-def _remove_aside(store: Store) -> None:
-    """Remove what killed processes were writing aside: nobody can tell whose it is."""
+def _remove_unfinished(store: Store) -> None:
+    """Remove files that killed processes left unfinished: they may hold the images."""
     if not isinstance(store.fs, LocalFileSystem):
-        return  # there, a write leaves nothing under a name
-    for name in filter(ASIDE.search, store.walk()):
+        return  # an object store keeps no unfinished objects
+    for name in filter(UNFINISHED.search, store.walk()):
         path = store.path(name)
-        with contextlib.suppress(FileNotFoundError):  # it was finished
+        with contextlib.suppress(FileNotFoundError):  # its writer has finished and renamed it
             while time.time() - os.path.getmtime(path) < UNTOUCHED:
                 time.sleep(0.1)
             store.remove(name)

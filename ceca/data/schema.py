@@ -1,7 +1,7 @@
-"""Arrow schemas of every shared table: the one place that names a column.
+"""Arrow schemas of every shared table, and how keys are made.
 
-A reader that meets another schema version says so and stops. Keys are deterministic: the same input gives the
-same ids.
+A reader that meets another schema version stops with an error. Keys are deterministic: the same input gives the same
+ids.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import hashlib
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
-NOBODY = -1  # identity of an image of which nobody said whose it is
+NOBODY = -1  # identity of an image whose person is not known
 _FP16 = pa.float16()
 
 IMAGES = pa.schema(
@@ -18,7 +18,7 @@ IMAGES = pa.schema(
         pa.field("identity", pa.int64(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
         pa.field("camera", pa.string()),
-        pa.field("image", pa.binary(), nullable=False),  # encoded bytes as they came
+        pa.field("image", pa.binary(), nullable=False),  # encoded, unchanged
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("source_path", pa.string(), nullable=False),
@@ -35,7 +35,7 @@ CAPTIONS = pa.schema(
     ]
 )
 
-# Ground truth of drawn pedestrians, kept apart from what a method may see.
+# Ground truth of drawn pedestrians. Methods must not read it.
 ATTRIBUTES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -51,8 +51,10 @@ DIALOGUES = pa.schema(
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("turns", pa.list_(pa.struct([pa.field("question", pa.string()), pa.field("answer", pa.string())]))),
         pa.field("summary", pa.string(), nullable=False),
-        pa.field("attributes", pa.map_(pa.string(), pa.string()), nullable=False),  # structured answers, if asked for
-        pa.field("flags", pa.list_(pa.string()), nullable=False),  # what to look at before the words are trusted
+        pa.field(
+            "attributes", pa.map_(pa.string(), pa.string()), nullable=False
+        ),  # structured answers, if they were asked for
+        pa.field("flags", pa.list_(pa.string()), nullable=False),  # reasons to check the answers before using them
         pa.field("model", pa.string(), nullable=False),
         pa.field("prompt_version", pa.string(), nullable=False),
         pa.field("generation_settings", pa.string(), nullable=False),  # JSON
@@ -73,7 +75,13 @@ REJECTS = pa.schema(
 
 
 def gallery(global_dim: int, local_dim: int, precision: pa.DataType = _FP16) -> pa.Schema:
-    """Schema of a gallery: both embeddings of an image, each L2-normalised."""
+    """Schema of a gallery: an image's global and local embedding, each L2-normalised.
+
+    Args:
+        global_dim: width of the global embedding.
+        local_dim: width of the local embedding.
+        precision: number type of both.
+    """
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
@@ -87,14 +95,25 @@ def gallery(global_dim: int, local_dim: int, precision: pa.DataType = _FP16) -> 
 
 
 def added(global_dim: int, local_dim: int) -> pa.Schema:
-    """Schema of an image that was added alone: everything that is known of it in one row. Without an identity, -1."""
-    told = [DIALOGUES.field(name) for name in ("turns", "summary", "attributes", "flags")]
+    """Schema of images added one by one: one row holds all data of an image. An unknown identity is `NOBODY`.
+
+    Args:
+        global_dim: width of the global embedding.
+        local_dim: width of the local embedding.
+    """
+    dialogue = [DIALOGUES.field(name) for name in ("turns", "summary", "attributes", "flags")]
     embedded = [gallery(global_dim, local_dim).field(name) for name in ("global", "local")]
-    return pa.schema([*IMAGES, *told, pa.field("dialogue_model", pa.string(), nullable=False), *embedded])
+    return pa.schema([*IMAGES, *dialogue, pa.field("dialogue_model", pa.string(), nullable=False), *embedded])
 
 
 def queries(global_dim: int, local_dim: int, precision: pa.DataType = _FP16) -> pa.Schema:
-    """Schema of embedded captions, as evaluation compares them with a gallery."""
+    """Schema of embedded captions, the queries of an evaluation; each embedding is L2-normalised.
+
+    Args:
+        global_dim: width of the global embedding.
+        local_dim: width of the local embedding.
+        precision: number type of both.
+    """
     return pa.schema(
         [
             pa.field("caption_id", pa.string(), nullable=False),
@@ -106,15 +125,20 @@ def queries(global_dim: int, local_dim: int, precision: pa.DataType = _FP16) -> 
 
 
 def image_id(source_path: str) -> str:
-    """An image's key: the first 16 hex digits of the SHA-256 of its path below imgs/."""
+    """Key of an image: the first 16 hex digits of the SHA-256 of its path below imgs/."""
     return hashlib.sha256(source_path.encode()).hexdigest()[:16]
 
 
 def caption_id(image: str, position: int) -> str:
-    """A caption's key: its image's key and its position in the record."""
+    """Key of a caption: `<image key>-<position>`.
+
+    Args:
+        image: key of the caption's image.
+        position: the caption's position in the record it was read from.
+    """
     return f"{image}-{position}"
 
 
 def image_of(caption: str) -> str:
-    """The key of a caption's image."""
+    """Key of the image that a caption key belongs to."""
     return caption.rpartition("-")[0]

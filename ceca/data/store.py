@@ -1,15 +1,15 @@
-"""One dataset URI, many tables: atomic publication, manifests, resumable work.
+"""The tables below one dataset URI: atomic publication, manifests, resumable work.
 
-A dataset is a folder of tables on any filesystem fsspec knows (local path, file://, s3://). A table is
+A dataset is a folder of tables on any filesystem that fsspec knows (local path, file://, s3://). A table is
 
-    <table>/manifest.json                       the current version; written last, so readers see old or new
+    <table>/manifest.json                       the current version; written last, so readers see the old or the new
     <table>/<version>/manifest.json             every published version
     <table>/<version>/part-00000.parquet        rows
 
-and a version is a digest of what the table is made from and how, so the same work has the same name wherever
-and whenever it runs. A stage cuts its work into numbered *units*. A finished unit leaves its parts and then a
-receipt (`.work/<stage>/<version>/00000.json`): a stage that was killed skips the units that have one, and the
-tables are published when every unit has.
+A version's name is a digest of the table's inputs and settings, so the same work has the same name wherever and
+whenever it runs. A stage splits its work into numbered *units*. A finished unit writes its parts first and a receipt
+(`.work/<stage>/<version>/00000.json`) second. A stage that is started again skips units with a receipt, and it
+publishes its tables when all units have one.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_tab
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
 from ceca.errors import UserError
 
-ROW_GROUP = 128  # rows: small enough to fetch one image, large enough to stream
+ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
 
 
 class StoreError(UserError):
-    """The dataset URI cannot be read or written, or holds something unexpected."""
+    """The dataset cannot be read or written, or its content is not as expected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One Parquet file of a table: path below the table, rows, size in bytes, SHA-256 of its content."""
+    """One Parquet file of a table: path below the table, number of rows, size in bytes, SHA-256 of the content."""
 
     path: str
     rows: int
@@ -55,7 +55,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a published version of a table is: its parts, what it was made from, and with which settings."""
+    """Description of a published version of a table.
+
+    `made_from` maps each input, e.g. `images` or `model`, to its version or digest. `config` holds the stage's
+    settings, `notes` the stage's own findings, and `created` is the time of publication (UTC).
+    """
 
     table: str
     version: str
@@ -70,7 +74,7 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A row that a stage could not use: its key, a short reason in snake_case, and what was found."""
+    """A row that a stage could not use: its key, a short reason in snake_case, and a detail for people."""
 
     key: str
     reason: str
@@ -79,7 +83,7 @@ class Reject:
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """Proof that a unit of work is done: the parts it wrote, the rows it rejected, what it counted."""
+    """Proof that a unit of work is done: its part of each table, its rejected rows, and its counters."""
 
     parts: Mapping[str, Part]
     rejects: tuple[Reject, ...] = ()
@@ -87,24 +91,26 @@ class Receipt:
 
 
 def version_of(*described: Any) -> str:
-    """A version's name: 12 hex digits of the digest of everything that decides the result."""
+    """Name of a version: the first 12 hex digits of the SHA-256 of everything that decides the result."""
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a URI and the path in it. For s3://, endpoint and keys come from the AWS_* variables.
+    """Filesystem of a URI, and the path in it. For s3://, endpoint and keys come from the AWS_* variables.
 
     Raises:
-        StoreError: the URI's scheme is not known.
+        StoreError: the URI is empty, or its scheme is not known.
     """
     if not uri:
         raise StoreError("no dataset URI given: pass --data with a folder, file://… or s3://bucket/prefix")
     options: dict[str, Any] = {}
     if uri.startswith("s3://"):
-        # Listings are never cached: another process may have published a second ago. Checksums of the protocol only
-        # where it needs them: some servers send the whole object's with a range of it, and parts have digests of ours.
+        # Listings are not cached: another process may have published a second ago. Checksums of the S3 protocol are
+        # used only where it requires them: some servers answer a range with the whole object's checksum. Parts have
+        # digests in their manifest.
         checksums = ("request_checksum_calculation", "response_checksum_validation")
-        # The endpoint is found by itself, too; named, it tells fsspec's instances apart, which it keeps by options.
+        # s3fs would find the endpoint by itself. fsspec caches filesystems by their options, and the endpoint among
+        # them keeps two servers apart.
         options = {
             "use_listings_cache": False,
             "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
@@ -122,32 +128,36 @@ class Store:
 
     def __init__(self, uri: str):
         self.fs, self.root = filesystem(uri)
-        # A job's workers may run in another folder, so a relative path would mean another place there.
+        # Workers of a job may run in another folder, where a relative path would be another place.
         self.uri = uri if "://" in uri else str(Path(uri).absolute())
 
     def path(self, *names: str) -> str:
+        """Path of an object in the filesystem."""
         return "/".join([self.root, *names])
 
     def place(self, *names: str) -> str:
-        """The same as `path`, as a URI for messages and other programs."""
+        """URI of an object, for messages and other programs."""
         return "/".join([self.uri.rstrip("/"), *names])
 
     # --- plain objects ------------------------------------------------------------------------------------
 
     def read_bytes(self, *names: str) -> bytes:
-        """Content of one object.
+        """Content of an object.
 
         Raises:
-            FileNotFoundError: there is no such object.
-            StoreError: the store cannot be reached or refuses.
+            FileNotFoundError: the object does not exist.
+            StoreError: the store cannot be reached, or it refuses.
         """
         with self._explained("read", *names):
             return self.fs.cat_file(self.path(*names))
 
     def write_bytes(self, content: bytes, *names: str) -> None:
-        """Write one object atomically: a reader sees all of it or nothing.
+        """Write an object atomically: a reader sees the whole object, or the one before.
 
-        An object store does that by itself; a local file is written aside and renamed.
+        Object stores write atomically; a local file is written under another name and then renamed.
+
+        Raises:
+            StoreError: the store cannot be reached, or it refuses.
         """
         path = self.path(*names)
         with self._explained("write", *names):
@@ -167,10 +177,15 @@ class Store:
                     os.remove(aside)
 
     def write_json(self, content: Any, *names: str) -> None:
+        """Write an object as JSON; atomic, and with errors, as `write_bytes`."""
         self.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode(), *names)
 
     def read_json(self, *names: str) -> Any | None:
-        """Content of a JSON object, or None where there is no such object."""
+        """Content of a JSON object; None if the object does not exist.
+
+        Raises:
+            StoreError: the store cannot be reached, or the object is not valid JSON.
+        """
         try:
             content = self.read_bytes(*names)
         except FileNotFoundError:
@@ -181,23 +196,23 @@ class Store:
             raise StoreError(f"{self.place(*names)} is not valid JSON ({error}); remove it and run its stage") from None
 
     def names(self, *names: str) -> list[str]:
-        """The objects in a folder that may not be there, sorted, without those that are being written aside."""
+        """Sorted names of the objects in a folder, without unfinished ones; empty if the folder does not exist."""
         folder = self.path(*names)
         with self._explained("list", *names):
             if not self.fs.exists(folder):
                 return []
-            found = sorted(Path(path).name for path in self.fs.ls(folder, detail=False))
-        return [name for name in found if not name.endswith(".tmp")]
+            listed = sorted(Path(path).name for path in self.fs.ls(folder, detail=False))
+        return [name for name in listed if not name.endswith(".tmp")]
 
     def walk(self, *names: str) -> list[str]:
-        """Every object below a folder, also those being written aside, by its path below the dataset, sorted."""
+        """Sorted paths, below the dataset, of all objects below a folder, also of unfinished ones."""
         with self._explained("list", *names):
-            found = self.fs.find(self.path(*names))
-        return sorted(path[len(self.root) + 1 :] for path in found)
+            paths = self.fs.find(self.path(*names))
+        return sorted(path[len(self.root) + 1 :] for path in paths)
 
     @contextlib.contextmanager
     def open(self, *names: str) -> Iterator[Any]:
-        """An object to read from a range at a time; errors as in `read_bytes`."""
+        """Open an object to read ranges of it; errors as in `read_bytes`."""
         with self._explained("read", *names), self.fs.open(self.path(*names), "rb") as file:
             yield file
 
@@ -207,35 +222,52 @@ class Store:
     # --- reading tables -----------------------------------------------------------------------------------
 
     def manifest(self, table: str, version: str | None = None) -> Manifest | None:
-        """The manifest of a table's current (or the named) version, or None where none is published.
+        """Manifest of a version of a table; None if the version is not published.
+
+        Args:
+            table: name of the table.
+            version: the version; by default the current one.
 
         Raises:
-            StoreError: it was written with another schema version, or is not a manifest.
+            StoreError: the manifest has another schema version, or it is not a manifest.
         """
         names = (table, MANIFEST) if version is None else (table, version, MANIFEST)
-        found = self.read_json(*names)
-        if found is None:
+        record = self.read_json(*names)
+        if record is None:
             return None
-        written = found.get("schema_version") if isinstance(found, dict) else None
-        if written != SCHEMA_VERSION:
+        schema_version = record.get("schema_version") if isinstance(record, dict) else None
+        if schema_version != SCHEMA_VERSION:
             raise StoreError(
-                f"{self.place(*names)} has schema version {written}, this program reads {SCHEMA_VERSION}; "
+                f"{self.place(*names)} has schema version {schema_version}, this program reads {SCHEMA_VERSION}; "
                 f"make the table again with this program, or use the program that wrote it"
             )
-        return Manifest(**{**found, "parts": tuple(Part(**part) for part in found["parts"])})
+        return Manifest(**{**record, "parts": tuple(Part(**part) for part in record["parts"])})
 
     def current(self, table: str, made_by: str | None = None) -> Manifest:
-        """The manifest of a table that must be there. `made_by` names the stage to run where it is not."""
+        """Manifest of the current version of a table that must exist.
+
+        Args:
+            table: name of the table.
+            made_by: the stage that makes it, for the error; by default the table's name.
+
+        Raises:
+            StoreError: the table is not published; the message names the stage to run.
+        """
         manifest = self.manifest(table)
         if manifest is None:
             raise StoreError(f"no table {table!r} in {self.uri}; run the stage `{made_by or table}` first")
         return manifest
 
     def read_part(self, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """One part's rows.
+        """Rows of one part, after its digest was checked.
+
+        Args:
+            manifest: the table.
+            number: index of the part in the manifest.
+            columns: columns to read; None means all.
 
         Raises:
-            StoreError: the part is missing, or its content is not what the manifest says.
+            StoreError: the part is missing, or its digest is not the manifest's.
         """
         part = manifest.parts[number]
         place = self.place(manifest.table, part.path)
@@ -251,13 +283,21 @@ class Store:
         return pq.read_table(pa.BufferReader(content), columns=columns)
 
     def read(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of a table, in order. For tables that fit in memory; images are read by part."""
+        """All rows of a table, in order. For tables that fit in memory; images are read part by part.
+
+        Args:
+            manifest: the table.
+            columns: columns to read; None means all.
+
+        Raises:
+            StoreError: the table is empty.
+        """
         if not manifest.parts:
             raise StoreError(f"table {manifest.table!r} in {self.uri} is empty; see its rejects")
         return pa.concat_tables([self.read_columns(manifest, n, columns) for n in range(len(manifest.parts))])
 
     def read_columns(self, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns of one part, fetching those alone and so without a look at the part's digest."""
+        """Columns of one part. Fetches these columns alone, so the part's digest is not checked."""
         part = manifest.parts[number]
         with self.open(manifest.table, part.path) as file:
             return pq.read_table(file, columns=columns)
@@ -265,12 +305,21 @@ class Store:
     def take(
         self, manifest: Manifest, rows: Sequence[tuple[int, int]], columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Rows by (part, row in part), in the order asked for; reads only the row groups that hold them."""
-        by_part: dict[int, list[int]] = {}
+        """Rows of a table by their places. Reads only the row groups that hold them.
+
+        Args:
+            manifest: the table.
+            rows: places (part, row within the part).
+            columns: columns to read; None means all.
+
+        Returns:
+            The rows, in the order of `rows`.
+        """
+        rows_of: dict[int, list[int]] = {}
         for part, row in rows:
-            by_part.setdefault(part, []).append(row)
+            rows_of.setdefault(part, []).append(row)
         tables, place_of, offset = [], {}, 0
-        for part, wanted in by_part.items():
+        for part, wanted in rows_of.items():
             groups = sorted({row // ROW_GROUP for row in wanted})
             source = manifest.parts[part]
             with self.open(manifest.table, source.path) as file:
@@ -283,7 +332,7 @@ class Store:
         return pa.concat_tables(tables).take([place_of[part, row] for part, row in rows])
 
     def rejects(self) -> pa.Table:
-        """The rejected rows of every stage's current version."""
+        """Rejected rows of the current version of every stage: schema `REJECTS`."""
         tables = [REJECTS.empty_table()]
         for stage in ("ingest", "dialogue", "evaluate", "index"):
             manifest = self.manifest(rejects_table(stage))
@@ -294,27 +343,41 @@ class Store:
     # --- working and publishing ---------------------------------------------------------------------------
 
     def write_part(self, table: str, version: str, number: int, rows: pa.Table) -> Part:
-        """Write one part aside; nobody reads it before a manifest names it."""
+        """Write one part. No reader sees it before a manifest names it.
+
+        Args:
+            table: name of the table.
+            version: the version that the part belongs to.
+            number: number of the part, which decides its name.
+            rows: the part's rows.
+        """
         content = encode(rows)
         path = part_name(version, number)
         self.write_bytes(content, table, path)
         return Part(path, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
 
     def write_receipt(self, stage: str, version: str, unit: int, receipt: Receipt) -> None:
-        """Say that a unit is done. Comes after its parts, never before."""
+        """Record that a unit is done. Its parts must be written before.
+
+        Args:
+            stage: name of the stage.
+            version: the version that the stage makes.
+            unit: number of the unit.
+            receipt: what the unit made.
+        """
         self.write_json(dataclasses.asdict(receipt), WORK, stage, version, receipt_name(unit))
 
     def receipts(self, stage: str, version: str) -> dict[int, Receipt]:
-        """The units of this version that are done."""
-        found = {}
+        """Finished units of a version: number of the unit → receipt."""
+        receipts = {}
         for name in self.names(WORK, stage, version):
             receipt = json.loads(self.read_bytes(WORK, stage, version, name))
-            found[int(Path(name).stem)] = Receipt(
+            receipts[int(Path(name).stem)] = Receipt(
                 parts={table: Part(**part) for table, part in receipt["parts"].items()},
                 rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
                 counts=receipt["counts"],
             )
-        return found
+        return receipts
 
     def publish(
         self,
@@ -328,9 +391,20 @@ class Store:
         rejects: Sequence[Reject] = (),
         notes: Mapping[str, Any] | None = None,
     ) -> dict[str, Manifest]:
-        """Publish a stage's tables (rejects first, the last named table last) and clear its receipts.
+        """Publish a stage's tables and remove its receipts.
 
-        `rejects` are those found while planning; the units' own come with their receipts.
+        Args:
+            stage: name of the stage.
+            version: the version to publish.
+            tables: names of the tables, in the order of publication; the table of rejects comes before them.
+            receipts: receipts of all units, in the order of their parts.
+            made_from: each input, e.g. `images` or `model` → its version or digest.
+            config: the stage's settings.
+            rejects: rows rejected while the stage planned its units; the units' rejects are in their receipts.
+            notes: findings of the stage, kept in the manifests.
+
+        Returns:
+            The manifest of each table, by name.
         """
         receipts = list(receipts)
         rejected = [*rejects, *(reject for receipt in receipts for reject in receipt.rejects)]
@@ -341,10 +415,9 @@ class Store:
         notes = {**(notes or {}), "rejects": dict(Counter(reject.reason for reject in rejected))}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         manifests = {}
-        for table, written in parts.items():
-            manifest = Manifest(
-                table, version, sum(part.rows for part in written), tuple(written), made_from, config, notes, created
-            )
+        for table, table_parts in parts.items():
+            rows_in_all = sum(part.rows for part in table_parts)
+            manifest = Manifest(table, version, rows_in_all, tuple(table_parts), made_from, config, notes, created)
             self.write_json(dataclasses.asdict(manifest), table, version, MANIFEST)
             manifests[table] = manifest
         for table, manifest in manifests.items():
@@ -353,7 +426,7 @@ class Store:
         return manifests
 
     def remove(self, *names: str) -> None:
-        """Remove a folder or object that may not be there."""
+        """Remove a folder or object, if it exists."""
         with self._explained("remove", *names):
             if self.fs.exists(self.path(*names)):
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
@@ -361,21 +434,21 @@ class Store:
 
 
 def encode(rows: pa.Table) -> bytes:
-    """A part's content: Parquet in row groups of ROW_GROUP, by which `Store.take` finds a row."""
+    """Encode rows as a part: Parquet with row groups of ROW_GROUP rows, which `Store.take` relies on."""
     sink = io.BytesIO()
     pq.write_table(rows, sink, row_group_size=ROW_GROUP, compression=_compression(rows.schema))
     return sink.getvalue()
 
 
 def _compression(schema: pa.Schema) -> str | dict[str, str]:
-    """zstd for text; none for encoded images and embeddings, which do not get smaller."""
+    """Compression of each column: zstd, but none for encoded images and embeddings, which do not get smaller."""
     if "image" in schema.names:
         return {name: "NONE" if name == "image" else "ZSTD" for name in schema.names}
     return "NONE" if "global" in schema.names else "ZSTD"
 
 
 class _Explained:
-    """Turns a filesystem's many errors into one that says what was attempted and what to do."""
+    """Turns the errors of filesystems into a StoreError that says what was attempted and what to do."""
 
     def __init__(self, attempt: str):
         self.attempt = attempt
@@ -388,10 +461,10 @@ class _Explained:
             return False
         if isinstance(error, FileNotFoundError):
             if "cannot write" not in self.attempt:
-                return False  # to the reader, a missing object is an answer
+                return False  # readers handle a missing object
             advice = "check that the bucket or folder exists"
         elif isinstance(error, PermissionError):
-            # S3 says no more than 403 to what it is asked first, also where a clock is wrong.
+            # S3 answers the first request with a plain 403, also if this machine's clock is wrong.
             advice = (
                 "check the permissions; for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "and that the clock of this machine is right"

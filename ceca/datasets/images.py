@@ -1,27 +1,44 @@
-"""Encoded images: checking and decoding them."""
+"""Check and decode encoded images."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 50_000_000  # a pedestrian crop has about 30,000; far larger is a mistake or an attack
+MAX_PIXELS = 50_000_000  # a pedestrian crop has about 30,000; a much larger image is a mistake or an attack
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 class ImageError(ValueError):
-    """Bytes that are not a usable image: `reason` in snake_case, `detail` for a person."""
+    """The bytes are not a usable image.
+
+    Args:
+        reason: short reason in snake_case.
+        detail: message for a person.
+    """
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
 
+class Size(NamedTuple):
+    """Size of an image in pixels."""
+
+    width: int
+    height: int
+
+
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode to RGB, where the header tells of few enough pixels.
+    """Decode an image to RGB. The size in the header is checked before the pixels are decoded.
+
+    Args:
+        content: encoded image.
+        max_pixels: largest accepted number of pixels.
 
     Raises:
-        ImageError: not an image, of another format, too large, or truncated.
+        ImageError: the bytes are not an image in one of FORMATS, or the image is too large or truncated.
     """
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -41,7 +58,7 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def mime_type(content: bytes) -> str:
-    """Of an encoded image, by its first bytes."""
+    """Return the MIME type of an encoded image, by its first bytes."""
     if content.startswith(b"\x89PNG"):
         return "image/png"
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
@@ -49,13 +66,33 @@ def mime_type(content: bytes) -> str:
     return "image/bmp" if content.startswith(b"BM") else "image/jpeg"
 
 
-def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of an image that decodes to its last row; raises ImageError."""
-    return open_image(content, max_pixels).size
+def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Size:
+    """Return the size of an image after decoding all of it.
+
+    Args:
+        content: encoded image.
+        max_pixels: largest accepted number of pixels.
+
+    Raises:
+        ImageError: the image cannot be decoded (see `open_image`).
+    """
+    return Size(*open_image(content, max_pixels).size)
 
 
 def decode_image(content: bytes, height: int, width: int) -> np.ndarray:
-    """Decode and resize: uint8 [height, width, 3]. Raises ImageError."""
+    """Decode and resize an image.
+
+    Args:
+        content: encoded image.
+        height: height of the result in pixels.
+        width: width of the result in pixels.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        ImageError: the image cannot be decoded (see `open_image`).
+    """
     image = open_image(content)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,16 +1,16 @@
-"""Readers of the published layouts: an annotation file and the folder imgs/ beside it.
+"""Published benchmark layouts: an annotation file beside the folder imgs/. The reader and the drawer share them.
 
-The annotation file is a JSON list of records {id, split, captions, <image key>: path below imgs/}; other keys
-are ignored. One unusable record is a reject, an unusable file is an error.
+The annotation file is a JSON list of records {id, split, captions, <image key>: path below imgs/}. Other keys are
+ignored. An unusable record becomes a reject; an unusable file is an error.
 """
 
 import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ceca.data.schema import caption_id
 from ceca.data.schema import image_id as image_id_of
@@ -18,16 +18,16 @@ from ceca.data.store import Reject, filesystem
 from ceca.errors import UserError
 
 SPLITS = ("train", "val", "test")
-ATTRIBUTES_FILE = "attributes.json"  # drawn pedestrians carry their ground truth here
+ATTRIBUTES_FILE = "attributes.json"  # ground truth of drawn pedestrians; other datasets have none
 
 
 class DatasetError(UserError):
-    """The folder is not a dataset in a published layout."""
+    """The folder does not hold a dataset in a published layout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """Size of a split; None where the publication gives no figure."""
+    """Size of a split. A count is None where the publication does not report it."""
 
     images: int
     identities: int
@@ -36,47 +36,83 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a benchmark is laid out on disk, and how large it is (method: Data)."""
+    """File layout and published size of a benchmark (method: Data).
+
+    Attributes:
+        name: the layout's key in LAYOUTS.
+        annotation: name of the annotation file.
+        image_key: key of the image path in a record.
+        first_identity: smallest identity number.
+        captions_per_image: usual number of captions in a record.
+        statistics: published size of each split. A split that the benchmark does not have is missing.
+        camera: regular expression; its first group is the camera number in a file name.
+    """
 
     name: str
     annotation: str
     image_key: str
-    statistics: dict[str, Count]
-    camera: str | None = None  # pattern of the camera's number in a file name
+    first_identity: int
+    captions_per_image: int
+    statistics: Mapping[str, Count]
+    camera: str | None = None
 
 
 LAYOUTS = {
-    "cuhk_pedes": Layout(
-        "cuhk_pedes",
-        "reid_raw.json",
-        "file_path",
-        {"train": Count(34_054, 11_003, 68_126), "val": Count(3_078, 1_000, 6_158), "test": Count(3_074, 1_000, 6_156)},
-    ),
-    "icfg_pedes": Layout(
-        "icfg_pedes",
-        "ICFG-PEDES.json",
-        "file_path",
-        {"train": Count(34_674, 3_102, 34_674), "test": Count(19_848, 1_000, 19_848)},
-        camera=r"^\d+_\d+_(\d+)_",
-    ),
-    "rstpreid": Layout(
-        "rstpreid",
-        "data_captions.json",
-        "img_path",
-        {"train": Count(18_505, 3_701, 37_010), "val": Count(1_000, 200, 2_000), "test": Count(1_000, 200, 2_000)},
-        camera=r"_c(\d+)_",
-    ),
+    layout.name: layout
+    for layout in (
+        Layout(
+            name="cuhk_pedes",
+            annotation="reid_raw.json",
+            image_key="file_path",
+            first_identity=1,
+            captions_per_image=2,
+            statistics={
+                "train": Count(34_054, 11_003, 68_126),
+                "val": Count(3_078, 1_000, 6_158),
+                "test": Count(3_074, 1_000, 6_156),
+            },
+        ),
+        Layout(
+            name="icfg_pedes",
+            annotation="ICFG-PEDES.json",
+            image_key="file_path",
+            first_identity=0,
+            captions_per_image=1,
+            statistics={"train": Count(34_674, 3_102, 34_674), "test": Count(19_848, 1_000, 19_848)},
+            camera=r"^\d+_\d+_(\d+)_",
+        ),
+        Layout(
+            name="rstpreid",
+            annotation="data_captions.json",
+            image_key="img_path",
+            first_identity=0,
+            captions_per_image=2,
+            statistics={
+                "train": Count(18_505, 3_701, 37_010),
+                "val": Count(1_000, 200, 2_000),
+                "test": Count(1_000, 200, 2_000),
+            },
+            camera=r"_c(\d+)_",
+        ),
+    )
 }
+
+
+class Caption(NamedTuple):
+    """A caption and its position in the record's list of captions."""
+
+    position: int
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One image of the annotation file with its captions."""
+    """An image of the annotation file and its usable captions."""
 
     source_path: str
     identity: int
     split: str
-    captions: tuple[tuple[int, str], ...]  # (position in the record, sentence)
+    captions: tuple[Caption, ...]
     camera: str | None = None
 
     @property
@@ -86,40 +122,52 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Annotations:
-    """A dataset's annotation file, read: usable records, rejects, and what it was."""
+    """The contents of a dataset's annotation file.
+
+    Attributes:
+        layout: layout of the dataset.
+        records: usable records.
+        rejects: unusable records and captions.
+        content: bytes of the file.
+        attributes: ground truth of drawn pedestrians, {"vocabulary": …, "images": […]}; None for other datasets.
+    """
 
     layout: Layout
     records: tuple[Record, ...]
     rejects: tuple[Reject, ...]
     content: bytes
-    attributes: dict[str, Any] | None  # of drawn pedestrians: {"vocabulary": …, "images": […]}
+    attributes: dict[str, Any] | None
 
 
 def read_annotations(source: str, layout: str = "auto") -> Annotations:
-    """Read the annotation file below `source` (folder or URI).
+    """Read the annotation file of a dataset.
+
+    Args:
+        source: folder or URI of the dataset.
+        layout: key in LAYOUTS, or "auto" to choose the layout by the annotation file.
 
     Raises:
-        DatasetError: no annotation file, or not a JSON list: what was found, where, and what is expected.
+        DatasetError: the annotation file is missing, is not a JSON list, or has no usable record.
     """
     fs, root = filesystem(source)
     chosen = _find_layout(fs, root, source, layout)
     path = f"{root}/{chosen.annotation}"
     content = fs.cat_file(path)
-    found = _parse(content, path)
-    if not isinstance(found, list):
-        raise DatasetError(f"{path}: expected a JSON list of records, found {type(found).__name__}")
-    records, rejects = read_records(found, chosen)
+    items = _parse(content, path)
+    if not isinstance(items, list):
+        raise DatasetError(f"{path}: expected a JSON list of records, found {type(items).__name__}")
+    records, rejects = read_records(items, chosen)
     if not records:
         reasons = Counter(f"{reject.reason} ({reject.detail})" for reject in rejects).most_common(3)
         raise DatasetError(
-            f"{path}: none of its {len(found)} records can be used; most common: "
+            f"{path}: none of its {len(items)} records can be used; most common: "
             + "; ".join(f"{count} x {reason}" for reason, count in reasons)
         )
     return Annotations(chosen, tuple(records), tuple(rejects), content, read_attributes(fs, root))
 
 
 def read_attributes(fs: Any, root: str) -> dict[str, Any] | None:
-    """The ground truth of drawn pedestrians, {"vocabulary": …, "images": […]}; None for any other dataset."""
+    """Read the ground truth of drawn pedestrians, {"vocabulary": …, "images": […]}; None for other datasets."""
     path = f"{root}/{ATTRIBUTES_FILE}"
     return _parse(fs.cat_file(path), path) if fs.exists(path) else None
 
@@ -129,13 +177,13 @@ def _find_layout(fs: Any, root: str, source: str, layout: str) -> Layout:
     present = [candidate for candidate in candidates if fs.exists(f"{root}/{candidate.annotation}")]
     if len(present) == 1:
         return present[0]
-    names = ", ".join(candidate.annotation for candidate in candidates)
     if not present:
+        names = ", ".join(candidate.annotation for candidate in candidates)
         raise DatasetError(
-            f"no annotation file in {source!r}: looked for {names}; pass --source with the folder of one"
+            f"no annotation file in {source!r}: looked for {names}; pass --source with a folder that has one"
         )
     raise DatasetError(
-        f"{source!r} holds several annotation files ({', '.join(found.annotation for found in present)}); "
+        f"{source!r} has several annotation files ({', '.join(candidate.annotation for candidate in present)}); "
         "choose one with --layout"
     )
 
@@ -145,34 +193,31 @@ def _parse(content: bytes, path: str) -> Any:
         return json.loads(content)
     except ValueError as error:
         raise DatasetError(
-            f"{path} ({len(content)} bytes) is not valid JSON: {error}; copy the file again from its publisher"
+            f"{path} ({len(content)} bytes) is not valid JSON: {error}; download the file again from its publisher"
         ) from None
 
 
-def read_records(found: Sequence[Any], layout: Layout) -> tuple[list[Record], list[Reject]]:
-    """Sort an annotation list into usable records and rejects. Captions are checked one by one.
+def read_records(items: Sequence[Any], layout: Layout) -> tuple[list[Record], list[Reject]]:
+    """Sort the items of an annotation list into usable records and rejects.
 
-    An image whose captions are all unusable stays: it can still be found in a gallery.
+    Captions are checked one by one. An image without a usable caption is kept, because a search can still return it.
     """
     records: dict[str, Record] = {}
     rejects: list[Reject] = []
-    for position, item in enumerate(found):
-        where = f"record {position}"
-        problem = _problem(item, layout)
+    for position, item in enumerate(items):
+        problem = _find_problem(item, layout, position)
         if problem is not None:
-            key = item.get(layout.image_key) if isinstance(item, dict) else None
-            rejects.append(Reject(key if isinstance(key, str) and key else where, *problem))
+            rejects.append(problem)
             continue
         path = item[layout.image_key]
         if path in records:
-            rejects.append(
-                Reject(path, "duplicated_record", f"{where} names an image that came before; first one kept")
-            )
+            detail = f"record {position} names an image of an earlier record; the first one is kept"
+            rejects.append(Reject(path, "duplicated_record", detail))
             continue
         captions = []
         for number, text in enumerate(item["captions"]):
             if isinstance(text, str) and text.strip():
-                captions.append((number, text.strip()))
+                captions.append(Caption(number, text.strip()))
             else:
                 key = caption_id(image_id_of(path), number)
                 rejects.append(Reject(key, "empty_caption", f"caption {number} of {path} is {text!r}"))
@@ -181,28 +226,31 @@ def read_records(found: Sequence[Any], layout: Layout) -> tuple[list[Record], li
     return list(records.values()), rejects
 
 
-def _problem(item: Any, layout: Layout) -> tuple[str, str] | None:
-    """Why a record cannot be used: (reason, detail), or None."""
+def _find_problem(item: Any, layout: Layout, position: int) -> Reject | None:
+    """Return a reject if the item at this position of the annotation list is not a usable record."""
+    where = f"record {position}"
     if not isinstance(item, dict):
-        return "not_a_record", f"expected an object, found {item!r:.100}"
-    needed = ("id", "split", "captions", layout.image_key)
-    missing = [key for key in needed if key not in item]
+        return Reject(where, "not_a_record", f"expected an object, found {item!r:.100}")
+    path = item.get(layout.image_key)
+    key = path if isinstance(path, str) and path else where
+    missing = [name for name in ("id", "split", "captions", layout.image_key) if name not in item]
     if missing:
-        return "missing_key", f"no {', '.join(missing)}; the record has {', '.join(map(str, item))}"
-    path, identity, split, captions = (item[key] for key in (layout.image_key, "id", "split", "captions"))
+        detail = f"no {', '.join(missing)}; the record has {', '.join(map(str, item))}"
+        return Reject(key, "missing_key", detail)
+    identity, split, captions = item["id"], item["split"], item["captions"]
     if not isinstance(path, str) or not path or path.startswith("/") or ".." in PurePosixPath(path).parts:
-        return "bad_path", f"expected a path below imgs/, found {path!r:.100}"
+        return Reject(key, "bad_path", f"expected a path below imgs/, found {path!r:.100}")
     if isinstance(identity, bool) or not isinstance(identity, int):
-        return "bad_identity", f"expected a whole number under id, found {identity!r:.100}"
+        return Reject(key, "bad_identity", f"expected an integer under id, found {identity!r:.100}")
     if split not in SPLITS:
-        return "bad_split", f"expected one of {', '.join(SPLITS)}, found {split!r:.100}"
+        return Reject(key, "bad_split", f"expected one of {', '.join(SPLITS)}, found {split!r:.100}")
     if not isinstance(captions, list):
-        return "bad_captions", f"expected a list of sentences, found {captions!r:.100}"
+        return Reject(key, "bad_captions", f"expected a list of sentences, found {captions!r:.100}")
     return None
 
 
 def count_splits(records: Sequence[Record]) -> dict[str, Count]:
-    """Images, identities and captions of each split."""
+    """Count the images, identities and captions of each split that has records."""
     counts = {}
     for split in SPLITS:
         chosen = [record for record in records if record.split == split]
@@ -212,16 +260,17 @@ def count_splits(records: Sequence[Record]) -> dict[str, Count]:
     return counts
 
 
-def differences(layout: Layout, counts: dict[str, Count]) -> list[str]:
-    """Where the counts differ from the published ones, a sentence each."""
-    found = []
+def differences(layout: Layout, counts: Mapping[str, Count]) -> list[str]:
+    """Compare counts with the published ones: one message for each difference."""
+    messages = []
     for split in sorted(layout.statistics.keys() | counts.keys()):
-        published, here = layout.statistics.get(split), counts.get(split)
-        if published is None or here is None:
-            found.append(f"{layout.name} {split}: {'not a published split' if published is None else 'missing here'}")
+        published, actual = layout.statistics.get(split), counts.get(split)
+        if published is None or actual is None:
+            problem = "not a published split" if published is None else "missing here"
+            messages.append(f"{layout.name} {split}: {problem}")
             continue
-        for what in ("images", "identities", "captions"):
-            expected, actual = getattr(published, what), getattr(here, what)
-            if expected is not None and expected != actual:
-                found.append(f"{layout.name} {split}: {actual:,} {what} here, {expected:,} published")
-    return found
+        for name in ("images", "identities", "captions"):
+            expected, count = getattr(published, name), getattr(actual, name)
+            if expected is not None and expected != count:
+                messages.append(f"{layout.name} {split}: {count:,} {name} here, {expected:,} published")
+    return messages

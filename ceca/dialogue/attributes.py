@@ -1,4 +1,7 @@
-"""Structured answers: attributes with a vocabulary, asked for besides free text, for filters in search."""
+"""Attributes with a vocabulary, for filters in search.
+
+The values come from a structured answer (JSON that follows a schema) or from the words of the free-text answers.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,17 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ceca.data.store import Store
 
-Choices = Mapping[str, Sequence[str]]  # attribute → the values it can have
+Choices = Mapping[str, Sequence[str]]  # attribute → possible values
 
 UNKNOWN = "unknown"
 
 _COLOURS = ("black", "white", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "beige")
 
-# What people who describe pedestrians mention most; a dataset with a vocabulary of its own is asked by that.
+# Default vocabulary: the attributes that descriptions of pedestrians mention most.
 PERSON: Choices = {
     "gender": ("woman", "man"),
     "hair_length": ("bald", "short", "shoulder-length", "long"),
@@ -33,8 +36,19 @@ PERSON: Choices = {
 }
 
 
+def read_vocabulary(store: Store) -> Choices:
+    """Return the vocabulary of a dataset's table of attributes, or PERSON if the dataset has no such table."""
+    attributes = store.manifest("attributes")
+    if attributes is None:
+        return PERSON
+    return {name: tuple(values) for name, values in attributes.notes["vocabulary"].items()}
+
+
+# --- structured answers -----------------------------------------------------------------------------------
+
+
 def json_schema(choices: Choices) -> dict[str, Any]:
-    """The schema that guided decoding follows: every attribute is one of its values or unknown."""
+    """Return the JSON schema of a structured answer: each attribute has one of its values or is unknown."""
     return {
         "type": "object",
         "properties": {name: {"type": "string", "enum": [*values, UNKNOWN]} for name, values in choices.items()},
@@ -44,29 +58,67 @@ def json_schema(choices: Choices) -> dict[str, Any]:
 
 
 def read_attributes(text: str, choices: Choices) -> dict[str, str] | None:
-    """The attributes of an answer, those that are unknown left out; None where it does not follow the schema."""
+    """Read a structured answer.
+
+    Args:
+        text: the answer, as JSON.
+        choices: vocabulary of the schema.
+
+    Returns:
+        The known attributes; None if the answer does not follow the schema.
+    """
     try:
-        found = json.loads(text)
+        answer = json.loads(text)
     except ValueError:
         return None
-    if not isinstance(found, Mapping) or set(found) != set(choices):
+    if not isinstance(answer, Mapping) or set(answer) != set(choices):
         return None
-    if any(value != UNKNOWN and value not in choices[name] for name, value in found.items()):
+    if any(value != UNKNOWN and value not in choices[name] for name, value in answer.items()):
         return None
-    return {name: value for name, value in found.items() if value != UNKNOWN}
+    return {name: value for name, value in answer.items() if value != UNKNOWN}
 
 
-# The words of the question about a thing, and the thing's own beside its kinds.
-_THINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "gender": (("gender",), ()),
-    "hair": (("hair",), ("hair",)),
-    "hat": (("hat",), ("hat",)),
-    "upper": (("upper",), ("top",)),
-    "lower": (("lower", "pants"), ()),
-    "shoes": (("shoes",), ("shoes", "footwear")),
-    "carried": (("hand", "hands", "holding", "carrying"), ()),
+# --- free-text answers ------------------------------------------------------------------------------------
+
+
+class _Thing(NamedTuple):
+    """A thing that a question is about.
+
+    Attributes:
+        topics: words that identify the question.
+        nouns: words for the thing itself, besides its kinds.
+    """
+
+    topics: tuple[str, ...]
+    nouns: tuple[str, ...] = ()
+
+
+class _Mention(NamedTuple):
+    """A value in a text, from `start` to `end`."""
+
+    start: int
+    end: int
+    value: str
+
+
+class _Phrase(NamedTuple):
+    """The words before a thing ("black leather" shoes) and the statement after it (shoes are "black")."""
+
+    before: str
+    after: str
+
+
+_THINGS = {
+    "gender": _Thing(("gender",)),
+    "hair": _Thing(("hair",), ("hair",)),
+    "hat": _Thing(("hat",), ("hat",)),
+    "upper": _Thing(("upper",), ("top",)),
+    "lower": _Thing(("lower", "pants")),
+    "shoes": _Thing(("shoes",), ("shoes", "footwear")),
+    "carried": _Thing(("hand", "hands", "holding", "carrying")),
 }
 _PROPERTIES = ("length", "colour", "pattern")
+_ABSENT = ("none", "bald")  # values for a thing that the person does not have
 _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "woman": ("female", "lady"),
     "man": ("male", "gentleman"),
@@ -78,6 +130,7 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "trainers": ("sneakers",),
     "checked": ("checkered", "plaid"),
 }
+_WORD = re.compile("[a-z]+")
 _DOUBT = re.compile(
     r"\b(or|either|maybe|perhaps|possibl[ey]|probably|likely|may|might|could|cannot|can't|unable|unclear|unsure|sure|"
     r"clearly|visible|seen|tell|determined?|difficult|impossible)\b"
@@ -90,94 +143,101 @@ _AFTER = re.compile(r"\s+(?:is|are)\s+((?:(?!\b(?:an?|the|s?he|they|his|her|thei
 
 
 def attributes_of(turns: Sequence[tuple[str, str]], choices: Choices) -> dict[str, str]:
-    """Attributes that the answers to the free-text questions name in words of the vocabulary; others are left out.
+    """Read the attributes that the free-text answers name in words of the vocabulary.
 
-    A kind (gender, hat, `shoes_kind`) is taken where the answer names one value and no other; a colour, pattern or
-    length where one stands in the words before the thing ("black leather shoes") or is said of it ("shoes are black").
-    A sentence in doubt ("or", "not visible") tells nothing, and a thing denied is `none` (hair: `bald`) where the
-    vocabulary has that. What goes unsaid stays unknown: no pattern named is not `plain`.
+    A kind (gender, hat, `shoes_kind`) is read if the answer names exactly one value. A colour, pattern or length is
+    read from the words before the thing ("black leather shoes") or from a statement about it ("shoes are black").
+    A sentence in doubt ("or", "not visible") is ignored. A denied thing is `none` (hair: `bald`) if the vocabulary
+    has this value. An attribute that is not mentioned stays unknown: without a named pattern, it is not `plain`.
 
     Args:
-        turns: (question, answer), told apart by words of the question. choices: attributes named like those of PERSON.
+        turns: pairs (question, answer). Words of the question decide which thing the answer is about.
+        choices: vocabulary; its attributes are named as in PERSON.
+
+    Returns:
+        The known attributes, in the order of the vocabulary.
     """
-    found: dict[str, str] = {}
-    for thing, (topics, nouns) in _THINGS.items():
-        asked = [answer for question, answer in turns if set(topics) & set(re.findall("[a-z]+", question.lower()))]
-        names = [name for name in (thing, *(f"{thing}_{part}" for part in ("kind", *_PROPERTIES))) if name in choices]
-        if names and len(asked) == 1:
-            found |= _read_thing(asked[0].lower().replace("’", "'"), thing, names, nouns, choices)
-    return {name: found[name] for name in choices if name in found}
+    values: dict[str, str] = {}
+    for name, thing in _THINGS.items():
+        answers = [answer for question, answer in turns if set(thing.topics) & set(_WORD.findall(question.lower()))]
+        parts = ("kind", *_PROPERTIES)
+        attributes = [attribute for attribute in (name, *(f"{name}_{part}" for part in parts)) if attribute in choices]
+        if attributes and len(answers) == 1:
+            values |= _read_thing(answers[0].lower().replace("’", "'"), name, attributes, choices)
+    return {attribute: values[attribute] for attribute in choices if attribute in values}
 
 
-def _read_thing(
-    answer: str, thing: str, names: Sequence[str], nouns: Sequence[str], choices: Choices
-) -> dict[str, str]:
-    """What an answer says of one thing, whose attributes are `names`."""
-    kind = thing if thing in choices else f"{thing}_kind"
+def _read_thing(answer: str, name: str, attributes: Sequence[str], choices: Choices) -> dict[str, str]:
+    """Read the attributes of one thing from the answer about it.
+
+    Args:
+        answer: the answer in lower case.
+        name: key of _THINGS.
+        attributes: attributes of the thing.
+        choices: vocabulary.
+    """
+    kind = name if name in choices else f"{name}_kind"
     kinds = [value for value in choices.get(kind, ()) if value != "none"]
-    if thing == "hair":
+    words = [*kinds, *_THINGS[name].nouns]
+    if name == "hair":
         answer = re.sub(r"(?<!not )(?<!n't )\bbald\b", "no hair", answer)
-    denied, said, phrases = False, set[str](), []
+    denied, named, phrases = False, set[str](), list[_Phrase]()
     for sentence in re.split(r"[.;!?\n]+|\bbut\b", answer):
         if _DOUBT.search(sentence):
             continue
-        denied |= any(_is_absent(thing, words, [*kinds, *nouns]) for words in _DENIED.findall(sentence))
+        denied |= any(_is_absent(name, denial, words) for denial in _DENIED.findall(sentence))
         stated = _DENIED.sub("", sentence)
-        for start, end, value in _mentions(stated, [*kinds, *nouns]):
-            said |= {value} & set(kinds)
-            follows = _AFTER.match(stated, end)
-            phrases.append((_BEFORE.split(stated[:start])[-1], follows[1] if follows else ""))
-    if denied:  # and if it is named nevertheless, the answer contradicts itself
-        return {} if phrases else {name: v for name in names for v in choices[name] if v in ("none", "bald")}
-    found = {kind: said.pop()} if len(said) == 1 else {}
-    if len(phrases) == 1:  # of two things it is not known which one is meant
-        for name in names:
-            values = [value for value in choices[name] if value not in ("none", "bald")]
-            before, after = phrases[0]
-            meant = {value for _, _, value in _mentions(f"{_listed(before, values)};{after}", values)}
-            if name != kind and len(meant) == 1:
-                found[name] = meant.pop()
-    return found
+        for mention in _mentions(stated, words):
+            named |= {mention.value} & set(kinds)
+            after = _AFTER.match(stated, mention.end)
+            phrases.append(_Phrase(_BEFORE.split(stated[: mention.start])[-1], after[1] if after else ""))
+    if denied:  # a thing that is denied and also mentioned is a contradiction
+        return {} if phrases else {a: value for a in attributes for value in choices[a] if value in _ABSENT}
+    values = {kind: named.pop()} if len(named) == 1 else {}
+    if len(phrases) == 1:  # with two mentions, it is unclear which one the question is about
+        for attribute in attributes:
+            possible = [value for value in choices[attribute] if value not in _ABSENT]
+            text = f"{_last_item(phrases[0].before, possible)};{phrases[0].after}"
+            meant = {mention.value for mention in _mentions(text, possible)}
+            if attribute != kind and len(meant) == 1:
+                values[attribute] = meant.pop()
+    return values
 
 
-def _is_absent(thing: str, denied: str, words: Sequence[str]) -> bool:
-    """Whether a denial is of the thing, or of everything that one could wear or carry there."""
-    if thing == "carried":
-        return bool(re.search(r"\b(nothing|anything|empty)\b", denied)) and not _mentions(denied, words)
-    if thing == "lower":
-        return bool(re.search(r"\blower[- ]body\b|\bpants\b", denied))
-    return thing in ("hat", "hair") and bool(_mentions(denied, words))
+def _is_absent(name: str, denial: str, words: Sequence[str]) -> bool:
+    """Whether a denial is about this thing, or about everything that a person could wear or carry there."""
+    if name == "carried":
+        return bool(re.search(r"\b(nothing|anything|empty)\b", denial)) and not _mentions(denial, words)
+    if name == "lower":
+        return bool(re.search(r"\blower[- ]body\b|\bpants\b", denial))
+    return name in ("hat", "hair") and bool(_mentions(denial, words))
 
 
-def _listed(before: str, values: Sequence[str]) -> str:
-    """The last part of "a jacket and blue", and all of "black and white", whose parts are values both."""
-    *parts, last = re.split(r",|\band\b", before)
-    for part in reversed(parts):
-        if not any(part[end:].isspace() or end == len(part) for _, end, _ in _mentions(part, values)):
+def _last_item(before: str, values: Sequence[str]) -> str:
+    """Return the last item of a list of words, with the earlier items if each of them ends in a value.
+
+    "a jacket and blue" gives "blue"; "black and white" gives both colours.
+    """
+    *earlier, last = re.split(r",|\band\b", before)
+    for item in reversed(earlier):
+        if not any(item[mention.end :].isspace() or mention.end == len(item) for mention in _mentions(item, values)):
             break
-        last = f"{part};{last}"
+        last = f"{item};{last}"
     return last
 
 
-def _mentions(text: str, values: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Where values stand in a text as whole words, (start, end, value), the longest first: `t-shirt` is no `shirt`."""
+def _mentions(text: str, values: Sequence[str]) -> list[_Mention]:
+    """Find values as whole words in a text. The longest value wins: `t-shirt` is not a `shirt`."""
     if not values:
         return []
-    pattern, meant = _pattern(tuple(values))
-    return [(found.start(), found.end(), meant[found[1]]) for found in pattern.finditer(text)]
+    pattern, meaning = _pattern(tuple(values))
+    return [_Mention(match.start(), match.end(), meaning[match[1]]) for match in pattern.finditer(text)]
 
 
 @functools.lru_cache(maxsize=256)
 def _pattern(values: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
-    meant = {other: value for value in values for other in _SPELLINGS.get(value, ())}
-    meant |= {value: value for value in values}
-    longest = sorted(meant, key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, longest))})(?:e?s)?(?![\w-])"), meant
-
-
-def read_vocabulary(store: Store) -> Choices:
-    """What structured answers choose from: the dataset's own vocabulary, or the usual one."""
-    attributes = store.manifest("attributes")
-    if attributes is None:
-        return PERSON
-    return {name: tuple(values) for name, values in attributes.notes["vocabulary"].items()}
+    """Return a pattern that matches the values in all spellings, and the value of each spelling."""
+    meaning = {spelling: value for value in values for spelling in _SPELLINGS.get(value, ())}
+    meaning |= {value: value for value in values}
+    longest = sorted(meaning, key=len, reverse=True)
+    return re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, longest))})(?:e?s)?(?![\w-])"), meaning

@@ -1,16 +1,17 @@
-"""Import of the dialogues that the authors publish (method: The dialogue)."""
+"""Reader of the dialogues that the authors publish (method: The dialogue)."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ceca.data.store import Reject
+from ceca.dialogue.conversation import Turn, one_line
 
 PATH_KEYS = ("file_path", "img_path", "image_path", "path")
 SUMMARY_KEYS = ("summary", "text", "answer")
-FIRST_SUMMARY_TURN = 4  # the fifth turn or a later one carries the summary
+FIRST_SUMMARY_TURN = 4  # the summary is in the fifth turn or a later one
 
 
 class DialogueFormatError(ValueError):
@@ -19,46 +20,46 @@ class DialogueFormatError(ValueError):
 
 @dataclass(frozen=True)
 class PublishedDialogue:
-    """An image's path, its turns (question, answer), and the summary."""
+    """A published dialogue: path of the image, turns, and summary."""
 
     path: str
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[Turn, ...]
     summary: str
 
 
-def read_published(content: bytes) -> tuple[list[PublishedDialogue], list[Reject]]:
-    """Dialogues of a published file, and the entries that cannot be used.
+class _Entry(NamedTuple):
+    """An entry of the file, before any check. `key` names it in the table of rejects."""
 
-    The file is a JSON list of {<path key>: …, dialogue: [turn, …]}, or an object path → turns.
+    key: str
+    path: Any
+    turns: Any
+
+
+def read_published(content: bytes) -> tuple[list[PublishedDialogue], list[Reject]]:
+    """Read a published file: a JSON list of {<path key>: …, dialogue: [turn, …]}, or an object path → turns.
+
+    Args:
+        content: bytes of the file.
+
+    Returns:
+        The dialogues, and a reject for each unusable entry.
 
     Raises:
-        DialogueFormatError: neither of them.
+        DialogueFormatError: the file has another format.
     """
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DialogueFormatError(
-            f"not valid JSON ({error}); expected a list of dialogues or an object by path"
-        ) from None
-    if isinstance(found, dict):
-        entries = [(path, path, turns) for path, turns in found.items()]
-    elif isinstance(found, list):
-        entries = [_entry(position, item) for position, item in enumerate(found)]
-    else:
-        raise DialogueFormatError(f"expected a JSON list or object of dialogues, found {type(found).__name__}")
+    entries = _parse(content)
     dialogues: dict[str, PublishedDialogue] = {}
     rejects = []
-    for key, path, turns in entries:
-        made = _read(key, path, turns)
-        if isinstance(made, Reject):
-            rejects.append(made)
-        elif made.path in dialogues:
-            rejects.append(
-                Reject(key, "duplicated_dialogue", "the image has a dialogue already; the first one is kept")
-            )
+    for entry in entries:
+        dialogue = _read(entry)
+        if isinstance(dialogue, Reject):
+            rejects.append(dialogue)
+        elif dialogue.path in dialogues:
+            detail = "the image has a dialogue already; the first one is kept"
+            rejects.append(Reject(entry.key, "duplicated_dialogue", detail))
         else:
-            dialogues[made.path] = made
-    if entries and not dialogues and all(made.reason in ("missing_key", "bad_dialogue") for made in rejects):
+            dialogues[dialogue.path] = dialogue
+    if entries and not dialogues and all(reject.reason in ("missing_key", "bad_dialogue") for reject in rejects):
         raise DialogueFormatError(
             f"none of its {len(entries)} entries is a dialogue (the first: {rejects[0].detail}); expected a JSON list "
             f"of {{{' | '.join(PATH_KEYS)}: …, dialogue: [turn, …]}} or an object path → turns"
@@ -66,32 +67,49 @@ def read_published(content: bytes) -> tuple[list[PublishedDialogue], list[Reject
     return list(dialogues.values()), rejects
 
 
-def _entry(position: int, item: Any) -> tuple[str, Any, Any]:
+def _parse(content: bytes) -> list[_Entry]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DialogueFormatError(
+            f"not valid JSON ({error}); expected a list of dialogues or an object by path"
+        ) from None
+    if isinstance(value, dict):
+        return [_Entry(path, path, turns) for path, turns in value.items()]
+    if isinstance(value, list):
+        return [_entry(position, item) for position, item in enumerate(value)]
+    raise DialogueFormatError(f"expected a JSON list or object of dialogues, found {type(value).__name__}")
+
+
+def _entry(position: int, item: Any) -> _Entry:
+    """Return the entry at a position of the list."""
+    key = f"entry {position}"
     if not isinstance(item, dict):
-        return f"entry {position}", None, None
-    path = next((item[key] for key in PATH_KEYS if key in item), None)
-    return (path if isinstance(path, str) else f"entry {position}"), path, item.get("dialogue")
+        return _Entry(key, None, None)
+    path = next((item[name] for name in PATH_KEYS if name in item), None)
+    return _Entry(path if isinstance(path, str) else key, path, item.get("dialogue"))
 
 
-def _read(key: str, path: Any, turns: Any) -> PublishedDialogue | Reject:
+def _read(entry: _Entry) -> PublishedDialogue | Reject:
+    """Check an entry and read its turns and summary."""
+    path, turns = entry.path, entry.turns
     if isinstance(turns, dict):
         turns = turns.get("dialogue")
     if not isinstance(path, str) or not path:
-        return Reject(key, "missing_key", f"no path of an image under any of {', '.join(PATH_KEYS)}")
+        return Reject(entry.key, "missing_key", f"no image path under any of {', '.join(PATH_KEYS)}")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return Reject(key, "bad_dialogue", f"expected a list of turns, found {turns!r:.100}")
-    for names in (SUMMARY_KEYS[:1], SUMMARY_KEYS):  # a turn that is named the summary goes before any later one
+        return Reject(entry.key, "bad_dialogue", f"expected a list of turns, found {turns!r:.100}")
+    for names in (SUMMARY_KEYS[:1], SUMMARY_KEYS):  # a turn with the key "summary" is preferred to later turns
         for position in range(len(turns) - 1, FIRST_SUMMARY_TURN - 1, -1):
-            text = next((text for name in names if (text := _text(turns[position], name))), "")
-            if text:
-                spoken = tuple((_text(turn, "question"), _text(turn, "answer")) for turn in turns[:position])
-                return PublishedDialogue(path, tuple(turn for turn in spoken if turn[1]), text)
-    return Reject(
-        key, "no_summary", f"none of its {len(turns)} turns from the fifth on carries {', '.join(SUMMARY_KEYS)}"
-    )
+            summary = next((text for name in names if (text := _text(turns[position], name))), "")
+            if summary:
+                spoken = (Turn(_text(turn, "question"), _text(turn, "answer")) for turn in turns[:position])
+                return PublishedDialogue(path, tuple(turn for turn in spoken if turn.answer), summary)
+    detail = f"none of its {len(turns)} turns from the fifth on has any of {', '.join(SUMMARY_KEYS)}"
+    return Reject(entry.key, "no_summary", detail)
 
 
 def _text(turn: dict[str, Any], name: str) -> str:
-    """A turn's text under a key, on one line; empty where there is none."""
+    """Return the text under a key of a turn, on one line; "" if there is no text."""
     value = turn.get(name)
-    return " ".join(value.split()) if isinstance(value, str) else ""
+    return one_line(value) if isinstance(value, str) else ""

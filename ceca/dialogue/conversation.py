@@ -1,15 +1,15 @@
-"""The multi-turn conversation about one image (method: The dialogue), and what an engine must be able to do."""
+"""Multi-turn conversation about one image (method: The dialogue), and the interface of an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ceca.dialogue.attributes import Choices, read_attributes
 from ceca.errors import UserError
 
-PROMPT_VERSION = "ceca-1"  # changes whenever a prompt below changes
+PROMPT_VERSION = "ceca-1"  # must change if a prompt below changes
 
 QUESTIONS = (
     "What is the gender of the person in the image? Describe the hair of the person.",
@@ -25,7 +25,12 @@ ATTRIBUTES_REQUEST = "Fill in what can be seen of the person as JSON, with 'unkn
 
 
 class DialogueError(Exception):
-    """This image's conversation failed: `reason` in snake_case and `detail`, for the table of rejects."""
+    """The conversation about one image failed; the image becomes a reject.
+
+    Args:
+        reason: short reason in snake_case.
+        detail: message for a person.
+    """
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -33,16 +38,23 @@ class DialogueError(Exception):
 
 
 class EngineError(UserError):
-    """The engine cannot start or go on; no other image would fare better."""
+    """The engine cannot start or cannot continue, for any image."""
 
 
 class EngineDied(EngineError):
-    """The engine is lost, and another one may fare better."""
+    """The engine has died. A new engine may work."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked about: an image's id and encoded bytes, and of drawn pedestrians the true attributes and view."""
+    """The image that a conversation is about.
+
+    Attributes:
+        image_id: key of the image.
+        image: encoded bytes.
+        attributes: true attributes of a drawn pedestrian.
+        view: view of a drawn pedestrian.
+    """
 
     image_id: str
     image: bytes
@@ -50,18 +62,24 @@ class Subject:
     view: str | None = None
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
+    """A question and its answer."""
+
     question: str
     answer: str
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An engine's answer.
+    """Answer of an engine.
 
-    `cached_tokens` of its prompt were not computed again; `reusable_tokens` are those that the turn before had
-    computed, in whole blocks of the engine's cache. `cut_off` tells a length limit.
+    Attributes:
+        text: the answer.
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: prompt tokens that came from the engine's cache.
+        reusable_tokens: prompt tokens that the previous turn had computed, in whole blocks of the engine's cache.
+        completion_tokens: tokens of the answer.
+        cut_off: the answer reached the length limit.
     """
 
     text: str
@@ -74,11 +92,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A finished conversation; token counts are sums over its turns.
+    """Finished conversation. Token counts are sums over all turns.
 
-    `attributes` are the structured answer, empty where none was asked for. `flags` say what to look at before the
-    words are trusted: `answer_cut_off` and `summary_cut_off` by a length limit, `no_attributes` where the structured
-    answer did not follow its schema.
+    Attributes:
+        turns: questions and answers, without the summary.
+        summary: description of the person.
+        prompt_tokens: see `Answer`.
+        cached_tokens: see `Answer`.
+        reusable_tokens: see `Answer`.
+        completion_tokens: see `Answer`.
+        attributes: structured answer; empty if none was requested.
+        flags: warnings about the text: `answer_cut_off` and `summary_cut_off` (length limit reached), `no_attributes`
+            (the structured answer does not follow its schema).
     """
 
     turns: tuple[Turn, ...]
@@ -92,23 +117,36 @@ class Dialogue:
 
 
 class Engine(Protocol):
-    """Answers questions about images. `model` names it in the table of dialogues."""
+    """Model that answers questions about images. `model` is its name in the table of dialogues."""
 
     model: str
 
     async def start(self) -> None:
-        """Get ready; raises EngineError."""
+        """Start the engine.
+
+        Raises:
+            EngineError: the engine cannot start.
+        """
 
     async def answer(
         self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int, choices: Choices | None = None
     ) -> Answer:
-        """The next answer of a conversation, as JSON of these `choices` where they are given.
+        """Answer the next question of a conversation.
+
+        Args:
+            subject: image that the question is about.
+            history: earlier turns of the conversation.
+            question: next question.
+            max_tokens: length limit of the answer.
+            choices: vocabulary of a structured answer in JSON; None for free text.
 
         Raises:
-            DialogueError: for this image. EngineError: for all.
+            DialogueError: the engine cannot answer about this image.
+            EngineError: the engine cannot answer about any image.
         """
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Release the resources of the engine."""
 
 
 async def converse(
@@ -121,12 +159,22 @@ async def converse(
     choices: Choices | None = None,
     attribute_tokens: int = 256,
 ) -> Dialogue:
-    """Ask the first `questions` questions, then for the summary; every turn sees the image and all earlier turns.
+    """Hold the conversation about one image: questions, summary, then attributes. Each turn sees all earlier turns.
 
-    With `choices`, the attributes are asked for last, so that they change no word of the dialogue.
+    The attributes come last, so that they do not change the text of the dialogue.
+
+    Args:
+        engine: started engine.
+        subject: image that the conversation is about.
+        questions: number of questions, the first ones of QUESTIONS.
+        answer_tokens: length limit of an answer.
+        summary_tokens: length limit of the summary.
+        choices: vocabulary of the attributes; None asks for no attributes.
+        attribute_tokens: length limit of the structured answer.
 
     Raises:
-        DialogueError: the engine could not answer about this image, or answered nothing.
+        DialogueError: the engine cannot answer about this image, or an answer is empty.
+        EngineError: the engine cannot answer about any image.
     """
     turns: list[Turn] = []
     answers: list[Answer] = []
@@ -168,5 +216,26 @@ async def _ask(engine: Engine, subject: Subject, turns: Sequence[Turn], question
 
 
 def one_line(text: str) -> str:
-    """Without line breaks and double spaces, as answers stand in the history and in the table."""
+    """Replace line breaks and repeated spaces by single spaces, as in the history and in the table of dialogues."""
     return " ".join(text.split())
+
+
+def chat_messages(
+    history: Sequence[Turn], question: str, image: Mapping[str, Any], *, plain_answers: bool = False
+) -> list[dict[str, Any]]:
+    """Write a conversation as chat messages, with the image in the first one.
+
+    Args:
+        history: earlier turns.
+        question: next question.
+        image: content part of the image.
+        plain_answers: write an answer as a string instead of a list of parts, for endpoints that require it.
+    """
+    messages: list[dict[str, Any]] = []
+    for turn in history:
+        answer = turn.answer if plain_answers else [{"type": "text", "text": turn.answer}]
+        messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+    messages[0]["content"].insert(0, image)
+    return messages

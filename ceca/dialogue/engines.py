@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for."""
+"""Choice of the engine by the configuration."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from ceca.settings import to_mapping
 
 
 def make_engine(config: DialogueConfig, vocabulary: Choices | None = None) -> Engine:
-    """The engine named by `config.engine`; the oracle needs the `vocabulary` of the drawn attributes."""
-    # Imported where they are chosen: vLLM takes seconds and memory that other engines do without.
+    """Make the engine named by `config.engine`.
+
+    Args:
+        config: settings of the dialogue stage.
+        vocabulary: vocabulary of the drawn attributes; only the oracle needs it.
+    """
+    # Engines are imported only when chosen: importing vLLM takes seconds and much memory.
     if config.engine == "vllm":
         from ceca.dialogue.supervised import Supervised
         from ceca.dialogue.vllm import VLLMEngine
@@ -32,7 +37,7 @@ def make_engine(config: DialogueConfig, vocabulary: Choices | None = None) -> En
 
 
 def generation_settings(config: DialogueConfig) -> dict[str, Any]:
-    """What decided the answers, for the record: common settings and those of the chosen engine."""
+    """Return the settings that determine the answers: the common ones and those of the chosen engine."""
     common = ("engine", "questions", "answer_tokens", "summary_tokens", "attributes", "temperature", "seed")
     settings = to_mapping(config, results_only=True)
     return {**{name: settings[name] for name in common}, config.engine: settings[config.engine]}

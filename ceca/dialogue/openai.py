@@ -1,4 +1,4 @@
-"""Any endpoint that speaks OpenAI's chat completions with images."""
+"""Dialogue engine for any endpoint with OpenAI's chat-completions API and image input."""
 
 from __future__ import annotations
 
@@ -16,17 +16,30 @@ import httpx
 from ceca.config import OpenAIConfig
 from ceca.datasets.images import ImageError, check_image, mime_type
 from ceca.dialogue.attributes import Choices, json_schema
-from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subject, Turn
+from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subject, Turn, chat_messages, one_line
 
-LONGEST_WAIT_S = 120.0
+LONGEST_WAIT_S = 120.0  # longest wait before a retry, in seconds
+REFUSED = (401, 402, 403, 404, 405)  # HTTP statuses that a retry or another image cannot change
+TEMPORARY = (408, 409, 425, 429)  # HTTP statuses below 500 for which a retry may help
 
 
 class OpenAIEngine:
-    """Asks an endpoint over HTTP; passing faults are tried again, and a Retry-After is honoured."""
+    """Engine that calls an endpoint over HTTP.
+
+    Temporary failures are retried with back-off, or after the time in a Retry-After header.
+
+    Args:
+        config: settings of the endpoint.
+        temperature: sampling temperature; 0 is greedy.
+        seed: sampling seed.
+
+    Raises:
+        EngineError: the settings name no model.
+    """
 
     def __init__(self, config: OpenAIConfig, temperature: float, seed: int):
         if not config.model:
-            raise EngineError("no model named for the openai engine: pass --openai.model")
+            raise EngineError("the openai engine needs a model name: pass --openai.model")
         self.config, self.temperature, self.seed = config, temperature, seed
         self.model = config.model
         self.url = config.base_url.rstrip("/")
@@ -37,17 +50,19 @@ class OpenAIEngine:
     async def start(self) -> None:
         self.key = os.environ.get(self.config.api_key_variable, "").strip()
         if not self.key.isascii():
-            raise EngineError(f"${self.config.api_key_variable} holds characters that no key has; set it again")
+            raise EngineError(
+                f"${self.config.api_key_variable} contains characters that are not allowed in a key; set it again"
+            )
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        # The worker bounds the conversations in flight, so the pool need not.
+        # No limit here: the worker already limits the number of conversations in flight.
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.AsyncClient(headers=headers, timeout=self.config.timeout_s, limits=limits)
-        try:  # does anything listen there; what it says is no matter, for some endpoints do not list models
+        try:  # only checks that a server listens; the response does not matter, because some endpoints list no models
             await self.client.get(f"{self.url}/models")
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             await self.close()
             raise EngineError(
-                f"nothing answers at {self.url} ({type(error).__name__}: {error}); start the endpoint or mend "
+                f"nothing answers at {self.url} ({type(error).__name__}: {error}); start the endpoint or correct "
                 "--openai.base-url, e.g. http://localhost:8000/v1"
             ) from None
         except httpx.HTTPError:
@@ -70,9 +85,9 @@ class OpenAIEngine:
         if choices:
             schema = {"name": "attributes", "schema": json_schema(choices), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        found = await self._post(body)
+        completion = await self._post(body)
         try:
-            choice, usage = found["choices"][0], found.get("usage") or {}
+            choice, usage = completion["choices"][0], completion.get("usage") or {}
             return Answer(
                 text=str(choice["message"]["content"] or ""),
                 prompt_tokens=int(usage.get("prompt_tokens") or 0),
@@ -81,13 +96,19 @@ class OpenAIEngine:
                 cut_off=choice.get("finish_reason") == "length",
             )
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            problem = self._hide(f"not a chat completion ({error!r}): {found!r:.200}")
+            problem = self._hide(f"not a chat completion ({error!r}): {completion!r:.200}")
             raise DialogueError("endpoint_error", problem) from None
 
     async def _post(self, body: dict[str, Any]) -> Any:
-        assert self.client is not None, "start() comes first"
+        """Send a request, with retries, and return the JSON of the response.
+
+        Raises:
+            DialogueError: the endpoint refuses this request, or fails at it while it answers other requests.
+            EngineError: the endpoint refuses all requests, or every attempt failed.
+        """
+        assert self.client is not None, "start() was not called"
         url = f"{self.url}/chat/completions"
-        before, problem, busy = self.successes, "", True
+        successes_before, problem, busy = self.successes, "", True
         for attempt in range(self.config.retries + 1):
             wait = min(LONGEST_WAIT_S, 0.5 * 2**attempt) * (0.5 + random.random())
             try:
@@ -96,32 +117,37 @@ class OpenAIEngine:
                 problem = self._hide(f"{type(error).__name__} {error}".strip())
                 busy = not isinstance(error, httpx.ReadTimeout)
             else:
-                status = response.status_code
-                problem = self._hide(f"HTTP {status}: {' '.join(response.text.split()):.200}")
-                busy = status != 500
                 if response.is_success:
                     self.successes += 1
                     return _json(response)
-                if status in (401, 402, 403, 404, 405) or response.is_redirect:
-                    raise EngineError(
-                        f"{url} refuses ({problem}); check --openai.base-url, --openai.model and the key in "
-                        f"${self.config.api_key_variable}"
-                    )
-                if status not in (408, 409, 425, 429) and status < 500:
-                    too_long = "context_length" in response.text or "context length" in response.text
-                    raise DialogueError("conversation_too_long" if too_long else "endpoint_error", problem)
+                problem = self._hide(f"HTTP {response.status_code}: {one_line(response.text):.200}")
+                busy = response.status_code != 500
+                self._check_retry(response, problem, url)
                 wait = _retry_after(response.headers.get("retry-after")) or wait
             if attempt < self.config.retries:
                 await asyncio.sleep(wait)
-        if not busy and self.successes > before:  # it answered others meanwhile: only this image makes it fail
-            raise DialogueError("endpoint_error", f"failed {self.config.retries + 1} times, last with {problem}")
+        # If other requests succeeded meanwhile and the endpoint was not busy, only this image causes the failure.
+        if not busy and self.successes > successes_before:
+            raise DialogueError("endpoint_error", f"failed {self.config.retries + 1} times; last failure: {problem}")
         raise EngineError(
-            f"{url} failed {self.config.retries + 1} times, last with {problem}; check that the endpoint runs, then "
-            "start the same command again: finished images are kept"
+            f"{url} failed {self.config.retries + 1} times; last failure: {problem}; check that the endpoint runs, "
+            "then start the same command again: finished images are kept"
         )
 
+    def _check_retry(self, response: httpx.Response, problem: str, url: str) -> None:
+        """Raise an error if a retry cannot help after this response."""
+        status = response.status_code
+        if status in REFUSED or response.is_redirect:
+            raise EngineError(
+                f"{url} refuses ({problem}); check --openai.base-url, --openai.model and the key in "
+                f"${self.config.api_key_variable}"
+            )
+        if status not in TEMPORARY and status < 500:
+            too_long = "context_length" in response.text or "context length" in response.text
+            raise DialogueError("conversation_too_long" if too_long else "endpoint_error", problem)
+
     def _hide(self, text: str) -> str:
-        """`text` without the key, which an endpoint may repeat in its answer."""
+        """Remove the key from a text: an endpoint may repeat it in its response."""
         return text.replace(self.key, "***") if self.key else text
 
 
@@ -129,28 +155,25 @@ def _json(response: httpx.Response) -> Any:
     try:
         return response.json()
     except ValueError:
-        return response.text  # then not a chat completion, which the caller says
+        return response.text  # the caller reports that it is not a chat completion
 
 
 def _messages(subject: Subject, history: Sequence[Turn], question: str) -> list[dict[str, Any]]:
-    """The conversation so far and the next question; the image stands in the first turn."""
+    """Write the conversation as chat messages.
+
+    Raises:
+        DialogueError: the image cannot be decoded.
+    """
     try:
         check_image(subject.image)
     except ImageError as error:
         raise DialogueError(error.reason, error.detail) from None
     url = f"data:{mime_type(subject.image)};base64,{base64.b64encode(subject.image).decode()}"
-    asked = [*(turn.question for turn in history), question]
-    messages: list[dict[str, Any]] = []
-    for position, text in enumerate(asked):
-        image = [{"type": "image_url", "image_url": {"url": url}}] if position == 0 else []
-        messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
-        if position < len(history):
-            messages.append({"role": "assistant", "content": history[position].answer})
-    return messages
+    return chat_messages(history, question, {"type": "image_url", "image_url": {"url": url}}, plain_answers=True)
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header, which is a number or a date."""
+    """Convert a Retry-After header (a number of seconds or a date) to seconds; None if it is missing or invalid."""
     if value is None:
         return None
     try:

@@ -1,6 +1,6 @@
-"""A *simulated* annotator: it knows the drawn pedestrians' true attributes and errs at a configured rate.
+"""*Simulated* annotator: it knows the true attributes of drawn pedestrians and errs at a configured rate.
 
-It lets the whole pipeline run and be measured without a multimodal model. What it scores says nothing about one.
+With it, the whole pipeline can be run and measured without a multimodal model. Its results say nothing about one.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ import numpy as np
 
 from ceca.config import OracleConfig
 from ceca.data.schema import image_id as key_of
+from ceca.datasets.drawn.captions import PLURAL, with_article
 from ceca.dialogue.attributes import UNKNOWN, Choices
 from ceca.dialogue.conversation import QUESTIONS, Answer, DialogueError, EngineError, Subject, Turn
 
 log = logging.getLogger(__name__)
 
-# Attributes of which a view shows little: what a simulated annotator gets wrong at `hidden_error_rate`.
+# Attributes that are hard to see in a view. The simulated annotator reports them wrongly at `hidden_error_rate`.
 HIDDEN: dict[str, tuple[str, ...]] = {
     "front": ("hair_length", "lower_pattern", "carried", "carried_colour"),
     "back": ("gender", "upper_kind", "upper_pattern", "hat", "hat_colour"),
     "left": ("hair_colour", "upper_colour", "lower_pattern", "shoes_kind", "carried"),
     "right": ("hair_length", "upper_pattern", "lower_colour", "lower_kind", "shoes_colour"),
 }
-
-PLURAL = ("trousers", "jeans", "shorts", "leggings")
+OPTIONAL = ("hat", "carried")  # things that a person may not have; "none" is a value to report
 
 
 class OracleEngine:
-    """Answers from `Subject.attributes`; an error is drawn once per image and attribute, so answers and summary agree.
+    """Engine that answers from `Subject.attributes`.
+
+    Whether an attribute is wrong is decided once per image and attribute, so the answers and the summary agree.
 
     Args:
-        vocabulary: the values an attribute can have, from which a wrong one is taken.
+        config: settings of the oracle.
+        vocabulary: possible values of each attribute; wrong values are taken from it.
     """
 
     def __init__(self, config: OracleConfig, vocabulary: Mapping[str, Sequence[str]]):
@@ -43,11 +46,11 @@ class OracleEngine:
     async def start(self) -> None:
         if not self.vocabulary:
             raise EngineError(
-                "the oracle answers from the attributes of drawn pedestrians and this dataset has none; "
+                "the oracle answers from the attributes of drawn pedestrians, and this dataset has none; "
                 "choose --engine vllm or --engine openai"
             )
         log.info(
-            "dialogues come from a simulated annotator that knows the truth and errs in %.0f %% of attributes; "
+            "the dialogues come from a simulated annotator that knows the truth and errs in %.0f %% of the attributes; "
             "they say nothing about a multimodal model",
             100 * self.config.error_rate,
         )
@@ -59,7 +62,7 @@ class OracleEngine:
         self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int, choices: Choices | None = None
     ) -> Answer:
         if subject.attributes is None:
-            raise DialogueError("no_attributes", "the image has no row in the table of attributes")
+            raise DialogueError("no_attributes", "the table of attributes has no row for this image")
         seen = self._perceive(subject.image_id, subject.attributes, subject.view)
         if choices:
             reported = {name: seen.get(name, UNKNOWN) for name in choices}
@@ -67,69 +70,67 @@ class OracleEngine:
         sentences = _sentences(seen)
         if question in QUESTIONS:
             return Answer(sentences[QUESTIONS.index(question)])
-        if len(history) < len(QUESTIONS):  # it knows no more than it was asked
+        if len(history) < len(QUESTIONS):  # the summary contains only what the questions asked for
             return Answer(" ".join(turn.answer for turn in history))
         return Answer(_summary(seen, self._random(subject.image_id, "summary")))
 
     def _perceive(self, image_id: str, truth: Mapping[str, str], view: str | None) -> dict[str, str]:
-        """The attributes as reported: each wrong with the configured probability."""
+        """Return the attributes as reported: each one is wrong with the configured probability."""
         hidden = HIDDEN.get(view or "", ())
         seen = dict(truth)
         for name, value in truth.items():
             random = self._random(image_id, name)
             others = [other for other in self._values(name) if other != value]
-            # A kind may be there or not; the colour or pattern of something that is there is one of the others.
-            applies = value != "none" or name in ("hat", "carried")
+            # A hat or carried thing may wrongly be reported or missed. Other values that are "none" stay "none".
+            applies = value != "none" or name in OPTIONAL
             rate = self.config.error_rate
             if name in hidden and self.config.hidden_error_rate is not None:
                 rate = self.config.hidden_error_rate
             if others and applies and random.random() < rate:
                 seen[name] = others[int(random.integers(len(others)))]
         for thing, colour in (("hair_length", "hair_colour"), ("hat", "hat_colour"), ("carried", "carried_colour")):
-            if seen[thing] not in ("none", "bald") and seen[colour] == "none":  # a thing that is only imagined
+            # A wrongly reported thing needs a colour.
+            if seen[thing] not in ("none", "bald") and seen[colour] == "none":
                 colours = self._values(colour)
                 seen[colour] = colours[int(self._random(image_id, f"imagined {colour}").integers(len(colours)))]
         return seen
 
     def _values(self, name: str) -> list[str]:
+        """Return the values that may be reported for an attribute."""
         values = self.vocabulary.get(name, ())
-        return [value for value in values if value != "none" or name in ("hat", "carried")]
+        return [value for value in values if value != "none" or name in OPTIONAL]
 
-    def _random(self, image_id: str, what: str) -> np.random.Generator:
-        return np.random.default_rng(int(key_of(f"{self.config.seed}/{image_id}/{what}"), 16))
-
-
-def _article(words: str) -> str:
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-
-
-def _noun(colour: str, pattern: str, kind: str) -> str:
-    pattern = "" if pattern == "plain" else f"{pattern} "
-    words = f"{colour} {pattern}{kind}".strip()
-    return words if kind in PLURAL else _article(words)
+    def _random(self, image_id: str, purpose: str) -> np.random.Generator:
+        """Return a random generator that depends only on the seed, the image and the purpose."""
+        return np.random.default_rng(int(key_of(f"{self.config.seed}/{image_id}/{purpose}"), 16))
 
 
 def _parts(seen: Mapping[str, str]) -> dict[str, str]:
+    """Return the phrases of the answers and the summary."""
     gender = seen["gender"]
-    hair = "no hair" if seen["hair_length"] == "bald" else f"{seen['hair_length']} {seen['hair_colour']} hair"
+
+    def thing(name: str) -> str:
+        return with_article(f"{seen[f'{name}_colour']} {seen[name]}")
+
+    def garment(name: str) -> str:
+        kind, colour, pattern = (seen[f"{name}_{part}"] for part in ("kind", "colour", "pattern"))
+        words = f"{colour} {'' if pattern == 'plain' else f'{pattern} '}{kind}".strip()
+        return words if kind in PLURAL else with_article(words)
+
     return {
         "who": gender,
         "pronoun": {"woman": "She", "man": "He", "female": "She", "male": "He"}.get(gender, "The person"),
-        "hair": hair,
-        "upper": _noun(seen["upper_colour"], seen["upper_pattern"], seen["upper_kind"]),
-        "hat": "no hat" if seen["hat"] == "none" else _article(f"{seen['hat_colour']} {seen['hat']}"),
-        "lower": (
-            ""
-            if seen["lower_kind"] == "none"  # under a dress
-            else _noun(seen["lower_colour"], seen["lower_pattern"], seen["lower_kind"])
-        ),
+        "hair": "no hair" if seen["hair_length"] == "bald" else f"{seen['hair_length']} {seen['hair_colour']} hair",
+        "upper": garment("upper"),
+        "hat": "no hat" if seen["hat"] == "none" else thing("hat"),
+        "lower": "" if seen["lower_kind"] == "none" else garment("lower"),  # a dress has no lower garment
         "shoes": f"{seen['shoes_colour']} {seen['shoes_kind']}",
-        "carried": "nothing" if seen["carried"] == "none" else _article(f"{seen['carried_colour']} {seen['carried']}"),
+        "carried": "nothing" if seen["carried"] == "none" else thing("carried"),
     }
 
 
 def _sentences(seen: Mapping[str, str]) -> tuple[str, ...]:
-    """Answers to the five questions."""
+    """Return the answers to the five questions."""
     p = _parts(seen)
     return (
         f"The person is a {p['who']} with {p['hair']}.",
@@ -141,6 +142,7 @@ def _sentences(seen: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _summary(seen: Mapping[str, str], random: np.random.Generator) -> str:
+    """Return a summary in one of three wordings."""
     p = _parts(seen)
 
     def upper_and_lower(between: str) -> str:

@@ -1,4 +1,4 @@
-"""An engine under watch: one that dies or falls silent is replaced, and what it was asked is asked again."""
+"""Supervision of an engine: if it dies or stops answering, a new engine takes over its open questions."""
 
 from __future__ import annotations
 
@@ -15,25 +15,32 @@ log = logging.getLogger(__name__)
 
 
 class Abandonable(Engine, Protocol):
+    """Engine that can be ended by force."""
+
     async def abandon(self) -> None:
-        """Be gone at once, also where the engine does not answer any more."""
+        """End the engine at once, even if it no longer responds."""
 
 
 class Supervised:
-    """Answers through the engine that `make` gives, and through a new one when that one is lost.
+    """Engine that replaces its inner engine when that one is lost.
 
-    Lost is an engine that raises EngineDied, or that has answered nothing for `stall_s` seconds while questions wait.
-    Conversations do not notice: their unanswered questions go to the new engine with the same history.
+    An engine is lost if it raises EngineDied, or if it gives no answer for `stall_s` seconds while questions wait.
+    Conversations do not notice: the new engine gets their unanswered questions with the same history.
+
+    Args:
+        make: makes an inner engine.
+        stall_s: longest silence of an engine with open questions, in seconds.
+        restarts: number of engines that may be replaced.
     """
 
     def __init__(self, make: Callable[[], Abandonable], *, stall_s: float, restarts: int):
         self.make, self.stall_s, self.restarts = make, stall_s, restarts
         self.engine = make()
         self.model = self.engine.model
-        self.epoch = 0  # how many engines have been lost
-        self.failed: EngineError | None = None
-        self.asked: set[asyncio.Future[Answer]] = set()
-        self.heard = 0.0  # when the engine last gave a sign of life
+        self.lost = 0  # number of lost engines
+        self.failure: EngineError | None = None  # reason why no engine answers any more
+        self.pending: set[asyncio.Future[Answer]] = set()
+        self.silent_since = 0.0  # monotonic time from which the silence counts
         self.ready = asyncio.Event()
         self.watch: asyncio.Task[None] | None = None
 
@@ -52,60 +59,65 @@ class Supervised:
     ) -> Answer:
         while True:
             await self.ready.wait()
-            if self.failed is not None:
-                raise self.failed
-            epoch = self.epoch
-            if not self.asked:
-                self.heard = time.monotonic()
+            if self.failure is not None:
+                raise self.failure
+            lost = self.lost
+            if not self.pending:
+                self.silent_since = time.monotonic()
             task: asyncio.Future[Answer] = asyncio.ensure_future(
                 self.engine.answer(subject, history, question, max_tokens, choices)
             )
-            self.asked.add(task)
+            self.pending.add(task)
             try:
                 answer = await task
             except asyncio.CancelledError:
-                if epoch == self.epoch:  # it is the asker who is cancelled, not the lost engine's answer
+                if lost == self.lost:  # the caller was cancelled, not the answer of a lost engine
                     raise
             except EngineDied as error:
-                await self._replace(epoch, str(error))
+                await self._replace(lost, str(error))
             except DialogueError:
-                self.heard = time.monotonic()
+                self.silent_since = time.monotonic()
                 raise
             else:
-                self.heard = time.monotonic()
+                self.silent_since = time.monotonic()
                 return answer
             finally:
-                self.asked.discard(task)
+                self.pending.discard(task)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(min(self.stall_s / 4, 10.0))
-            silent = time.monotonic() - self.heard
-            if self.asked and self.ready.is_set() and silent > self.stall_s:
-                await self._replace(self.epoch, f"no answer for {silent:.0f} s while {len(self.asked)} wait")
+            silent = time.monotonic() - self.silent_since
+            if self.pending and self.ready.is_set() and silent > self.stall_s:
+                await self._replace(self.lost, f"no answer for {silent:.0f} s while {len(self.pending)} questions wait")
 
-    async def _replace(self, epoch: int, why: str) -> None:
-        """Start a new engine in place of the one of this epoch; the first who finds it lost does, others wait."""
-        if epoch != self.epoch:
+    async def _replace(self, lost: int, why: str) -> None:
+        """Replace the engine by a new one. Only the first caller does so; the others wait for the new engine.
+
+        Args:
+            lost: number of engines lost before this one.
+            why: reason, for the log.
+        """
+        if lost != self.lost:
             return
-        self.epoch += 1
+        self.lost += 1
         self.ready.clear()
-        for task in self.asked:
+        for task in self.pending:
             task.cancel()
         try:
             await self.engine.abandon()
-            if self.epoch > self.restarts:
+            if self.lost > self.restarts:
                 raise EngineError(
-                    f"the engine was lost for the {_ordinal(self.epoch)} time ({why}); see its log above, then "
+                    f"the engine was lost for the {_ordinal(self.lost)} time ({why}); see its log above, then "
                     "start the same command again: finished images are kept"
                 )
-            log.warning("the engine is lost (%s); starting another, %d of %d", why, self.epoch, self.restarts)
+            log.warning("the engine is lost (%s); starting a new one, %d of %d", why, self.lost, self.restarts)
             self.engine = self.make()
             await self.engine.start()
         except EngineError as error:
-            self.failed = error
+            self.failure = error
         finally:
-            self.heard = time.monotonic()
+            self.silent_since = time.monotonic()
             self.ready.set()
 
 

@@ -1,4 +1,4 @@
-"""A random-weight Qwen2.5-VL of about a megabyte: the real engine's plumbing without a download. It answers noise."""
+"""Qwen2.5-VL with random weights, about 1 MB: tests the real engine without a download. Its answers are noise."""
 
 from __future__ import annotations
 
@@ -28,11 +28,21 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_vlm(folder: Path, seed: int = 0, *, width: int = 128, layers: int = 2, vision_depth: int = 2) -> Path:
-    """Write the model, its tokenizer and processor to `folder`, as a hub would hold them; returns the folder."""
+    """Write a model with its tokenizer and processor, in the files of a hub.
+
+    Args:
+        folder: output folder, created if missing.
+        seed: seed of the weights.
+        width: hidden size of the text and vision parts; a multiple of 32.
+        layers: number of text layers.
+        vision_depth: number of vision layers.
+
+    Returns:
+        The folder.
+    """
     import torch
     from transformers import (
         PreTrainedTokenizerFast,
-        Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLProcessor,
         Qwen2VLImageProcessor,
@@ -44,8 +54,33 @@ def make_tiny_vlm(folder: Path, seed: int = 0, *, width: int = 128, layers: int 
         tokenizer_object=_make_tokenizer(), eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=32768
     )
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    config = _make_config(ids, width, layers, vision_depth)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
+    # A zero row gives the logit 0, which is never the largest of hundreds. So greedy answers consist of letters, and
+    # they always reach the length limit: the model never ends an answer.
+    mute = [i for i in range(VOCABULARY_SIZE) if not tokenizer.decode([i]).strip().isalpha()]
+    with torch.no_grad():
+        model.lm_head.weight[mute] = 0
+    model.save_pretrained(folder)
+    limits = {"min_pixels": 28 * 28, "max_pixels": 512 * 28 * 28}
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**limits),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**limits),
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    settings = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def _make_config(ids, width, layers, vision_depth):  # type: ignore[no-untyped-def]
+    from transformers import Qwen2_5_VLConfig
+
     heads = max(2, width // 32)
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCABULARY_SIZE,
             "hidden_size": width,
@@ -72,29 +107,10 @@ def make_tiny_vlm(folder: Path, seed: int = 0, *, width: int = 128, layers: int 
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
-    # A zero row gives a zero logit, which never is the largest of hundreds: so greedy answers are letters only and
-    # as long as they may be, never empty and never ended early.
-    mute = [i for i in range(VOCABULARY_SIZE) if not tokenizer.decode([i]).strip().isalpha()]
-    with torch.no_grad():
-        model.lm_head.weight[mute] = 0
-    model.save_pretrained(folder)
-    limits = {"min_pixels": 28 * 28, "max_pixels": 512 * 28 * 28}
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**limits),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**limits),
-        chat_template=CHAT_TEMPLATE,
-    )
-    processor.save_pretrained(folder)
-    settings = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def _make_tokenizer():  # type: ignore[no-untyped-def]
-    """Byte-pair encoding learned from the questions themselves; bytes make every text encodable."""
+    """Train a byte-pair encoding on the questions. It is byte-level, so it can encode every text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,9 +1,9 @@
-"""A model inside vLLM's asynchronous engine.
+"""Dialogue engine that runs a model in vLLM's asynchronous engine.
 
-The turns of a conversation follow each other on one engine, so that its prefix cache holds the image and the
-history. A turn is the token ids of the one before, those the model answered, and the new question's: text that is
-tokenised again need not give the same ids, and would then be computed again. An image is named by its id, so that
-it is neither hashed nor encoded again.
+All turns of a conversation go to the same engine, so its prefix cache holds the image and the history. The prompt of a
+turn consists of the token ids of the previous prompt, of the model's answer and of the new question. Tokenising the
+text again could give other ids, which the cache would not recognise. The image is identified by its id, so vLLM
+neither hashes nor encodes it again.
 """
 
 from __future__ import annotations
@@ -16,38 +16,64 @@ import os
 import subprocess
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ceca.config import VLLMConfig
 from ceca.datasets.images import ImageError, open_image
 from ceca.dialogue.attributes import Choices, json_schema
-from ceca.dialogue.conversation import Answer, DialogueError, EngineDied, EngineError, Subject, Turn, one_line
+from ceca.dialogue.conversation import (
+    Answer,
+    DialogueError,
+    EngineDied,
+    EngineError,
+    Subject,
+    Turn,
+    chat_messages,
+    one_line,
+)
 from ceca.dialogue.fetch import fetch_model
 from ceca.environment import usable_gpus
 
-CONVERSATIONS_KEPT = 512  # those in flight, whose next turns continue them
-ANSWER_HERE = "\u2603answer\u2603"  # stands for the last answer where only what follows it is wanted
-CPU_BLOCK = 32  # tokens of one block of the prefix cache
-SHUTDOWN_S = 30.0  # a clean end takes 6 s on two cores; vLLM's own 5 s would end it by force
+CONVERSATIONS_KEPT = 512  # conversations in memory; more than are in flight at once
+ANSWER_MARK = "\u2603answer\u2603"  # stands for the last answer in a rendered chat, to cut out the text after it
+CPU_BLOCK = 32  # tokens in a block of the prefix cache on a CPU
+SHUTDOWN_S = 30.0  # time limit of a clean shutdown, which takes 6 s on two cores; vLLM's default of 5 s is too short
 
 
 @dataclasses.dataclass
 class _Conversation:
-    """What the next turn builds on: the decoded image, and once it was answered, its prompt and answer as token ids.
+    """State that the next turn continues.
 
-    `ids` hold the image as the one placeholder that vLLM expands; `context` counts its tokens expanded.
+    Attributes:
+        image: decoded image.
+        turns: answers so far, as they will stand in the history.
+        ids: token ids of the last prompt and answer. The image is one placeholder, which vLLM expands.
+        context: number of tokens of the last prompt and answer, with the image expanded.
     """
 
     image: Image.Image
-    turns: tuple[str, ...] = ()  # the answers so far, as the history will tell them
+    turns: tuple[str, ...] = ()
     ids: list[int] = dataclasses.field(default_factory=list)
     context: int = 0
 
 
+class _Prompt(NamedTuple):
+    """Token ids of a prompt, and whether they continue those of the previous turn."""
+
+    ids: list[int]
+    continues: bool
+
+
 class VLLMEngine:
-    """vLLM in this process's event loop; its engine core is a child process that close() ends."""
+    """vLLM in the event loop of this process. Its engine core is a child process, which `close` ends.
+
+    Args:
+        config: settings of vLLM.
+        temperature: sampling temperature; 0 is greedy.
+        seed: sampling seed.
+    """
 
     def __init__(self, config: VLLMConfig, temperature: float, seed: int):
         self.config, self.temperature, self.seed = config, temperature, seed
@@ -58,7 +84,7 @@ class VLLMEngine:
         self.guard: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        if not usable_gpus(self.config.gpus):  # read when vLLM is imported
+        if not usable_gpus(self.config.gpus):  # vLLM reads these variables when it is imported
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self.config.kv_cache_gib)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -71,12 +97,24 @@ class VLLMEngine:
         except ImportError as error:
             raise EngineError(
                 f"vLLM cannot be imported ({error}); install requirements/gpu.txt on a machine with a GPU, "
-                "requirements/cpu.txt on one without"
+                "requirements/cpu.txt on a machine without one"
             ) from error
         self.sampling = SamplingParams
         self.final_only = RequestOutputKind.FINAL_ONLY
         self.structured = StructuredOutputsParams
         weights = await asyncio.to_thread(fetch_model, self.config.model)
+        arguments = self._engine_arguments(weights)
+        try:
+            self._use_processor(AutoProcessor.from_pretrained(weights))
+            children = set(multiprocessing.active_children())
+            self.engine = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
+        except Exception as error:
+            raise EngineError(self._explain(error)) from error
+        self.block: int = self.engine.vllm_config.cache_config.block_size
+        started = [child.pid for child in multiprocessing.active_children() if child not in children]
+        self.guard = end_with_this_process([pid for pid in started if pid is not None])
+
+    def _engine_arguments(self, weights: str) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "model": weights,
             "dtype": self.config.dtype,
@@ -87,31 +125,27 @@ class VLLMEngine:
             "limit_mm_per_prompt": {"image": 1, "video": 0},
             "seed": self.seed,
             "disable_log_stats": True,
-            # Between the brackets of an answer in JSON, a model might go on with spaces for ever.
+            # With whitespace allowed, a model may write spaces inside the JSON without end.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
         if usable_gpus(self.config.gpus):
             arguments["gpu_memory_utilization"] = self.config.memory_fraction
         else:
-            # The prefix cache reuses whole blocks, and a turn is short against the CPU backend's own 128 tokens:
-            # with 32, its least, 69 % of prompt tokens came from the cache instead of 38 %.
+            # The prefix cache reuses whole blocks, and a turn is short compared with the CPU backend's default block
+            # of 128 tokens. With the minimum, 32, 69 % of prompt tokens came from the cache instead of 38 %.
             arguments["block_size"] = CPU_BLOCK
-        try:
-            self.processor = AutoProcessor.from_pretrained(weights)
-            self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-            self.special = set(self.tokenizer.all_special_ids)
-            told = self._render((Turn("Who?", ANSWER_HERE),), "Who?")  # without a usable chat template, it fails here
-            if ANSWER_HERE not in told:
-                raise ValueError("its chat template leaves answers out")
-            others = set(multiprocessing.active_children())
-            self.engine = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
-        except Exception as error:
-            raise EngineError(self._explain(error)) from error
-        self.block: int = self.engine.vllm_config.cache_config.block_size
-        started = [child.pid for child in multiprocessing.active_children() if child not in others]
-        self.guard = end_with_this_process([pid for pid in started if pid is not None])
+        return arguments
+
+    def _use_processor(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.special = set(self.tokenizer.all_special_ids)
+        # A model without a usable chat template fails here instead of in its first conversation.
+        if ANSWER_MARK not in self._render((Turn("Who?", ANSWER_MARK),), "Who?"):
+            raise ValueError("its chat template leaves answers out")
 
     def _explain(self, error: Exception) -> str:
+        """Return the message of a failed start, with advice."""
         text = f"vLLM cannot start {self.config.model!r}: {type(error).__name__}: {error}"
         memory = (
             "lower --vllm.max-model-len, --vllm.max-pixels or --vllm.memory-fraction (on a CPU --vllm.kv-cache-gib), "
@@ -119,8 +153,8 @@ class VLLMEngine:
         )
         if "out of memory" in text.lower() or "no available memory" in text.lower():
             return f"{text}; {memory}"
-        if "initialization failed" in text:  # the cause stays in the child process, which has logged it
-            return f"{text} If the log above says that memory ran out: {memory}"
+        if "initialization failed" in text:  # only the child process knows the cause; it has logged it
+            return f"{text} If the log above reports too little memory: {memory}"
         if isinstance(error, OSError):
             return f"{text}; name a model of the hub that this machine can reach, or a local folder of weights"
         return text
@@ -130,13 +164,13 @@ class VLLMEngine:
             return
         engine, self.engine = self.engine, None
         if engine.output_handler is not None:
-            engine.output_handler.cancel()  # or it logs the engine's end as a failure
+            engine.output_handler.cancel()  # otherwise it logs the shutdown as a failure
         await asyncio.to_thread(engine.shutdown, SHUTDOWN_S)
         if self.guard is not None:
             self.guard.communicate(b"closed\n")
 
     async def abandon(self) -> None:
-        """End an engine that may not answer any more: its processes by the guard, then what is left here."""
+        """End an engine that may no longer respond: the guard kills its processes, then this process cleans up."""
         if self.guard is not None:
             self.guard.communicate()
             self.guard = None
@@ -145,9 +179,6 @@ class VLLMEngine:
     async def answer(
         self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int, choices: Choices | None = None
     ) -> Answer:
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
         conversation = await self._conversation(subject)
         ids, continues = self._prompt(conversation, history, question)
         prompt = {
@@ -162,33 +193,15 @@ class VLLMEngine:
             output_kind=self.final_only,
             structured_outputs=self.structured(json=json_schema(choices)) if choices else None,
         )
-        result = None
-        try:
-            name = f"{subject.image_id}-{next(self.requests)}"
-            async for streamed in self.engine.generate(prompt, sampling, name):
-                result = streamed
-        except VLLMClientError as error:
-            reason = "conversation_too_long" if "length" in str(error) else "refused_prompt"
-            raise DialogueError(reason, " ".join(str(error).split())) from error
-        except EngineGenerateError as error:  # hides its cause, such as a shape that the model's processor refuses
-            cause = error.__cause__ or error
-            raise DialogueError("refused_prompt", f"{type(cause).__name__}: {cause}") from error
-        except EngineDeadError as error:
-            raise EngineDied(
-                f"vLLM's engine has died ({error}); its log above says why. Out of memory: lower --conversations, "
-                "--vllm.max-model-len or --vllm.memory-fraction. Start the same command again: finished images are kept"
-            ) from error
-        assert result is not None, "vLLM ended a request without an output"
+        result = await self._generate(prompt, sampling, subject.image_id)
         output = result.outputs[0]
-        if output.finish_reason in ("abort", "error"):
-            raise DialogueError("engine_error", f"vLLM ended the request by {output.finish_reason!r}; see its log")
-        prompt_tokens, said = len(result.prompt_token_ids or ()), list(output.token_ids)
+        prompt_tokens, answer_ids = len(result.prompt_token_ids or ()), list(output.token_ids)
         reusable = conversation.context // self.block * self.block if continues else 0
         conversation.turns = (*(turn.answer for turn in history), one_line(output.text))
-        conversation.context = prompt_tokens + len(said)
-        if said and said[-1] in self.special:  # the next turn ends this one in its own way
-            said.pop()
-        conversation.ids = ids + said
+        conversation.context = prompt_tokens + len(answer_ids)
+        if answer_ids and answer_ids[-1] in self.special:  # the next prompt ends this answer in its own way
+            answer_ids.pop()
+        conversation.ids = ids + answer_ids
         return Answer(
             text=output.text,
             prompt_tokens=prompt_tokens,
@@ -198,39 +211,68 @@ class VLLMEngine:
             cut_off=output.finish_reason == "length",
         )
 
-    def _prompt(self, conversation: _Conversation, history: Sequence[Turn], question: str) -> tuple[list[int], bool]:
-        """Token ids of a turn, and whether they continue those of the turn before."""
+    async def _generate(self, prompt: dict[str, Any], sampling: Any, image_id: str) -> Any:
+        """Run a request and return vLLM's output.
+
+        Raises:
+            DialogueError: vLLM refuses the prompt or ends the request.
+            EngineDied: the engine core has died.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        result = None
+        try:
+            async for streamed in self.engine.generate(prompt, sampling, f"{image_id}-{next(self.requests)}"):
+                result = streamed
+        except VLLMClientError as error:
+            reason = "conversation_too_long" if "length" in str(error) else "refused_prompt"
+            raise DialogueError(reason, one_line(str(error))) from error
+        except EngineGenerateError as error:  # its cause says more, for example that the processor refuses the shape
+            cause = error.__cause__ or error
+            raise DialogueError("refused_prompt", f"{type(cause).__name__}: {cause}") from error
+        except EngineDeadError as error:
+            raise EngineDied(
+                f"vLLM's engine has died ({error}); see its log above. If memory ran out, lower --conversations, "
+                "--vllm.max-model-len or --vllm.memory-fraction. Start the same command again: finished images are kept"
+            ) from error
+        assert result is not None, "vLLM ended a request without an output"
+        finish_reason = result.outputs[0].finish_reason
+        if finish_reason in ("abort", "error"):
+            raise DialogueError("engine_error", f"vLLM ended the request with {finish_reason!r}; see its log")
+        return result
+
+    def _prompt(self, conversation: _Conversation, history: Sequence[Turn], question: str) -> _Prompt:
+        """Return the prompt of the next turn."""
         if history and conversation.turns == tuple(turn.answer for turn in history):
-            last = Turn(history[-1].question, ANSWER_HERE)
-            following = self._render((*history[:-1], last), question).partition(ANSWER_HERE)[2]
-            return conversation.ids + self.tokenizer.encode(following, add_special_tokens=False), True
-        return self.tokenizer.encode(self._render(history, question)), False
+            last = Turn(history[-1].question, ANSWER_MARK)
+            following = self._render((*history[:-1], last), question).partition(ANSWER_MARK)[2]
+            new_ids = self.tokenizer.encode(following, add_special_tokens=False)
+            return _Prompt(conversation.ids + new_ids, continues=True)
+        return _Prompt(self.tokenizer.encode(self._render(history, question)), continues=False)
 
     def _render(self, history: Sequence[Turn], question: str) -> str:
-        """The conversation by the model's own chat template, the image in its first turn."""
-        asked = [*(turn.question for turn in history), question]
-        messages: list[dict[str, Any]] = []
-        for position, text in enumerate(asked):
-            image = [{"type": "image"}] if position == 0 else []
-            messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
-            if position < len(history):
-                said = [{"type": "text", "text": history[position].answer}]
-                messages.append({"role": "assistant", "content": said})
+        """Render the conversation with the model's chat template."""
+        messages = chat_messages(history, question, {"type": "image"})
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     async def _conversation(self, subject: Subject) -> _Conversation:
-        """The conversation about a subject; its image is decoded once, beside the event loop."""
-        found = self.conversations.get(subject.image_id)
-        if found is None:
-            found = _Conversation(await asyncio.to_thread(self._decode, subject))
-            self.conversations[subject.image_id] = found
+        """Return the conversation about an image. The image is decoded once, in another thread."""
+        conversation = self.conversations.get(subject.image_id)
+        if conversation is None:
+            conversation = _Conversation(await asyncio.to_thread(self._decode, subject))
+            self.conversations[subject.image_id] = conversation
             if len(self.conversations) > CONVERSATIONS_KEPT:
                 self.conversations.popitem(last=False)
         self.conversations.move_to_end(subject.image_id)
-        return found
+        return conversation
 
     def _decode(self, subject: Subject) -> Image.Image:
-        """The image within the pixel budget."""
+        """Decode the image and scale it down to the pixel budget.
+
+        Raises:
+            DialogueError: the image cannot be decoded.
+        """
         try:
             return fit_pixels(open_image(subject.image), self.config.max_pixels)
         except ImageError as error:
@@ -238,25 +280,29 @@ class VLLMEngine:
 
 
 def fit_pixels(image: Image.Image, max_pixels: int) -> Image.Image:
-    """The image scaled down to at most `max_pixels`, its aspect kept; smaller ones as they are.
+    """Scale an image down to at most `max_pixels`, keeping its aspect ratio. Smaller images are returned unchanged.
 
-    Here and not in a model's own processor, whose options differ from model to model.
+    The processors of models could do this too, but their options differ from model to model.
     """
     pixels = image.width * image.height
     if pixels <= max_pixels:
         return image
     scale = (max_pixels / pixels) ** 0.5
-    width, height = (min(max_pixels, max(1, int(side * scale))) for side in image.size)  # also of a line of pixels
+    # The bounds matter for an image that is only a few pixels wide or high.
+    width, height = (min(max_pixels, max(1, int(side * scale))) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def end_with_this_process(pids: Sequence[int]) -> subprocess.Popen[bytes]:
-    """Start a guard that ends the processes `pids` when this process is gone, by whatever signal.
+    """Start a guard process that kills other processes when this process ends, whatever signal ends it.
 
-    A killed worker cannot close its engine, and vLLM's engine core does not notice: it would keep the GPU. The
-    guard's standard input ends with this process; a line written to it dismisses the guard.
+    A killed worker cannot close its engine, and vLLM's engine core does not notice the death: it would keep the GPU.
+    The guard waits for the end of its standard input, which this process holds open. A line on it dismisses the guard.
+
+    Args:
+        pids: processes to kill.
     """
-    # A session of its own: what interrupts or ends this process's group must not end the guard first.
+    # The guard has its own session, because a signal to this process's group must not end it first.
     return subprocess.Popen(
         ["/bin/sh", "-c", 'read -r _ || kill -9 "$@" 2>/dev/null', "guard", *map(str, pids)],
         stdin=subprocess.PIPE,

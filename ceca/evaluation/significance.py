@@ -1,32 +1,58 @@
-"""Whether one run is better than another: a paired bootstrap over the people who are asked for."""
+"""Tell whether one run is better than another: a paired bootstrap over the people described.
+
+Notable: people are resampled, not queries. Sentences about one person are easy or hard together, and resampling them
+one by one would report significance where there is none.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
+
+# Figures that are compared, by the column of a per-query table (without its similarity).
+COMPARED = {"Rank-1": "rank1", "Rank-5": "rank5", "Rank-10": "rank10", "AP": "average_precision"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Second minus first: the mean, its 95 % interval, and the two-sided p-value of no difference."""
+    """The second run minus the first: the mean, its 95 % interval, and the two-sided p-value of no difference."""
 
     mean: float
     low: float
     high: float
     p: float
 
+    def cells(self) -> list[str]:
+        """The difference as cells of a table: mean, interval, p-value."""
+        return [f"{self.mean:+.2f}", f"{self.low:+.2f} … {self.high:+.2f}", f"{self.p:.4f}"]
+
+
+def compare_runs(first: pa.Table, second: pa.Table, similarity: str = "fused") -> dict[str, Difference]:
+    """Compare two per-query tables with the same queries in the same order: figure → difference in percent points."""
+    people = first["identity"].to_numpy()
+    return {
+        label: paired_bootstrap(
+            100 * first[f"{similarity}_{column}"].to_numpy(), 100 * second[f"{similarity}_{column}"].to_numpy(), people
+        )
+        for label, column in COMPARED.items()
+    }
+
 
 def paired_bootstrap(
     first: np.ndarray, second: np.ndarray, identities: np.ndarray, *, resamples: int = 10_000, seed: int = 0
 ) -> Difference:
-    """Compare two runs by the figures that both gave the same queries.
+    """Compare two runs over the same queries.
 
-    People are drawn with replacement, and with each all queries about them: sentences about one person are easy or hard
-    together, and drawing them one by one would find significance where there is none.
+    People are drawn with replacement, each together with all queries that describe them.
 
     Args:
-        first, second: [Q] figures of the queries, in the same order. identities: [Q], whom they ask for.
+        first: [Q] figures of the first run, one per query.
+        second: [Q] figures of the second run, in the same order.
+        identities: [Q], the person that each query describes.
+        resamples: number of bootstrap samples.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: lengths differ, or there is no query.

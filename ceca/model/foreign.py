@@ -1,6 +1,7 @@
-"""Other programs' checkpoints: IRRA's and RDE's become models of this one; a model's CLIP part goes to open_clip.
+"""Other programs' weights: import checkpoints of IRRA and RDE, export a model's CLIP part for open_clip.
 
-Files are read as tensors and nothing else: code in a pickle is refused, never run.
+Notable: files are read as tensors and nothing else; a pickle that holds code is refused, and the code never runs. A
+weight that cannot be placed is an error, so that no import silently loses a part of a model.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ceca.model.backbone import WeightsError
 from ceca.model.ceca import CECA
 from ceca.model.weights import NOT_WEIGHTS, read_weights
 
-# RDE's names (misspelt there) → ours. What it makes and never uses is left out: a second projection of the images
-# (`linear`), the normalisation of an output.
+# RDE's names, misspelt there → ours. Two modules that RDE creates and never uses are left out: the images' second
+# projection (`linear`) and the normalisation of the output.
 RDE_NAMES = {
     r"visul_emb_layer\.fc\.": "visual_embedding.linear.",
     r"texual_emb_layer\.linear\.": "textual_embedding.linear.",
@@ -31,7 +32,7 @@ RDE_NAMES = {
     r"visul_emb_layer\.mlp\.layers\.1\.": "visual_embedding.out.",
     r"texual_emb_layer\.mlp\.layers\.1\.": "textual_embedding.out.",
 }
-# The released CECA program's mixers; the attention's q, k and v lie in one tensor there.
+# The mixers of the released CECA program, in which an attention's q, k and v are one tensor.
 for _side, _ours in (("visul", "visual"), ("texual", "textual")):
     RDE_NAMES |= {
         rf"{_side}_emb_layer\.refiner\.g$": f"{_ours}_mixer.gate",
@@ -45,40 +46,33 @@ for _side, _ours in (("visul", "visual"), ("texual", "textual")):
     }
 UNUSED = re.compile(
     r"visul_emb_layer\.linear\.|(visul|texual)_emb_layer\.mlp\.bns\.1\.|.*num_batches_tracked$|logit_scale$"
-    # IRRA's heads, which training alone needs
+    # IRRA's heads, which only training needs
     r"|classifier\.|cross_attn\.|cross_modal_transformer\.|ln_pre_[ti]\.|ln_post\.|mlm_head\."
 )
 
 
 def import_checkpoint(source: str, config: ModelConfig) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model that a checkpoint of IRRA or RDE holds: its settings and weights.
+    """Read a checkpoint of IRRA or RDE as a model of this program.
 
     Args:
-        source: local file or URI. config: backbone and image size, which a checkpoint does not name.
+        source: local file or URI.
+        config: backbone and image size, which a checkpoint does not state.
+
+    Returns:
+        The settings of the model and its weights.
 
     Raises:
-        WeightsError: not such a checkpoint, of another backbone or image size, or not plain tensors.
+        WeightsError: the file is no such checkpoint, is of another backbone or image size, or holds more than tensors.
     """
-    found = {name.removeprefix("module."): value for name, value in read_weights(config.backbone, source).items()}
-    if "base_model.visual.conv1.weight" not in found:
-        first = ", ".join(sorted(found)[:3])
+    checkpoint = read_weights(config.backbone, source)
+    checkpoint = {name.removeprefix("module."): value for name, value in checkpoint.items()}
+    if "base_model.visual.conv1.weight" not in checkpoint:
+        first = ", ".join(sorted(checkpoint)[:3])
         raise WeightsError(
             f"{source!r} is no checkpoint of IRRA or RDE: it has no base_model.visual.conv1.weight (found {first}, …)"
         )
-    local = any(name.startswith("visul_emb_layer.") for name in found)
-    state: dict[str, Tensor] = {}
-    unknown = []
-    for name, value in found.items():
-        own = _own_name(name)
-        if own is not None:
-            state |= _split(own, value.float())
-        elif not UNUSED.match(name) and name.removeprefix("base_model.") not in NOT_WEIGHTS:
-            unknown.append(name)
-    if unknown:
-        raise WeightsError(
-            f"{source!r} has {len(unknown)} weights that neither IRRA nor RDE has, e.g. {sorted(unknown)[0]}; "
-            "such a model would lose them"
-        )
+    local = any(name.startswith("visul_emb_layer.") for name in checkpoint)
+    state = _translate(checkpoint, source)
     mixed = "visual_mixer.gate" in state
     config = dataclasses.replace(
         config,
@@ -90,23 +84,34 @@ def import_checkpoint(source: str, config: ModelConfig) -> tuple[ModelConfig, di
         token_ratio=0.3 if local and not mixed else 1.0,
         local_dim=len(state["visual_embedding.out.bias"]) if local else config.local_dim,
     )
-    wanted = {name: value.shape for name, value in CECA(config).state_dict().items()}
-    problems = [f"{name} is missing" for name in wanted.keys() - state.keys()]
-    problems += [f"{name} is not known" for name in state.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(state[name].shape)} and not {list(wanted[name])}"
-        for name in wanted.keys() & state.keys()
-        if state[name].shape != wanted[name]
-    ]
-    if problems:
-        raise WeightsError(
-            f"{source!r} does not fit {config.backbone} at {config.image_height}x{config.image_width}: "
-            f"{sorted(problems)[0]}{f' and {len(problems) - 1} more' if len(problems) > 1 else ''}"
-        )
+    _require_fit(state, config, source)
     return config, state
 
 
-def _own_name(name: str) -> str | None:
+def _translate(checkpoint: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint in fp32 under our names, without those that retrieval never uses.
+
+    Raises:
+        WeightsError: neither IRRA nor RDE has a weight of some name.
+    """
+    state: dict[str, Tensor] = {}
+    unknown = []
+    for name, value in checkpoint.items():
+        ours = _our_name(name)
+        if ours is not None:
+            state |= _split(ours, value.float())
+        elif not UNUSED.match(name) and name.removeprefix("base_model.") not in NOT_WEIGHTS:
+            unknown.append(name)
+    if unknown:
+        raise WeightsError(
+            f"{source!r} has {len(unknown)} weights that neither IRRA nor RDE has, e.g. {sorted(unknown)[0]}; "
+            "the imported model would lose them"
+        )
+    return state
+
+
+def _our_name(name: str) -> str | None:
+    """Our name of a checkpoint's weight; None if it is not used or not known."""
     if name.startswith("base_model."):
         rest = name.removeprefix("base_model.")
         return None if rest in NOT_WEIGHTS else f"backbone.clip.{rest}"
@@ -119,7 +124,7 @@ def _own_name(name: str) -> str | None:
 
 
 def _split(name: str, value: Tensor) -> dict[str, Tensor]:
-    """A tensor under our names: of an attention's joint projection, q, and k and v; a gate as [1]."""
+    """A tensor under our names: q apart from k and v of a joint projection, and a gate of shape [1]."""
     place, joint, kind = name.rpartition(".in_proj_")
     if joint and not name.startswith("backbone."):
         width = len(value) // 3
@@ -127,10 +132,35 @@ def _split(name: str, value: Tensor) -> dict[str, Tensor]:
     return {name: value.reshape(1) if name.endswith(".gate") else value}
 
 
-def export_clip(model: CECA, out: Path, scale: float = 50.0) -> None:
-    """Write a model's CLIP part as safetensors that open_clip loads as `pretrained=` (with `force_image_size`).
+def _require_fit(state: dict[str, Tensor], config: ModelConfig, source: str) -> None:
+    """Check that weights have the names and shapes of a model.
 
-    `scale` is the factor of cosines that its `logit_scale` gets, for our models have none.
+    Raises:
+        WeightsError: they do not; the message gives one difference and the number of others.
+    """
+    shapes = {name: value.shape for name, value in CECA(config).state_dict().items()}
+    problems = [f"{name} is missing" for name in shapes.keys() - state.keys()]
+    problems += [f"{name} is not known" for name in state.keys() - shapes.keys()]
+    problems += [
+        f"{name} is {list(state[name].shape)} and not {list(shapes[name])}"
+        for name in shapes.keys() & state.keys()
+        if state[name].shape != shapes[name]
+    ]
+    if problems:
+        others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise WeightsError(
+            f"{source!r} does not fit {config.backbone} at {config.image_height}x{config.image_width}: "
+            f"{sorted(problems)[0]}{others}"
+        )
+
+
+def export_clip(model: CECA, out: Path, scale: float = 50.0) -> None:
+    """Write a model's CLIP part as safetensors; open_clip loads it as `pretrained=`, with `force_image_size`.
+
+    Args:
+        model: its text and image towers are written.
+        out: the file.
+        scale: factor of the cosines, written as `logit_scale`; our models have none.
     """
     state = {name: value.contiguous() for name, value in model.backbone.clip.state_dict().items()}
     state["logit_scale"] = torch.tensor(math.log(scale))

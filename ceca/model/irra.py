@@ -1,7 +1,7 @@
 """IRRA's training heads: identity classification and implicit relation reasoning (method: The IRRA baseline).
 
-They exist in training only and are never published. Both losses come out per sample, so that they are gathered
-over workers as features are, and the batch's loss stays the loss of the whole batch.
+Notable: the heads exist in training only and are never published. Both losses are computed per sample, so workers
+gather them as they gather features, and the loss is that of the global batch.
 """
 
 from __future__ import annotations
@@ -16,34 +16,45 @@ from ceca.model.backbone import Tokens
 from ceca.model.clip import QuickGELU
 from ceca.model.mixer import Attention
 
-LAYERS = 4
+LAYERS = 4  # transformer layers between cross-attention and the vocabulary
 
 
 class WordTask(NamedTuple):
-    """Masked-word prediction: which words of a caption were hidden, and what they were.
+    """The task of masked-word prediction. It is made on the CPU, because asking a GPU for M would wait for the GPU.
 
-    `ids` [B, L] are the captions with words hidden; `places` [M] index the hidden ones in the flattened [B·L] ids and
-    `targets` [M] are the tokens that stood there. Made on the CPU, so that no device is asked how many there are.
+    Attributes:
+        ids: [B, L] token ids of captions with hidden words.
+        places: [M] places of the hidden words in the flattened [B·L] ids.
+        targets: [M] the token ids that stood there.
     """
 
     ids: Tensor
     places: Tensor
     targets: Tensor
 
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the hidden words in `ids`, [M] each."""
+        length = self.ids.shape[1]
+        return self.places // length, self.places % length
+
     def trimmed(self, length: int) -> WordTask:
-        """The same for ids cut to so many columns, behind which nothing is hidden."""
-        rows, columns = self.places // self.ids.shape[1], self.places % self.ids.shape[1]
+        """The task for ids cut to `length` columns; no word behind them may be hidden."""
+        rows, columns = self.positions()
         return WordTask(self.ids[:, :length], rows * length + columns, self.targets)
 
     def to(self, device: torch.device) -> WordTask:
+        """The task on another device."""
         return WordTask(*(value.to(device) for value in self))
 
 
 class IRRAHeads(nn.Module):
-    """Classifier over the training identities, and a decoder of hidden words that looks at the image.
+    """A classifier over the training identities, and a decoder that predicts hidden words from text and image.
 
     Args:
-        width: of the tokens. identities: how many there are in training. vocabulary: tokens of CLIP.
+        width: D of the tokens.
+        heads: attention heads.
+        identities: number of identities in training.
+        vocabulary: number of CLIP's tokens.
     """
 
     def __init__(self, width: int, heads: int, identities: int, vocabulary: int):
@@ -66,25 +77,31 @@ class IRRAHeads(nn.Module):
         )
 
     def identity_loss(self, image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
-        """Global features [B, D] of both modalities and class numbers [B] → sum of their cross-entropies, [B, 1]."""
+        """The sum of both modalities' cross-entropies, [B, 1].
+
+        Args:
+            image: [B, D] global features of the images.
+            text: [B, D] global features of the captions.
+            labels: [B] numbers of the training identities.
+        """
         losses = [
             F.cross_entropy(self.classifier(features).float(), labels, reduction="none") for features in (image, text)
         ]
         return (losses[0] + losses[1])[:, None]
 
     def word_loss(self, text: Tokens, image: Tokens, task: WordTask) -> Tensor:
-        """Cross-entropy of the hidden words: per sample its sum and their number, [B, 2].
+        """Cross-entropy of the hidden words, [B, 2]: per sample its sum and the number of hidden words.
 
-        `text` are the tokens of the captions with hidden words, start and end included; they look at all tokens of
-        `image` and its class token.
+        Args:
+            text: tokens of the captions with hidden words; start, words and end attend to the image.
+            image: tokens of the images, attended to together with the class token.
+            task: the hidden words.
         """
         seen = torch.cat([image.summit[:, None], image.tokens], dim=1)
-        x = self.cross_attention(
-            self.text_norm(text.tokens), self.image_norm(seen), F.pad(image.present, (1, 0), value=True)
-        )
-        inside = text.present if text.inside is None else text.inside
-        x = self.layers(x, src_key_padding_mask=~inside)
-        rows, columns = task.places // task.ids.shape[1], task.places % task.ids.shape[1]
+        present = F.pad(image.present, (1, 0), value=True)
+        x = self.cross_attention(self.text_norm(text.tokens), self.image_norm(seen), present)
+        x = self.layers(x, src_key_padding_mask=~(text.present if text.inside is None else text.inside))
+        rows, columns = task.positions()
         losses = F.cross_entropy(self.decoder(x[rows, columns]).float(), task.targets, reduction="none")
         sums = torch.zeros(len(x), 2, device=x.device)
         return sums.index_add(0, rows, torch.stack([losses, torch.ones_like(losses)], 1))

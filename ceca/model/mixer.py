@@ -1,6 +1,7 @@
 """The local branch: token selection, the Bidirectional Cross-attention Mixer, token embedding (method: Local branch).
 
-Padding never enters attention, normalisation statistics or pooling.
+Notable: padding never enters attention, normalisation statistics or pooling; in training, batch statistics are those
+of the global batch, so N workers compute what one worker would. Modules stand in the order in which data meets them.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from ceca.model.backbone import Tokens
 def select_tokens(
     side: Tokens, ratio: float, importance: Tensor | None = None, most: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The most important tokens of each sample, not normalised.
+    """Select the most important tokens of each sample (method: Local branch).
 
-    A sample keeps floor(ratio·places) tokens, at least one and at most those present: of 192 patches and 0.3 it keeps
-    57, of a text min(22, its words) (method: Local branch).
+    A sample keeps floor(ratio·places) tokens, at least one and at most its present ones: with a ratio of 0.3, 57 of 192
+    patches, and of a text 22 or all its words.
 
     Args:
         side: output of a tower.
-        ratio: share of the tower's places; 1 keeps all tokens where they are.
-        importance: [B, N] to choose by, never negative; None: the tower's own.
-        most: upper limit of the tokens kept; None: no limit.
+        ratio: share of the tower's places to keep; 1 keeps all tokens in their order.
+        importance: [B, N], not negative, by which tokens are chosen; None takes the tower's.
+        most: limit of the tokens kept; None sets no limit.
 
     Returns:
-        tokens [B, K, D] and present [B, K].
+        tokens [B, K, D], not normalised, and present [B, K].
     """
     if ratio >= 1 and most is None:
         return side.tokens, side.present
     importance = side.importance if importance is None else importance
     kept = min(max(1, math.floor(ratio * side.places)), side.tokens.shape[1])
     kept = kept if most is None else min(kept, most)
-    # Absent tokens go last: attention is never negative.
+    # Absent tokens go last, because importance is an attention weight and never negative.
     order = importance.masked_fill(~side.present, -1.0).argsort(dim=1, descending=True, stable=True)[:, :kept]
     tokens = side.tokens.gather(1, order[..., None].expand(-1, -1, side.tokens.shape[-1]))
     return tokens, side.present.gather(1, order)
@@ -47,8 +48,15 @@ def select_tokens(
 class MixerBlock(nn.Module):
     """One side of the mixer: q → q + sigmoid(γ)·Δ.
 
-    Δ is what self-attention over own tokens, cross-attention to the other side's, and an MLP add, each on the
-    layer-normalised state. Without a condition there is no cross-attention.
+    Δ is the sum of three residual updates, each computed from the layer-normalised state: self-attention over this
+    side's tokens, cross-attention to the other side's tokens, and an MLP. Without a condition, cross-attention is left
+    out.
+
+    Args:
+        width: D of the tokens.
+        heads: attention heads.
+        gate_start: start of γ.
+        crosses: whether this side has cross-attention.
     """
 
     def __init__(self, width: int, heads: int, gate_start: float, crosses: bool = True):
@@ -61,12 +69,19 @@ class MixerBlock(nn.Module):
             self.cross_attention = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.gate = nn.Parameter(torch.tensor([gate_start]))  # [1]: DeepSpeed refuses scalars
+        self.gate = nn.Parameter(torch.tensor([gate_start]))  # shape [1], because DeepSpeed refuses scalars
 
     def forward(
         self, own: Tensor, present: Tensor, condition: Tensor | None = None, condition_present: Tensor | None = None
     ) -> Tensor:
-        """own [B, N, D] with present [B, N]; condition [B, M, D] with condition_present [B, M] → [B, N, D]."""
+        """Mix tokens: [B, N, D] → [B, N, D].
+
+        Args:
+            own: [B, N, D] tokens of this side.
+            present: [B, N], False for padding.
+            condition: [B, M, D] tokens of the other side.
+            condition_present: [B, M], False for padding.
+        """
         normed = self.self_norm(own)
         x = own + self.self_attention(normed, normed, present)
         if condition is not None and condition_present is not None:
@@ -79,6 +94,12 @@ class ReleasedMixerBlock(nn.Module):
     """One side of the mixer as the authors' program computes it: q → q + sigmoid(γ)·MLP(SA(LN₁ q) + CA(LN₂ q, c)).
 
     Both attentions look at the same q, nothing is added between them, and the MLP has no normalisation before it.
+
+    Args:
+        width: D of the tokens.
+        heads: attention heads.
+        gate_start: start of γ.
+        crosses: whether there is cross-attention.
     """
 
     def __init__(self, width: int, heads: int, gate_start: float, crosses: bool = True):
@@ -98,7 +119,7 @@ class ReleasedMixerBlock(nn.Module):
     def forward(
         self, own: Tensor, present: Tensor, condition: Tensor | None = None, condition_present: Tensor | None = None
     ) -> Tensor:
-        """own [B, N, D] with present [B, N]; condition [B, M, D] with condition_present [B, M] → [B, N, D]."""
+        """Mix: own [B, N, D], present [B, N], condition [B, M, D], condition_present [B, M] → [B, N, D]."""
         normed = self.self_norm(own)
         mixed = self.self_attention(normed, normed, present)
         if condition is not None and condition_present is not None:
@@ -107,7 +128,11 @@ class ReleasedMixerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of [B, N, D] to [B, M, D], whose absent tokens get no weight."""
+    """Multi-head attention of queries [B, N, D] to a source [B, M, D]; absent tokens of the source get no weight.
+
+    Raises:
+        ValueError: the width is not a multiple of the heads.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -130,6 +155,8 @@ class Attention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, query: Tensor, source: Tensor, present: Tensor) -> Tensor:
+        """Attend: query [B, N, D], source [B, M, D], present [B, M] → [B, N, D]."""
+
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
@@ -140,10 +167,10 @@ class Attention(nn.Module):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch normalisation over the present tokens of all workers' samples.
+    """Batch normalisation over the present tokens of the global batch.
 
-    In training, mean and variance are of the global batch, with gradients through the sum over workers, so that N
-    workers compute what one would. fp32 inside.
+    In training, mean and variance are those of all workers' samples, and gradients flow through the sum over workers.
+    It computes in fp32.
     """
 
     running_mean: Tensor
@@ -158,7 +185,7 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
-        """x [B, N, D], present [B, N] → [B, N, D]; absent tokens come out as something finite."""
+        """Normalise: x [B, N, D], present [B, N] → [B, N, D]. Absent tokens get arbitrary finite values."""
         values = x.float()
         if self.training:
             mean, variance = self._batch_statistics(values, present)
@@ -168,12 +195,13 @@ class GlobalBatchNorm(nn.Module):
         return (normal * self.weight.float() + self.bias.float()).to(x.dtype)
 
     def _batch_statistics(self, values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [D] of the global batch; they also update the running statistics."""
         kept = present[..., None].to(values.dtype)
         count = kept.sum()
         total = (values * kept).sum(dim=(0, 1))
         count, total = _sum_over_workers(torch.cat([count[None], total])).split([1, len(total)])
         mean = total / count
-        # Two passes: the difference of large sums would lose the variance of small activations.
+        # Two passes, because the difference of two large sums would lose the variance of small activations.
         squares = _sum_over_workers((((values - mean) * kept) ** 2).sum(dim=(0, 1)))
         variance = squares / count
         with torch.no_grad():
@@ -190,7 +218,7 @@ def _sum_over_workers(value: Tensor) -> Tensor:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over workers. Every worker's loss depends on the sum, so the gradient is summed over workers as well."""
+    """Sum over workers. Every worker's loss depends on the sum, so gradients are summed over workers too."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -206,7 +234,12 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 class TokenEmbedding(nn.Module):
-    """e = Linear(q) + MLP(q) per token, then the maximum over the present tokens: [B, N, D] → [B, E]."""
+    """Embed tokens: e = Linear(q) + MLP(q) per token, then the maximum over the present tokens.
+
+    Args:
+        width: D of the tokens.
+        out: E of the embedding.
+    """
 
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -216,12 +249,12 @@ class TokenEmbedding(nn.Module):
         self.out = nn.Linear(width, out)
 
     def forward(self, tokens: Tensor, present: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Embed tokens [B, N, D].
+        """Embed and pool: [B, E].
 
         Args:
-            tokens: of one side, mixed or not.
-            present: [B, N], those that are pooled.
-            counted: [B, N], those that enter the batch statistics; None: the same.
+            tokens: [B, N, D].
+            present: [B, N], the tokens that are pooled.
+            counted: [B, N], the tokens that enter the batch statistics; None takes the pooled ones.
         """
         counted = present if counted is None else counted
         embedded = self.linear(tokens) + self.out(F.relu(self.norm(self.hidden(tokens), counted)))

@@ -1,4 +1,8 @@
-"""Published models: what is known of one without loading it. Imports no torch, so that looking one up is quick."""
+"""The registry of published models: find, list and describe them without loading weights.
+
+Notable: this module imports no torch, so looking a model up is quick. A model is named within a dataset
+(`ceca-vitb16`) or by the URI of its folder; `locate` is the one place that tells the two apart.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,18 @@ from ceca.data.store import Store, StoreError, filesystem
 
 @dataclasses.dataclass(frozen=True)
 class PublishedModel:
-    """A model as published: where it is, its digest, its embeddings' widths, settings and training record."""
+    """The description of a published model.
+
+    Attributes:
+        uri: the model's folder.
+        digest: of its weights and settings; names the folder of its objects.
+        global_dim: width D of its global embeddings.
+        local_dim: width E of its local embeddings.
+        config: config.json, the settings of model and training.
+        training: training.json, the training record.
+        made_from: names and versions of the tables that it was trained on.
+        version: of the model, from settings and tables.
+    """
 
     uri: str
     digest: str
@@ -25,7 +40,11 @@ class PublishedModel:
 
 
 def find_model(store: Store, name: str) -> PublishedModel | None:
-    """A published model's description by name below the dataset, or by URI; None where there is none."""
+    """Find a published model by its name in the dataset or by URI; None if it is not published.
+
+    Raises:
+        StoreError: it has another schema version, or its config.json is missing.
+    """
     home, names = locate(store, name)
     manifest = home.read_json(*names, MANIFEST)
     if manifest is None:
@@ -53,16 +72,25 @@ def find_model(store: Store, name: str) -> PublishedModel | None:
 
 
 def require_model(store: Store, name: str) -> PublishedModel:
-    """`find_model`, and a StoreError that names those there are where it is not published."""
+    """Find a published model by its name in the dataset or by URI.
+
+    Raises:
+        StoreError: it is not published (the message lists the dataset's models), or `find_model` raises.
+    """
     model = find_model(store, name)
     if model is None:
-        there = ", ".join(list_models(store)) or "none"
-        raise StoreError(f"no published model {name!r} in {store.uri} (there: {there}); run the stage `train` first")
+        names = ", ".join(list_models(store)) or "none"
+        raise StoreError(f"no published model {name!r} in {store.uri} (there: {names}); run the stage `train` first")
     return model
 
 
 def model_file(store: Store, name: str, file: str) -> bytes:
-    """One of the objects of a published model: its weights, `curve.parquet` and so on.
+    """Read one object of a published model.
+
+    Args:
+        store: the dataset.
+        name: the model, by name or URI.
+        file: name of the object, such as `model.safetensors` or `curve.parquet`.
 
     Raises:
         StoreError: there is no such model, or it has no such object.
@@ -76,7 +104,7 @@ def model_file(store: Store, name: str, file: str) -> bytes:
 
 
 def list_models(store: Store) -> list[str]:
-    """Names of the models below a dataset, published or not yet."""
+    """Names of the models in a dataset, unfinished ones included."""
     folder = store.path(MODELS)
     if not store.fs.exists(folder):
         return []
@@ -84,8 +112,13 @@ def list_models(store: Store) -> list[str]:
 
 
 def locate(store: Store, name: str) -> tuple[Store, tuple[str, ...]]:
-    """The store that a model is in and its place there, by name below a dataset or by URI."""
+    """The store that holds a model and the model's place in it.
+
+    Args:
+        store: the dataset in which a plain name is looked up.
+        name: the model, by name or URI.
+    """
     if "://" in name or "/" in name:
-        filesystem(name)  # a clear error for an unknown scheme
+        filesystem(name)  # raises a clear error for an unknown scheme
         return Store(name), ()
     return store, (MODELS, name)

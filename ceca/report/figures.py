@@ -1,8 +1,12 @@
-"""Pictures of results."""
+"""The figures of a report: ranked lists, dialogues, comparisons, training curves, statistics.
+
+Notable: every function takes plain numbers and images, writes one figure and returns its path; none reads a dataset.
+Charts are drawn by matplotlib, without a display, as the file's suffix says; without a suffix as PNG and SVG.
+Dialogues are drawn as pixels, because their text is wrapped by the real width of the font.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,32 +18,26 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ceca.errors import UserError
+from ceca.report.records import Described, RankedList
 
 HIT, MISS, UNKNOWN = "#1a9850", "#d73027", "#888888"
+PAPER, INK, FAINT, ACCENT = "#ffffff", "#1f2328", "#8a9099", "#2b6cb0"
 
 
-@dataclasses.dataclass(frozen=True)
-class RankedList:
-    """A query and what was found for it, best first.
-
-    `identity` is the person described, or None where nobody knows; `images` and `identities` belong together. `label`
-    says whose list it is where there are several for one query.
-    """
-
-    query: str
-    identity: int | None
-    images: Sequence[Image.Image]
-    identities: Sequence[int]
-    label: str = ""
+# --- ranked lists -----------------------------------------------------------------------------------------
 
 
 def draw_ranked_lists(lists: Sequence[RankedList], out: Path, title: str = "") -> Path:
-    """Write a picture with a row per query: its words, then the images, hits framed green and others red."""
+    """Draw one row per query: its words, then its images. Hits have a green frame, others a red one.
+
+    Without a known person, frames are grey.
+    """
     columns = max(len(ranked.images) for ranked in lists)
     figure, axes = plt.subplots(
         len(lists),
@@ -50,59 +48,47 @@ def draw_ranked_lists(lists: Sequence[RankedList], out: Path, title: str = "") -
         layout="constrained",
     )
     for row, ranked in zip(axes, lists, strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        words = textwrap.fill(ranked.query, 30)
-        row[0].text(0, 0.5, words, va="center", ha="left", fontsize=10, transform=row[0].transAxes)
-        row[0].text(0, 0.98, ranked.label, va="top", weight="bold", fontsize=10, transform=row[0].transAxes)
-        for position, (image, identity) in enumerate(zip(ranked.images, ranked.identities, strict=True)):
-            axis = row[position + 1]
-            axis.set_axis_on()
-            axis.imshow(image.resize((128, 256)))
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(str(position + 1), fontsize=8, pad=2)
-            known = ranked.identity is not None
-            colour = (HIT if identity == ranked.identity else MISS) if known else UNKNOWN
-            for side in axis.spines.values():
-                side.set(edgecolor=colour, linewidth=3.5)
+        _draw_ranked_list(row, ranked)
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return _save(figure, out)
 
 
-def _save(figure: Figure, out: Path) -> Path:
-    """Write a figure in the kind that its name says; PNG and SVG where it says none."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for path in [out] if out.suffix else [out.with_suffix(".png"), out.with_suffix(".svg")]:
-            figure.savefig(path, dpi=130)
-    except ValueError as error:  # matplotlib names the kinds there are
-        raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        plt.close(figure)
-    return out
+def _draw_ranked_list(row: Sequence[Axes], ranked: RankedList) -> None:
+    for axis in row:
+        axis.set_axis_off()
+    words = textwrap.fill(ranked.query, 30)
+    row[0].text(0, 0.5, words, va="center", ha="left", fontsize=10, transform=row[0].transAxes)
+    row[0].text(0, 0.98, ranked.label, va="top", weight="bold", fontsize=10, transform=row[0].transAxes)
+    for position, (image, identity) in enumerate(zip(ranked.images, ranked.identities, strict=True), 1):
+        axis = row[position]
+        axis.set_axis_on()
+        axis.imshow(image.resize((128, 256)))
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(str(position), fontsize=8, pad=2)
+        colour = UNKNOWN
+        if ranked.identity is not None:
+            colour = HIT if identity == ranked.identity else MISS
+        for side in axis.spines.values():
+            side.set(edgecolor=colour, linewidth=3.5)
 
 
 # --- dialogues --------------------------------------------------------------------------------------------
 
-SCALE = 2  # pixels of the picture per unit below, so that text stays sharp on a fine screen
+SCALE = 2  # pixels per unit of the sizes below, so that text stays sharp on a fine screen
 CARD, PHOTO, GAP, PADDING = 400, (96, 192), 16, 24
 TEXT, LABEL, TITLE = 11.5, 9.0, 15.0  # font sizes
-LEADING = 1.4  # distance of lines, in font sizes
-PAPER, INK, FAINT, ACCENT = "#ffffff", "#1f2328", "#8a9099", "#2b6cb0"
-
-
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """An image with what people and what a model say about it."""
-
-    image: Image.Image
-    caption: str
-    summary: str
+LEADING = 1.4  # distance between lines, in font sizes
 
 
 def draw_dialogues(datasets: Sequence[tuple[str, Sequence[Described]]], out: Path, columns: int = 3) -> Path:
-    """Write a picture of images with their original caption and generated summary, a block per dataset."""
+    """Draw images with their original caption and their generated summary, one block per dataset.
+
+    Args:
+        datasets: pairs of a title and its images.
+        out: the file; its suffix is the format.
+        columns: images per row.
+    """
     width = 2 * PADDING + columns * CARD + (columns - 1) * GAP
     blocks = [(title, [cards[i : i + columns] for i in range(0, len(cards), columns)]) for title, cards in datasets]
     height = PADDING + sum(
@@ -132,6 +118,7 @@ def _draw_card(sheet: Image.Image, pen: ImageDraw.ImageDraw, card: Described, le
 
 
 def _card_text(card: Described) -> list[tuple[str, str, list[str]]]:
+    """The texts beside an image: label, colour of the label, wrapped lines."""
     wide = CARD - PHOTO[0] - GAP
     texts = (("CAPTION", FAINT, card.caption or "(none)"), ("SUMMARY", ACCENT, card.summary))
     return [(label, colour, wrap_to_width(text, wide, TEXT)) for label, colour, text in texts]
@@ -151,7 +138,7 @@ def _write(
     ink: str,
     weight: str = "normal",
 ) -> float:
-    """Write lines from a point on; returns where the next line would begin."""
+    """Write lines below each other from a point on, and return the top of the next line."""
     for line in lines:
         pen.text((left * SCALE, top * SCALE), line, fill=ink, font=_font(size, weight))
         top += size * LEADING
@@ -159,7 +146,13 @@ def _write(
 
 
 def wrap_to_width(text: str, width: float, size: float) -> list[str]:
-    """Break a text into lines that are not wider than `width` as the font draws them; a longer word is cut."""
+    """Break a text into lines of at most `width` units, measured in the font; a longer word is cut.
+
+    Args:
+        text: words, separated by white space.
+        width: in units of the picture (`SCALE` pixels each).
+        size: of the font.
+    """
     font, lines, line = _font(size, "normal"), [], ""
     for word in text.split():
         joined = f"{line} {word}".strip()
@@ -178,15 +171,19 @@ def wrap_to_width(text: str, width: float, size: float) -> list[str]:
 
 @functools.cache
 def _font(size: float, weight: str) -> ImageFont.FreeTypeFont:
-    properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)  # matplotlib brings it along
+    properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)  # the font ships with matplotlib
     return ImageFont.truetype(font_manager.findfont(properties), round(size * SCALE))
 
 
+# --- charts -----------------------------------------------------------------------------------------------
+
+
 def draw_comparison(rows: Mapping[str, Mapping[str, tuple[float, float]]], out: Path) -> Path:
-    """Write a picture of methods side by side: Rank-1 and mAP, percent, with deviations.
+    """Draw methods side by side: Rank-1 and mAP in percent, with deviations.
 
     Args:
-        rows: by method, then by metric: mean and deviation.
+        rows: method → metric → (mean, deviation).
+        out: the file.
     """
     figure, axis = plt.subplots(figsize=(1.6 + 1.3 * len(rows), 3.4), layout="constrained")
     places = range(len(rows))
@@ -201,7 +198,7 @@ def draw_comparison(rows: Mapping[str, Mapping[str, tuple[float, float]]], out: 
         axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     axis.set_xticks(list(places), list(rows))
     axis.set(ylabel="percent", ylim=(0, 105))
-    axis.spines[["top", "right"]].set_visible(False)
+    _open_frame(axis)
     axis.legend(frameon=False, ncols=2, loc="upper left")
     return _save(figure, out)
 
@@ -209,11 +206,12 @@ def draw_comparison(rows: Mapping[str, Mapping[str, tuple[float, float]]], out: 
 def draw_training(
     curves: Mapping[str, Mapping[str, Sequence[float]]], validation: Mapping[str, Any], out: Path
 ) -> Path:
-    """Write a picture of training runs: the loss by step, and Rank-1 on the validation split by epoch.
+    """Draw training runs: the loss by step, and Rank-1 on the validation split by epoch.
 
     Args:
-        curves: by run, the columns of its curve: `step`, `loss` and one per term.
-        validation: by run, its (epochs, Rank-1 in percent); runs without validation have empty lists.
+        curves: run → columns of its curve: `step`, `loss` and one per term.
+        validation: run → (epochs, Rank-1 in percent); two empty lists without validation.
+        out: the file.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name, columns in curves.items():
@@ -222,18 +220,17 @@ def draw_training(
         right.plot(epochs, rank1, marker="o", markersize=3, label=name)
     left.set(xlabel="step", ylabel="loss")
     right.set(xlabel="epoch", ylabel="validation Rank-1, percent")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
+    _open_frame(left, right, grid=True)
     left.legend(frameon=False)
     return _save(figure, out)
 
 
 def draw_omega(curves: Mapping[str, Mapping[float, tuple[float, float]]], out: Path) -> Path:
-    """Write a picture of how Rank-1 and Rsum follow ω, the best of each curve marked.
+    """Draw Rank-1 and Rsum by ω; the best point of each curve is marked.
 
     Args:
-        curves: by name of a model, then by ω: Rank-1 in percent and Rsum.
+        curves: model → ω → (Rank-1 in percent, Rsum).
+        out: the file.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, position, label in zip(axes, (0, 1), ("Rank-1, percent", "Rsum"), strict=True):
@@ -248,8 +245,7 @@ def draw_omega(curves: Mapping[str, Mapping[float, tuple[float, float]]], out: P
             )
         axis.margins(y=0.15)
         axis.set(xlabel="ω: global 0 … 1 local", ylabel=label)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
+        _open_frame(axis, grid=True)
     axes[0].legend(frameon=False)
     return _save(figure, out)
 
@@ -257,14 +253,18 @@ def draw_omega(curves: Mapping[str, Mapping[float, tuple[float, float]]], out: P
 def draw_statistics(
     images_per_person: Sequence[int], words: Sequence[int], tokens: Sequence[int], limit: int, out: Path
 ) -> Path:
-    """Write a picture of a dataset: images of a person, words of a caption, CLIP tokens of a summary.
+    """Draw histograms of a dataset: images per person, words per caption, CLIP tokens per summary.
 
     Args:
-        limit: CLIP's context length, beyond which a summary is cut; marked.
+        images_per_person: one number per person.
+        words: one number per caption.
+        tokens: one number per summary; empty leaves the third histogram out.
+        limit: CLIP's context length, drawn as a line; longer summaries are cut.
+        out: the file.
     """
-    panels = [("images of a person", images_per_person), ("words of a caption", words)]
+    panels = [("images per person", images_per_person), ("words per caption", words)]
     if tokens:
-        panels.append(("CLIP tokens of a summary", tokens))
+        panels.append(("CLIP tokens per summary", tokens))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), layout="constrained", squeeze=False)
     for axis, (label, values) in zip(axes[0], panels, strict=True):
         low, high = min(values), max(values)
@@ -273,26 +273,27 @@ def draw_statistics(
         axis.hist(values, bins=edges, color=ACCENT, edgecolor=PAPER, linewidth=0.5)
         axis.set(xlabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.spines[["top", "right"]].set_visible(False)
+        _open_frame(axis)
     if tokens:
         axes[0, -1].axvline(limit, color=MISS, linewidth=1)
         axes[0, -1].text(
-            limit, 0.98, f"{limit}: CLIP's length ", ha="right", va="top", fontsize=8, color=MISS,
+            limit, 0.98, f"{limit}: CLIP's limit ", ha="right", va="top", fontsize=8, color=MISS,
             transform=axes[0, -1].get_xaxis_transform(),
         )  # fmt: skip
-    axes[0, 0].set(ylabel="how many")
+    axes[0, 0].set(ylabel="count")
     return _save(figure, out)
 
 
 def draw_attributes(
     confused: Mapping[str, tuple[float, float]], rank1: Mapping[str, tuple[float, int]], out: Path
 ) -> Path:
-    """Write a picture of where a model errs.
+    """Draw a model's errors: by attribute on the left, by condition of the image on the right.
 
     Args:
-        confused: by attribute, how often the wrong first places have another value than the image described, and how
-            often any other person's image has; shares. rank1: by condition of the image described, Rank-1 in percent
-            and how many queries it is of.
+        confused: attribute → (share of wrong results at rank 1 whose value differs from the described image's, the
+            same share among random images of other people).
+        rank1: condition of the described image → (Rank-1 in percent, number of queries).
+        out: the file.
     """
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 1.2 + 0.28 * max(len(confused), len(rank1))), layout="constrained"
@@ -301,7 +302,7 @@ def draw_attributes(
     for place, name in enumerate(order):
         wrong, anyone = (100 * share for share in confused[name])
         left.barh(place, wrong, color=ACCENT, label="of wrong first places" if not place else None)
-        left.plot([anyone, anyone], [place - 0.4, place + 0.4], color=INK, label=None if place else "of any stranger")
+        left.plot([anyone, anyone], [place - 0.4, place + 0.4], color=INK, label=None if place else "of random people")
     left.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
     left.set(xlabel="has another value than the person described, percent", xlim=(0, 100))
     left.legend(frameon=False, loc="lower right", fontsize=8)
@@ -309,6 +310,33 @@ def draw_attributes(
     right.barh(range(len(names)), [rank1[name][0] for name in names], color=HIT)
     right.set_yticks(range(len(names)), [f"{name} ({rank1[name][1]:,})" for name in names])
     right.set(xlabel="Rank-1 of sentences about such images, percent", xlim=(0, 100))
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    _open_frame(left, right)
     return _save(figure, out)
+
+
+# --- all figures ------------------------------------------------------------------------------------------
+
+
+def _open_frame(*axes: Axes, grid: bool = False) -> None:
+    """Hide the top and the right line of a chart's frame."""
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        if grid:
+            axis.grid(alpha=0.3)
+
+
+def _save(figure: Figure, out: Path) -> Path:
+    """Write and close a figure: in the format of the file's suffix, or as PNG and SVG without one.
+
+    Raises:
+        UserError: the suffix is not a format that matplotlib writes.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for path in [out] if out.suffix else [out.with_suffix(".png"), out.with_suffix(".svg")]:
+            figure.savefig(path, dpi=130)
+    except ValueError as error:  # its message lists the valid formats
+        raise UserError(f"cannot write {out}: {error}") from None
+    finally:
+        plt.close(figure)
+    return out

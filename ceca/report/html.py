@@ -1,4 +1,8 @@
-"""A report as one HTML file: text, tables and pictures, nothing from outside. All text is escaped."""
+"""A report as one HTML file that needs no other file and no network.
+
+Notable: pictures are embedded in the page; all text is escaped; `paragraph`, `table` and `picture` each return a part,
+and `write_page` puts parts into sections.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +38,19 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 } td.best { f
 
 
 def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
     return f"<p>{escape(text)}</p>"
 
 
 def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]], best: bool = False) -> str:
-    """Rows of text; with `best`, the largest number of each column but the first stands out."""
+    """A table of text.
+
+    Args:
+        caption: text above the table.
+        headings: one per column.
+        rows: the cells.
+        best: print the largest number of each column bold, except in the first column.
+    """
     rows = [list(row) for row in rows]
     head = "".join(f"<th scope=col>{escape(heading)}</th>" for heading in headings)
     marked: set[tuple[int, int]] = set()
@@ -62,6 +74,7 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]], 
 
 
 def _number(cell: str) -> float:
+    """The number at the start of a cell; minus infinity without one."""
     try:
         return float(cell.split()[0])
     except (ValueError, IndexError):
@@ -69,7 +82,12 @@ def _number(cell: str) -> float:
 
 
 def picture(path: Path, description: str) -> str:
-    """A picture in the page: SVG as it is, photographs as WebP."""
+    """A picture within the page: SVG unchanged, other formats as WebP.
+
+    Args:
+        path: the picture.
+        description: text for readers who do not see it.
+    """
     if path.suffix == ".svg":
         kind, content = "svg+xml", path.read_bytes()
     else:
@@ -81,7 +99,14 @@ def picture(path: Path, description: str) -> str:
 
 
 def write_page(title: str, lead: str, sections: Sequence[tuple[str, Sequence[str]]], out: Path) -> Path:
-    """Write a page of sections, each a heading and what `paragraph`, `table` and `picture` made."""
+    """Write the page.
+
+    Args:
+        title: heading of the page.
+        lead: the text below it.
+        sections: pairs of a heading and its parts (`paragraph`, `table`, `picture`).
+        out: the file.
+    """
     links = "".join(f'<a href="#s{place}">{escape(heading)}</a>' for place, (heading, _) in enumerate(sections))
     body = "".join(
         f'<section id="s{place}"><h2>{escape(heading)}</h2>{"".join(parts)}</section>'

@@ -1,4 +1,4 @@
-"""Let the views of one person in a gallery agree."""
+"""Make the views of one person in a gallery agree by averaging nearby embeddings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ def agree_with_neighbours(
     temperature: float = 0.1,
     chunk: int = 4096,
 ) -> tuple[Tensor, Tensor]:
-    """Let views of one person agree: each image's embeddings take part of those of the images most like it.
+    """Average each image's embeddings with those of its nearest images (database-side augmentation).
 
-    e_i → normalise(e_i + weight · Σ_j a_ij·e_j) over the nearest j ≠ i by the fused similarity S of all images, with a
-    the softmax of S/temperature over them, so that a stranger among them counts for less. No identity is looked at.
-    What one view's summary misses, another's brings in (database-side augmentation).
+    e_i → normalise(e_i + weight · Σ_j a_ij·e_j), where j ranges over the images nearest to i by the fused similarity S
+    and a_i is the softmax of S_i/temperature over them, so that another person's image counts for less. Identities are
+    not used. A detail that one view's summary misses can come from another view.
 
     Args:
-        gallery: normalised (global, local) embeddings, [N, ·] each. neighbours: how many, at least 1.
-        omega: ω of S. weight: share of the neighbours. chunk: images compared with all at once.
+        gallery: normalised (global [N, D], local [N, E]) embeddings.
+        neighbours: number of nearest images, at least 1.
+        omega: ω of S.
+        weight: factor of the neighbours' average.
+        temperature: temperature of the softmax.
+        chunk: number of images that are compared with all others at once.
 
     Returns:
         Normalised (global, local) embeddings of the same shapes.
@@ -34,14 +38,14 @@ def agree_with_neighbours(
     count = min(neighbours, len(gallery[0]) - 1)
     if count < 1:
         return gallery
-    found = [torch.empty_like(part) for part in gallery]
+    averaged = [torch.empty_like(embeddings) for embeddings in gallery]
     for start in range(0, len(gallery[0]), chunk):
         rows = slice(start, start + chunk)
         similarity = fused_similarity((gallery[0][rows], gallery[1][rows]), gallery, omega)
-        own = torch.arange(len(similarity), device=similarity.device)
-        similarity[own, start + own] = -torch.inf
+        images = torch.arange(len(similarity), device=similarity.device)
+        similarity[images, start + images] = -torch.inf  # an image is not its own neighbour
         values, nearest = similarity.topk(count, dim=1)
-        shares = weight * (values / temperature).softmax(dim=1)[..., None]
-        for part, new in zip(gallery, found, strict=True):
-            new[rows] = F.normalize(part[rows] + (shares * part[nearest]).sum(dim=1), dim=1)
-    return found[0], found[1]
+        weights = weight * (values / temperature).softmax(dim=1)[..., None]
+        for embeddings, new in zip(gallery, averaged, strict=True):
+            new[rows] = F.normalize(embeddings[rows] + (weights * embeddings[nearest]).sum(dim=1), dim=1)
+    return averaged[0], averaged[1]

@@ -1,6 +1,6 @@
-"""What is known of an edition's images besides their embeddings: pictures, dialogues, facets. Looked up by image id.
+"""Catalogue of an edition: pictures, dialogues and facets of its images, looked up by image id.
 
-Ids are kept as 64-bit numbers and texts as Arrow columns, so that a million images take hundreds of megabytes and not
+Ids are kept as 64-bit numbers and texts as Arrow columns, so a million images take hundreds of megabytes instead of
 gigabytes.
 """
 
@@ -21,12 +21,12 @@ from ceca.datasets.images import mime_type
 from ceca.search.edition import Edition
 from ceca.search.facets import Facets, open_facets
 
-CACHE_BYTES = 64 * 1024 * 1024  # of encoded images in one process: a few thousand pedestrian crops
+CACHE_BYTES = 64 * 1024 * 1024  # encoded pictures kept in memory per process: a few thousand pedestrian crops
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image as it came: encoded bytes, media type, and the tag that names this content."""
+    """An unchanged image: encoded bytes, media type, and an HTTP entity tag made from the bytes."""
 
     content: bytes
     media_type: str
@@ -35,17 +35,20 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """A dialogue: its turns (question, answer) and summary."""
+    """A dialogue about an image: its turns (question, answer) and its summary."""
 
     turns: list[tuple[str, str]]
     summary: str
 
 
 class Index:
-    """Row numbers by image id; ids are 16 hex digits."""
+    """Finds row numbers by image id.
+
+    Args:
+        ids: the image id of each row, 16 hex digits each. If an id is repeated, its first row counts.
+    """
 
     def __init__(self, ids: pa.ChunkedArray | list[str]):
-        # Of an image that is there twice, the first one counts.
         numbers = np.array([int(image_id, 16) for image_id in _listed(ids)], dtype=np.uint64)
         self.order = np.argsort(numbers, kind="stable")
         self.sorted = numbers[self.order]
@@ -54,6 +57,7 @@ class Index:
         return len(self.sorted)
 
     def row(self, image_id: str) -> int | None:
+        """Row number of an image; None if it is not there."""
         number = np.uint64(int(image_id, 16))
         place = int(np.searchsorted(self.sorted, number))
         return int(self.order[place]) if place < len(self.sorted) and self.sorted[place] == number else None
@@ -64,25 +68,28 @@ def _listed(ids: pa.ChunkedArray | list[str]) -> list[str]:
 
 
 class Catalogue:
-    """Pictures, dialogues and facets of an edition's images, and of no others. Methods block and may run in threads."""
+    """Pictures, dialogues and facets of exactly the images that an edition can find.
+
+    Methods block, and they may run in threads. `ids` are the images' ids, sorted.
+    """
 
     def __init__(self, edition: Edition):
         self.edition = edition
         store = self.store = edition.store
         self.images = edition.manifest("images")
         added = edition.read_added(["image_id"])
-        indexed = store.read(edition.manifest("gallery"), ["image_id"])["image_id"].to_pylist()
-        listed = indexed + [name for table in added for name in table["image_id"].to_pylist()]
-        self.ids = sorted(set(listed) - edition.removed_ids)
+        added_ids = [image_id for table in added for image_id in table["image_id"].to_pylist()]
+        indexed_ids = store.read(edition.manifest("gallery"), ["image_id"])["image_id"].to_pylist()
+        self.ids = sorted({*indexed_ids, *added_ids} - edition.removed_ids)
         self.known = Index(self.ids)
-        # Where pictures are: rows of the images table, after them rows of each object that was added.
-        stored = store.read(self.images, ["image_id"])["image_id"].to_pylist()
+        # Pictures are in the rows of the images table, followed by the rows of each object of `added`.
+        stored_ids = store.read(self.images, ["image_id"])["image_id"].to_pylist()
         sizes = [*(part.rows for part in self.images.parts), *map(len, added)]
-        self.starts = np.cumsum([0, *sizes])
-        self.pictured = Index(stored + [name for table in added for name in table["image_id"].to_pylist()])
-        told = edition.told()
+        self.starts = np.cumsum([0, *sizes])  # first row of each part and object
+        self.pictured = Index(stored_ids + added_ids)
+        dialogues = edition.told()
         columns = ["image_id", "turns", "summary"]
-        tables = [store.read(told, columns)] if told else []
+        tables = [store.read(dialogues, columns)] if dialogues else []
         self.dialogues = pa.concat_tables([*tables, *edition.read_added(columns)]) if tables or added else None
         self.described = Index(self.dialogues["image_id"] if self.dialogues else [])
         self._cache: OrderedDict[str, Picture] = OrderedDict()
@@ -91,7 +98,7 @@ class Catalogue:
 
     @functools.cached_property
     def facets(self) -> Facets:
-        """Of the images in the order of `ids`."""
+        """Facets of the images, in the order of `ids`."""
         return open_facets(self.edition, self.ids)
 
     def __contains__(self, image_id: str) -> bool:
@@ -101,11 +108,12 @@ class Catalogue:
         return len(self.ids)
 
     def summary(self, image_id: str) -> str | None:
+        """Summary of an image; None if it has no dialogue."""
         row = self.described.row(image_id)
         return None if row is None or self.dialogues is None else self.dialogues["summary"][row].as_py()
 
     def told(self, image_id: str) -> Told | None:
-        """The dialogue about an image, if there was one."""
+        """Dialogue about an image; None if there is none."""
         row = self.described.row(image_id)
         if row is None or self.dialogues is None:
             return None
@@ -113,7 +121,7 @@ class Catalogue:
         return Told([(turn["question"], turn["answer"]) for turn in turns], self.dialogues["summary"][row].as_py())
 
     def cached(self, image_id: str) -> Picture | None:
-        """A picture if it is at hand; never blocks for long."""
+        """Picture of an image if it is in memory, else None. Does not read the store."""
         with self._lock:
             picture = self._cache.get(image_id)
             if picture is not None:
@@ -121,23 +129,23 @@ class Catalogue:
             return picture
 
     def picture(self, image_id: str) -> Picture | None:
-        """The picture of an image; None where the edition has no such image.
+        """Picture of an image; None if the edition does not have the image.
 
         Raises:
-            StoreError: the images table cannot be read.
+            StoreError: the picture cannot be read.
         """
         picture = self.cached(image_id)
         row = self.pictured.row(image_id) if image_id in self else None
         if picture is not None or row is None:
             return picture
         part = int(np.searchsorted(self.starts, row, side="right")) - 1
-        place = row - int(self.starts[part])
+        row_in_part = row - int(self.starts[part])
         try:
             if part < len(self.images.parts):
-                content = self.store.take(self.images, [(part, place)], ["image"])["image"][0].as_py()
+                content = self.store.take(self.images, [(part, row_in_part)], ["image"])["image"][0].as_py()
             else:
                 name = self.edition.added[part - len(self.images.parts)]
-                content = read_added(self.store, self.edition.digest, name, ["image"])["image"][place].as_py()
+                content = read_added(self.store, self.edition.digest, name, ["image"])["image"][row_in_part].as_py()
         except FileNotFoundError:
             raise StoreError(f"a part of {self.store.place('images')} that holds {image_id} is gone") from None
         picture = Picture(content, mime_type(content), f'"{hashlib.sha256(content).hexdigest()[:32]}"')
@@ -145,6 +153,7 @@ class Catalogue:
         return picture
 
     def _keep(self, image_id: str, picture: Picture) -> None:
+        """Keep a picture in memory, and drop the ones that were not used for longest."""
         with self._lock:
             if image_id in self._cache:
                 return

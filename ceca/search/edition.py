@@ -1,11 +1,11 @@
-"""What a search is over, pinned by version: a gallery, the model that made it, and what was added or removed since.
-
-Two searches of one edition give one answer; whatever is published meanwhile is another edition.
+"""Editions: all versions that a search depends on, so that two searches of one edition give the same answer.
 
     gallery/           the images that `ceca index` embedded
-    added/<digest>/    images added one by one since (by the service), embedded by the model of that digest: immutable
+    added/<digest>/    images that the service added one by one since, embedded by the model of that digest: immutable
                        Parquet objects named by their content; the listing is the table, so two writers lose nothing
     removed/           ids that no search may find any more
+
+Anything published later belongs to another edition.
 """
 
 from __future__ import annotations
@@ -24,67 +24,69 @@ from ceca.model.registry import require_model
 
 @dataclasses.dataclass(frozen=True)
 class Edition:
-    """Dataset URI, model URI and digest, the width of its global embeddings, versions of the tables, and names of the
-    objects of what was added and removed."""
+    """A gallery, the model that made it, the tables that it was made from, and the images added and removed since."""
 
-    data: str
-    model: str
-    digest: str
-    global_dim: int
-    gallery: str
-    images: str
-    dialogues: str | None
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
+    data: str  # URI of the dataset
+    model: str  # URI of the model
+    digest: str  # of the model
+    global_dim: int  # width of the model's global embeddings
+    gallery: str  # version
+    images: str  # version
+    dialogues: str | None  # version
+    added: tuple[str, ...]  # names of objects below added/<digest>
+    removed: tuple[str, ...]  # names of objects below removed
 
     @property
     def model_name(self) -> str:
-        """For people and logs: the model's name and digest."""
+        """The model's name and digest, for people and logs."""
         return f"{self.model.rstrip('/').rsplit('/', 1)[-1]}@{self.digest}"
 
     @property
     def gallery_name(self) -> str:
-        """The gallery's version, and behind a + what tells apart what was added and removed since."""
-        since = f"+{version_of(self.added, self.removed)[:6]}" if self.added or self.removed else ""
-        return self.gallery + since
+        """The gallery's version; after images were added or removed, + and a digest of these changes."""
+        changes = f"+{version_of(self.added, self.removed)[:6]}" if self.added or self.removed else ""
+        return self.gallery + changes
 
     @functools.cached_property
     def store(self) -> Store:
+        """The dataset."""
         return Store(self.data)
 
-    def __reduce__(self) -> tuple:  # a store's connections do not travel
+    def __reduce__(self) -> tuple:  # without the store, whose connections cannot be pickled
         return Edition, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @functools.cached_property
     def removed_ids(self) -> set[str]:
+        """Ids of the removed images."""
         return removed_images(self.store, self.removed)
 
     def manifest(self, table: str) -> Manifest:
-        """The manifest of `gallery` or `images`.
+        """Manifest of this edition's version of `gallery` or `images`.
 
         Raises:
-            StoreError: this version is gone.
+            StoreError: the version is gone.
         """
         return _pinned(self.store, table, getattr(self, table))
 
     def told(self) -> Manifest | None:
-        """The manifest of the dialogues, if there are any."""
-        found = self.store.manifest("dialogues", self.dialogues) if self.dialogues else None
-        return found if found is not None and found.rows else None
+        """Manifest of the dialogues; None if there are none."""
+        dialogues = self.store.manifest("dialogues", self.dialogues) if self.dialogues else None
+        return dialogues if dialogues is not None and dialogues.rows else None
 
     def read_added(self, columns: Sequence[str]) -> list[pa.Table]:
-        """Of each object of `added`, these columns."""
+        """These columns of each object of `added`."""
         return [read_added(self.store, self.digest, name, columns) for name in self.added]
 
 
 def find_edition(store: Store, model: str = "") -> Edition:
-    """What a dataset has to search now.
+    """Find the current edition of a dataset.
 
     Args:
-        model: name below the dataset or URI; empty takes the one that made the gallery.
+        store: the dataset.
+        model: name below the dataset, or URI; empty means the model that made the gallery.
 
     Raises:
-        StoreError: no gallery or model, a gallery made by another model, or its images are gone.
+        StoreError: the gallery or the model is missing, another model made the gallery, or its images are gone.
     """
     gallery = store.current("gallery", "index")
     published = require_model(store, model or gallery.notes["model"])
@@ -109,6 +111,7 @@ def find_edition(store: Store, model: str = "") -> Edition:
 
 
 def _pinned(store: Store, table: str, version: str) -> Manifest:
+    """Manifest of a version that must exist."""
     manifest = store.manifest(table, version)
     if manifest is None:
         raise StoreError(f"{store.place(table, version)} is gone; run the stage `index` again")
@@ -116,7 +119,7 @@ def _pinned(store: Store, table: str, version: str) -> Manifest:
 
 
 def _matching_dialogues(store: Store, gallery: Manifest, images: Manifest) -> Manifest | None:
-    """The dialogues that the gallery was made from, else the current ones if they tell of the same images."""
+    """The dialogues that the gallery was made from; else the current ones, if they describe the same images."""
     if "dialogues" in gallery.made_from:
         return store.manifest("dialogues", gallery.made_from["dialogues"])
     current = store.manifest("dialogues")

@@ -1,7 +1,7 @@
-"""Facets: what a gallery's images are filtered by before the best are taken.
+"""Facets: properties of a gallery's images that a search can filter by before it takes the best.
 
-Identity and split come with the gallery, the camera with the images, and the attributes with the dialogues, where they
-were asked for. They are kept as small numbers that stand for their few values.
+Identity and split come from the gallery, the camera from the images table, and attributes from the dialogues if they
+were asked for. A facet is a dictionary-encoded column: small integer codes for few values.
 """
 
 from __future__ import annotations
@@ -17,34 +17,42 @@ from ceca.data.schema import NOBODY
 from ceca.errors import UserError
 from ceca.search.edition import Edition
 
-SHOWN = 20  # values that an error names
+SHOWN = 20  # largest number of values that an error lists
 
 
 class FacetError(UserError):
-    """A condition that no image can be asked for."""
+    """A search condition names a facet or value that no image has."""
 
 
 class Facets:
-    """Columns of `count` values each, null where an image has none."""
+    """The facets of N images.
+
+    Args:
+        columns: facet → column of N values; null if an image has no value.
+        count: N.
+    """
 
     def __init__(self, columns: Mapping[str, pa.DictionaryArray], count: int):
         self.columns, self.count = dict(columns), count
 
     def values(self, name: str) -> list[str]:
-        """What a facet can be, sorted."""
+        """Sorted values of a facet."""
         return sorted(value for value in self.columns[name].dictionary.to_pylist() if value is not None)
 
     def check(self, conditions: Mapping[str, Sequence[str]]) -> None:
-        """See that every facet and value named is there.
+        """Check that every facet and value exists.
+
+        Args:
+            conditions: facet → accepted values.
 
         Raises:
-            FacetError: one is not; says which there are.
+            FacetError: one does not exist; the message lists the ones that do.
         """
         for name, wanted in conditions.items():
             if name not in self.columns:
                 raise FacetError(f"no facet {name!r} to filter by; there are {', '.join(self.columns) or 'none'}")
-            there = set(self.columns[name].dictionary.to_pylist())
-            unknown = [value for value in wanted if value not in there]
+            known = set(self.columns[name].dictionary.to_pylist())
+            unknown = [value for value in wanted if value not in known]
             if unknown or not wanted:
                 listed = self.values(name)
                 more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
@@ -54,7 +62,13 @@ class Facets:
                 )
 
     def where(self, conditions: Mapping[str, Sequence[str]]) -> Tensor:
-        """[N] booleans: images that have, of every facet named, one of its values.
+        """Find the images that have an accepted value of every facet.
+
+        Args:
+            conditions: facet → accepted values.
+
+        Returns:
+            [N] booleans.
 
         Raises:
             FacetError: as in `check`.
@@ -63,62 +77,73 @@ class Facets:
         return self.mask(conditions)
 
     def mask(self, conditions: Mapping[str, Sequence[str]]) -> Tensor:
-        """`where` over a share of a gallery, in which a value that exists may not be."""
+        """The same as `where` without the check, for a shard: no image of it may have a value that the gallery has."""
         allowed = torch.ones(self.count, dtype=torch.bool)
         for name, wanted in conditions.items():
             column = self.columns.get(name)
             if column is None:
                 return torch.zeros(self.count, dtype=torch.bool)
             codes = [code for code, value in enumerate(column.dictionary.to_pylist()) if value in wanted]
-            found = pc.is_in(column.indices, pa.array(codes, column.indices.type))  # null is in nothing
-            allowed &= torch.from_numpy(found.to_numpy(zero_copy_only=False))
+            fitting = pc.is_in(column.indices, pa.array(codes, column.indices.type))  # false for null
+            allowed &= torch.from_numpy(fitting.to_numpy(zero_copy_only=False))
         return allowed
 
 
 def parse_conditions(words: Sequence[str]) -> dict[str, list[str]]:
-    """`camera=c1,c2` and so on → facets and values; the same facet twice adds values.
+    """Parse conditions of the form `facet=value,value`. A repeated facet adds values.
+
+    >>> parse_conditions(["camera=c1,c2", "hat=cap"])
+    {'camera': ['c1', 'c2'], 'hat': ['cap']}
 
     Raises:
-        FacetError: there is no `=`.
+        FacetError: a condition has no `=`.
     """
-    found: dict[str, list[str]] = {}
+    conditions: dict[str, list[str]] = {}
     for word in words:
         name, sign, values = word.partition("=")
         if not sign:
             raise FacetError(f"a condition is written facet=value or facet=value,value; found {word!r}")
-        found.setdefault(name.strip(), []).extend(value.strip() for value in values.split(","))
-    return found
+        conditions.setdefault(name.strip(), []).extend(value.strip() for value in values.split(","))
+    return conditions
 
 
 def open_facets(edition: Edition, image_ids: Sequence[str]) -> Facets:
-    """The facets of these images of an edition, from the tables that it was made from."""
+    """Read the facets of images from an edition's tables.
+
+    Args:
+        edition: the edition.
+        image_ids: ids of the images.
+
+    Returns:
+        The facets in the order of `image_ids`. A facet for which no image has a value is left out.
+    """
     store, ids = edition.store, pa.array(image_ids, pa.string())
     added = edition.read_added(["image_id", "identity", "split", "camera", "attributes"])
 
-    def whole(table: pa.Table, *columns: str) -> pa.Table:
-        """These columns of a table and of what was added."""
+    def with_added(table: pa.Table, *columns: str) -> pa.Table:
+        """Columns of a table, followed by the same columns of the images added since."""
         return pa.concat_tables([part.select(["image_id", *columns]) for part in (table, *added)])
 
-    indexed = whole(store.read(edition.manifest("gallery"), ["image_id", "identity", "split"]), "identity", "split")
+    gallery = store.read(edition.manifest("gallery"), ["image_id", "identity", "split"])
+    indexed = with_added(gallery, "identity", "split")
+    images = with_added(store.read(edition.manifest("images"), ["image_id", "camera"]), "camera")
     identity = _aligned(ids, indexed, "identity")
     columns = {
         "identity": pc.if_else(pc.equal(identity, NOBODY), None, identity).cast(pa.string()),
         "split": _aligned(ids, indexed, "split"),
-        "camera": _aligned(
-            ids, whole(store.read(edition.manifest("images"), ["image_id", "camera"]), "camera"), "camera"
-        ),
+        "camera": _aligned(ids, images, "camera"),
     }
     dialogues = edition.told()
     if dialogues is not None:
-        table = whole(store.read(dialogues, ["image_id", "attributes"]), "attributes")
-        told = _aligned(ids, table, "attributes")
-        for name in sorted(pc.unique(told.keys).to_pylist()):
-            columns[name] = pc.map_lookup(told, name, "first")
+        table = with_added(store.read(dialogues, ["image_id", "attributes"]), "attributes")
+        attributes = _aligned(ids, table, "attributes")
+        for name in sorted(pc.unique(attributes.keys).to_pylist()):
+            columns[name] = pc.map_lookup(attributes, name, "first")
     known = {name: column.dictionary_encode() for name, column in columns.items() if column.null_count < len(ids)}
     return Facets(known, len(ids))
 
 
 def _aligned(ids: pa.Array, table: pa.Table, column: str) -> pa.Array:
-    """The table's column in the order of `ids`, null where it has no such image."""
+    """A table's column in the order of `ids`; null if the table does not have the image."""
     rows = pc.index_in(ids, table["image_id"].combine_chunks())
     return table[column].combine_chunks().take(rows)

@@ -1,7 +1,7 @@
-"""A gallery in memory and exact search over it.
+"""A gallery in memory, and exact search over it.
 
-A gallery image is one row `[g/|g| , l/|l|]`; scaling only the query by (1-ω, ω) makes the fused similarity one
-inner product, so ω is chosen per query without another copy. Rows stay in fp16, the table's own precision.
+A gallery image is one row `[g/|g| , l/|l|]`. Scaling only the query by (1-ω, ω) makes the fused similarity one inner
+product, so each query can have its own ω without another copy of the rows. Rows stay in fp16, as in the table.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from ceca.search.shards import AddedObject, StoredPart, open_shards, shards_fold
 from ceca.search.topk import gather
 from ceca.search.topk import top_k as find_best
 
-ROW_NORM = 2**0.5 * (1 + 2**-10)  # of two normalised halves, rounded to fp16
+ROW_NORM = 2**0.5 * (1 + 2**-10)  # largest norm of a row: two normalised halves, rounded to fp16
 
 
 class Gallery:
-    """The rows of a gallery table: ids, identities, and embeddings in fp16 shards [n, D + E].
+    """The N rows of a gallery.
 
-    `present` [N] tells rows that may be found from those that were removed; None: all may.
+    Args:
+        ids: the image id of each row.
+        identities: the identity of each row.
+        shards: embeddings of the rows, fp16 [n, D + E] each.
+        global_dim: width D of the global embeddings.
+        present: [N] booleans, false for rows that were removed; None means that all rows may be found.
     """
 
     def __init__(
@@ -54,17 +59,21 @@ class Gallery:
         allowed: Tensor | None = None,
         rerank_first: int = 0,
     ) -> list[list[Hit]]:
-        """The best images for each query: normalised embeddings [Q, D], [Q, E] → Q lists of min(top_k, N) hits.
-
-        Equal similarities come in the order of image ids.
+        """Find the best images for each query. Equal similarities are sorted by image id.
 
         Args:
-            omega: ω of all queries, or of each. allowed: [N] booleans, images that may be found; None: all that are
-                present.
-            rerank_first: number of best images ranked again (`ceca.search.feedback`); they stay before the others, and
-                their `similarity` is what they were ranked by.
+            query_global: [Q, D] normalised global embeddings.
+            query_local: [Q, E] normalised local embeddings.
+            omega: ω of all queries, or one per query.
+            top_k: number of hits per query.
+            allowed: [N] booleans, images that may be found; None means all that were not removed.
+            rerank_first: number of best images ranked again (`ceca.search.feedback`). They stay ahead of the others,
+                and their `similarity` is the new one; 0 is off.
+
+        Returns:
+            Q lists of at most top_k hits, best first.
         """
-        found = self.candidates(
+        candidates = self.candidates(
             query_global,
             query_local,
             omega=omega,
@@ -74,8 +83,8 @@ class Gallery:
         )
         omegas = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global)).tolist()
         return [
-            rank([own], top_k=top_k, omega=one, rerank_first=rerank_first, global_dim=self.global_dim)
-            for own, one in zip(found, omegas, strict=True)
+            rank([of_query], top_k=top_k, omega=query_omega, rerank_first=rerank_first, global_dim=self.global_dim)
+            for of_query, query_omega in zip(candidates, omegas, strict=True)
         ]
 
     def candidates(
@@ -88,20 +97,29 @@ class Gallery:
         allowed: Tensor | None = None,
         with_rows: bool = False,
     ) -> list[Candidates]:
-        """The best images for each query, for `rank` to put in order; arguments as of `search`."""
-        if not self.shards:  # a share of nothing
+        """Find the best images for each query, for `rank` to merge.
+
+        Args:
+            query_global: as in `search`; so are the next four.
+            query_local: see there.
+            omega: see there.
+            top_k: number of candidates per query.
+            allowed: see there.
+            with_rows: return embeddings too, for re-ranking.
+        """
+        if not self.shards:  # a gallery with more shards than objects leaves some shards empty
             nothing = np.zeros(0, dtype=np.float32)
             no_rows = np.zeros((0, query_global.shape[1] + query_local.shape[1]), np.float16) if with_rows else None
             return [Candidates([], [], nothing, nothing, nothing, no_rows) for _ in query_global]
         if self.present is not None:
             allowed = self.present if allowed is None else allowed & self.present
-        local_share = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
-        scaled = torch.cat([(1 - local_share) * query_global.float(), local_share * query_local.float()], dim=1)
+        omegas = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
+        scaled = torch.cat([(1 - omegas) * query_global.float(), omegas * query_local.float()], dim=1)
         best = find_best(self.shards, scaled, top_k, row_norm=ROW_NORM, allowed=allowed)
-        found = []
+        candidates = []
         for q in range(len(query_global)):
-            there = best.row[q] >= 0
-            rows, similarity = best.row[q][there], best.similarity[q][there]
+            valid = best.row[q] >= 0  # -1 fills up where fewer than top_k rows are allowed
+            rows, similarity = best.row[q][valid], best.similarity[q][valid]
             ascending, back = rows.sort()
             chosen = gather(self.shards, ascending)[back.argsort()]
             parts = chosen.float().split([self.global_dim, chosen.shape[1] - self.global_dim], dim=1)
@@ -110,7 +128,7 @@ class Gallery:
                 for part, query in zip(parts, (query_global[q], query_local[q]), strict=True)
             )
             numbers = rows.tolist()
-            found.append(
+            candidates.append(
                 Candidates(
                     [self.ids[row] for row in numbers],
                     [self.identities[row] for row in numbers],
@@ -120,7 +138,7 @@ class Gallery:
                     chosen.cpu().numpy() if with_rows else None,
                 )
             )
-        return found
+        return candidates
 
 
 def open_gallery(
@@ -129,46 +147,65 @@ def open_gallery(
     *,
     neighbours: int = 0,
     omega: float = 0.3,
-    share: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
 ) -> Gallery:
-    """The gallery of an edition, or the part of it that a replica holds.
+    """Open the gallery of an edition, or one shard of it.
 
-    On a CPU its shards are files in a folder of this machine, mapped into memory: made once, used by all processes.
+    On a CPU the embeddings are files on this machine, mapped into memory: made once, used by all processes.
 
     Args:
-        neighbours: views of a person agree as in `agree_with_neighbours`; that compares all images with all and keeps
-            a copy of the rows. omega: ω of that.
-        share: (number, of how many): of the shards that are a share's, in turn.
+        edition: the edition.
+        device: device of the embeddings.
+        neighbours: number of nearest images averaged into each embedding (`agree_with_neighbours`); 0 is off. Compares
+            all images with all, and keeps a copy of the rows in memory.
+        omega: ω of that comparison.
+        shard: (number, count). The gallery is split into `count` shards; shard `number`, from 0, holds every
+            count-th stored object.
+
+    Raises:
+        UserError: neighbours are asked for, and the gallery is split.
+        StoreError: a table of the edition is gone, or the folder of this machine cannot be written.
     """
-    number, shares = share
-    manifest, store = edition.manifest("gallery"), edition.store
-    sources: list[StoredPart | AddedObject] = [StoredPart(store, manifest, part) for part in range(len(manifest.parts))]
-    sources += [AddedObject(edition, name) for name in edition.added]
-    if neighbours and shares > 1:
-        raise UserError("neighbours compares all images with all, so the gallery cannot be shared out: leave one out")
-    ids: list[str] = []
-    identities: list[int] = []
-    seen: set[str] = set()
-    present: list[bool] = []
-    for source in sources[number::shares]:
-        table = source.describe(["image_id", "identity"])
-        names = table["image_id"].to_pylist()
-        # While objects of `added` are joined into one, an image is in both for a moment.
-        present += [name not in edition.removed_ids and name not in seen for name in names]
-        seen.update(names)
-        ids += names
-        identities += table["identity"].to_pylist()
-    folder = shards_folder(store)
-    shards = open_shards(sources[number::shares], folder)
+    number, count = shard
+    sources = _list_sources(edition)
+    if neighbours and count > 1:
+        raise UserError("neighbours compares all images with all, so the gallery cannot be split: leave one out")
+    held = sources[number::count]
+    ids, identities, present = _read_rows(edition, held)
+    folder = shards_folder(edition.store)
+    shards = open_shards(held, folder)
     sweep(folder, {source.digest for source in sources})
     global_dim = edition.global_dim
     if torch.device(device).type != "cpu" and shards:
         shards = [torch.cat(shards).to(device)]
-    there = torch.tensor(present, dtype=torch.bool)
     if neighbours:
-        rows = torch.cat(shards)[there].float()
-        whole, local = rows.split([global_dim, rows.shape[1] - global_dim], dim=1)
-        shards = [torch.cat(agree_with_neighbours((whole, local), neighbours, omega), dim=1).half()]
-        ids, identities = ([column[row] for row in there.nonzero()[:, 0].tolist()] for column in (ids, identities))
-        there = torch.ones(len(ids), dtype=torch.bool)
-    return Gallery(ids, identities, shards, global_dim, None if there.all() else there)
+        rows = torch.cat(shards)[present].float()
+        pair = rows[:, :global_dim], rows[:, global_dim:]
+        shards = [torch.cat(agree_with_neighbours(pair, neighbours, omega), dim=1).half()]
+        ids, identities = ([column[row] for row in present.nonzero()[:, 0].tolist()] for column in (ids, identities))
+        present = torch.ones(len(ids), dtype=torch.bool)
+    return Gallery(ids, identities, shards, global_dim, None if present.all() else present)
+
+
+def _list_sources(edition: Edition) -> list[StoredPart | AddedObject]:
+    """The stored objects of a gallery: the parts of its table, and objects of images added since."""
+    manifest = edition.manifest("gallery")
+    parts = [StoredPart(edition.store, manifest, part) for part in range(len(manifest.parts))]
+    return [*parts, *(AddedObject(edition, name) for name in edition.added)]
+
+
+def _read_rows(edition: Edition, sources: Sequence[StoredPart | AddedObject]) -> tuple[list[str], list[int], Tensor]:
+    """Image ids and identities of all rows, and [N] booleans that are false for removed and repeated images."""
+    ids: list[str] = []
+    identities: list[int] = []
+    present: list[bool] = []
+    seen: set[str] = set()
+    for source in sources:
+        table = source.describe(["image_id", "identity"])
+        image_ids = table["image_id"].to_pylist()
+        # While objects of `added` are joined into one, an image is in two of them.
+        present += [image_id not in edition.removed_ids and image_id not in seen for image_id in image_ids]
+        seen.update(image_ids)
+        ids += image_ids
+        identities += table["identity"].to_pylist()
+    return ids, identities, torch.tensor(present, dtype=torch.bool)

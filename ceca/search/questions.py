@@ -1,8 +1,8 @@
-"""Which question to ask next about a person who is searched for, and what an answer makes of the candidates.
+"""Conversation in search: how probable each candidate is after answers, and the best next question.
 
-A candidate is an image; its facets have one value each or none, as small numbers (-1: none). An answer narrows the
-search softly, for an image's value may be wrong: a candidate that contradicts an answer falls and does not vanish. The
-next question is the one whose answer is expected to tell most about which candidate it is.
+A candidate is an image. Each of its facets has one value, given as a code from 0, or none (-1). Because an image's
+value may be wrong, an answer narrows the search softly: a candidate that contradicts an answer becomes less probable
+and is not excluded. The next question is the one with the largest expected information about the candidate.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-TEMPERATURE = 0.1  # of similarities, chosen with the error rate by benchmarks/questions.py
-ERROR_RATE = 0.05  # chance that an answer and the image's value differ though it is the person
-LEAST_GAIN = 0.05  # bits; a question that is expected to tell less is not asked
+TEMPERATURE = 0.1  # of similarities; chosen together with the error rate by benchmarks/questions.py
+ERROR_RATE = 0.05  # chance that the answer differs from the image's value, although the image shows the person
+LEAST_GAIN = 0.05  # in bits; a question with a smaller expected gain is not asked
 
-NEVER_ASKED = frozenset({"identity", "split"})  # of the dataset, and not of what a person saw
+NEVER_ASKED = frozenset({"identity", "split"})  # properties of the dataset that nobody saw
 
 WORDING = {
     "gender": "Is the person a man or a woman?",
@@ -39,7 +39,7 @@ WORDING = {
 
 
 class Question(NamedTuple):
-    """The facet to ask about, the share of the belief that each of its values has ([V], sums to 1), and bits gained."""
+    """A question: its facet, the belief in each value of the facet ([V], sums to 1), and the expected gain in bits."""
 
     facet: str
     shares: np.ndarray
@@ -47,7 +47,7 @@ class Question(NamedTuple):
 
 
 def wording(facet: str) -> str:
-    """The question as a person is asked it."""
+    """Text of the question about a facet."""
     return WORDING.get(facet) or f"What is the {facet.replace('_', ' ')}?"
 
 
@@ -60,19 +60,25 @@ def beliefs(
     temperature: float = TEMPERATURE,
     error_rate: float = ERROR_RATE,
 ) -> np.ndarray:
-    """How probable each candidate is, [K], summing to 1: softmax(similarity/temperature + Σ log P(answer | value)).
+    """Compute how probable each candidate is: softmax(similarity/temperature + Σ log P(answer | value)).
 
-    With e the error rate and V values, P(answer | value) is 1-e where they are the same and e/(V-1) where not. An image
-    without a value is taken to be like those with one: its P is their mean, weighted by what similarity alone makes
-    probable, so that it neither gains nor loses against them as a whole. (1/V would raise it when an answer is rare.)
+    With error rate e and V values, P(answer | value) is 1-e if they are equal, else e/(V-1). For an image without a
+    value, P is the mean over the images that have one, weighted by the probabilities from similarity alone. So it
+    neither gains nor loses against them as a whole; with P = 1/V it would gain from a rare answer.
 
     Args:
-        similarity: [K]. codes: of each facet [K] whole numbers below its `values`, -1 where an image has none.
-        answers: the code that a facet was answered with; None (the user does not know) changes nothing.
-        temperature: over 0. error_rate: between 0 and 1, neither of them.
+        similarity: [K] similarities of the candidates.
+        codes: facet → [K] codes from 0 to V-1; -1 if an image has no value.
+        values: facet → its number of values V.
+        answers: facet → code of the answer; None (the user does not know) changes nothing.
+        temperature: temperature of the softmax, above 0.
+        error_rate: e, above 0 and below 1.
+
+    Returns:
+        [K] probabilities, which sum to 1.
 
     Raises:
-        ValueError: one of these does not hold, or an answer is about a facet that is not in `codes`.
+        ValueError: an argument is out of its range, or an answer is about a facet that is not in `codes`.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be over 0, found {temperature}")
@@ -83,14 +89,15 @@ def beliefs(
             raise ValueError(f"an answer about {facet!r}, and the candidates have {', '.join(codes) or 'no facets'}")
         if answer is None:
             continue
-        found, count = _checked(codes[facet], values[facet], len(logits), facet), values[facet]
+        count = values[facet]
+        facet_codes = _checked(codes[facet], count, len(logits), facet)
         if not 0 <= answer < count:
             raise ValueError(f"{facet} has {count} values, found the answer {answer}")
         chance = _chances(count, error_rate)[answer]
-        known = found >= 0
+        known = facet_codes >= 0
         mass = prior[known].sum()
-        mean = (prior[known] @ chance[found[known]]) / mass if mass > 0 else 1 / count
-        evidence += np.log(np.where(known, chance[found], mean))
+        mean = (prior[known] @ chance[facet_codes[known]]) / mass if mass > 0 else 1 / count
+        evidence += np.log(np.where(known, chance[facet_codes], mean))
     return _softmax(logits + evidence)
 
 
@@ -102,30 +109,38 @@ def next_question(
     *,
     error_rate: float = ERROR_RATE,
 ) -> Question | None:
-    """The facet whose answer tells most about which candidate it is, or None where none tells `LEAST_GAIN` bits.
+    """Choose the facet whose answer tells most about the candidate.
 
-    That is the mutual information of the answer, errors and all, and the candidate:
-    H(answer) - Σ_k beliefs_k·H(answer | candidate k). An image without a value tells nothing (`beliefs`). Of facets
-    that tell the same the first by name is asked; those `asked` already, identity and split are not asked.
+    The gain is the mutual information between the answer, errors included, and the candidate:
+    H(answer) - Σ_k beliefs_k·H(answer | candidate k). An image without a value adds nothing to it. Between facets of
+    equal gain the first by name is chosen. Identity and split are never asked.
 
     Args:
-        beliefs: [K], summing to 1. codes, values, error_rate: as of `beliefs`.
+        beliefs: [K] probabilities, which sum to 1.
+        codes: as in `beliefs`.
+        values: as in `beliefs`.
+        asked: facets that were asked already.
+        error_rate: as in `beliefs`.
+
+    Returns:
+        The question; None if no facet gains `LEAST_GAIN` bits.
 
     Raises:
-        ValueError: codes do not fit.
+        ValueError: codes do not fit their facet's number of values.
     """
     best: Question | None = None
     for facet in sorted(set(codes) - set(asked) - NEVER_ASKED):
-        found, count = _checked(codes[facet], values[facet], len(beliefs), facet), values[facet]
-        known = found >= 0
-        mass = np.bincount(found[known], np.asarray(beliefs, np.float64)[known], minlength=count)
+        count = values[facet]
+        facet_codes = _checked(codes[facet], count, len(beliefs), facet)
+        known = facet_codes >= 0
+        mass = np.bincount(facet_codes[known], np.asarray(beliefs, np.float64)[known], minlength=count)
         total = float(mass.sum())
         if count < 2 or not total > 0:
             continue
         shares = mass / total
         chance = _chances(count, error_rate)
-        # Images without a value answer as the others do on average, so that the gain is the others' alone; and what is
-        # left to doubt when the image is known is the same for every value.
+        # Images without a value answer like the average of the others, so only the others add to the gain. The
+        # entropy of the answer for a known image is the same for every value, so the first row stands for all.
         gain = total * (_bits(shares @ chance) - _bits(chance[0]))
         if gain >= LEAST_GAIN and (best is None or gain > best.gain + 1e-12):
             best = Question(facet, shares, gain)
@@ -133,7 +148,7 @@ def next_question(
 
 
 def _chances(count: int, error_rate: float) -> np.ndarray:
-    """P(answer | value) of a facet, [V answers, V values]; symmetric, so that each row and each column sums to 1."""
+    """P(answer | value) for a facet of V values: [V answers, V values]; each row and each column sums to 1."""
     if not 0 < error_rate < 1:
         raise ValueError(f"the error rate must be between 0 and 1, found {error_rate}")
     if count == 1:
@@ -144,6 +159,7 @@ def _chances(count: int, error_rate: float) -> np.ndarray:
 
 
 def _checked(codes: np.ndarray, count: int, candidates: int, facet: str) -> np.ndarray:
+    """The codes, if there is one per candidate and each is from -1 to count - 1."""
     if codes.shape != (candidates,) or (candidates and not -1 <= codes.min() <= codes.max() < count):
         raise ValueError(f"{facet} has {count} values; {candidates} codes from -1 to {count - 1} do not fit {codes!r}")
     return codes
@@ -157,5 +173,5 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _bits(chances: np.ndarray) -> float:
-    """Entropy."""
+    """Entropy in bits."""
     return float(-(chances * np.log2(chances)).sum())

@@ -1,4 +1,4 @@
-"""From the candidates of a gallery, or of its shares, to one ranked list."""
+"""Merging the candidates of a gallery's shards into one ranked list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ceca.search.feedback import rerank
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """One answer: the image, its identity, and the similarities it was ranked by."""
+    """One search result: the image, its identity, and the similarities that ranked it."""
 
     image_id: str
     identity: int
@@ -24,10 +24,10 @@ class Hit:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The best images of a gallery, or of a share of it, for one query, best first.
+    """The K best images of a gallery, or of a shard of it, for one query, best first.
 
-    `similarity` [K] of (image_id, identity, global and local similarity), and where they are to be ranked again their
-    `rows` [K, D + E] in fp16.
+    The similarities are [K] arrays: `similarity` is the fused one. `rows` [K, D + E] are the embeddings in fp16, kept
+    only for re-ranking.
     """
 
     ids: list[str]
@@ -38,7 +38,7 @@ class Candidates:
     rows: np.ndarray | None
 
     def first(self, count: int) -> Candidates:
-        """The best so many of them."""
+        """The best `count` of them."""
         return Candidates(
             self.ids[:count],
             self.identities[:count],
@@ -50,29 +50,38 @@ class Candidates:
 
 
 def rank(
-    shares: Sequence[Candidates], *, top_k: int, omega: float, rerank_first: int = 0, global_dim: int = 0
+    shards: Sequence[Candidates], *, top_k: int, omega: float, rerank_first: int = 0, global_dim: int = 0
 ) -> list[Hit]:
-    """The candidates of all shares of a gallery as one list, by similarity and then by image id.
+    """Merge the candidates of all shards of a gallery, sorted by similarity and then by image id.
 
-    With `rerank_first`, so many best ones are ranked again and come before the others.
+    Args:
+        shards: each shard's candidates for one query.
+        top_k: number of hits.
+        omega: ω of the query, for re-ranking.
+        rerank_first: number of best images that are ranked again (`ceca.search.feedback`) and stay ahead of the others;
+            0 is off. Their similarity in the hits is the new one.
+        global_dim: width D of the global embeddings in the candidates' rows, for re-ranking.
+
+    Returns:
+        At most top_k hits, best first.
     """
-    ids = [name for share in shares for name in share.ids]
-    identities = [name for share in shares for name in share.identities]
+    ids = [image_id for candidates in shards for image_id in candidates.ids]
+    identities = [identity for candidates in shards for identity in candidates.identities]
     similarity, global_similarity, local_similarity = (
-        np.concatenate([getattr(share, name) for share in shares])
+        np.concatenate([getattr(candidates, name) for candidates in shards])
         for name in ("similarity", "global_similarity", "local_similarity")
     )
 
     def order(places: Sequence[int], by: np.ndarray) -> list[int]:
         return sorted(places, key=lambda place: (-by[place], ids[place]))
 
-    # An image that was added is in two objects, perhaps of two shares, while these are joined into one.
+    # While objects of `added` are joined into one, an image is in two objects, perhaps of two shards.
     once = {name: place for place, name in reversed(list(enumerate(ids)))}
     best = order(list(once.values()), similarity)[: max(top_k, rerank_first)]
     shown = similarity.astype(np.float64)
     if rerank_first and best:
         first = best[:rerank_first]
-        rows = np.concatenate([share.rows for share in shares if share.rows is not None])[first]
+        rows = np.concatenate([candidates.rows for candidates in shards if candidates.rows is not None])[first]
         parts = torch.from_numpy(rows).float()[None].split([global_dim, rows.shape[1] - global_dim], dim=2)
         shown[first] = rerank(torch.from_numpy(similarity[first])[None], (parts[0], parts[1]), omega)[0].numpy()
         best = order(first, shown) + best[rerank_first:]

@@ -1,4 +1,4 @@
-"""A model and a gallery in one process: text in, hits out."""
+"""Search in one process: a model and a gallery, text in and hits out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ from ceca.search.ranking import Hit
 
 
 class Searcher:
-    """A model and a gallery made by it: text in, hits out. One process, no cluster."""
+    """A model and a gallery that it made, in one process without a cluster.
+
+    Args:
+        store: the dataset.
+        model: name below the dataset, or URI; empty means the model that made the gallery.
+        device: device of the model and the gallery.
+        neighbours: number of nearest images averaged into each gallery embedding; 0 is off.
+
+    Raises:
+        StoreError: there is nothing to search (`find_edition`).
+    """
 
     def __init__(self, store: Store, model: str = "", device: str | torch.device = "cpu", *, neighbours: int = 0):
         self.edition = find_edition(store, model)
@@ -34,7 +44,18 @@ class Searcher:
         where: Mapping[str, Sequence[str]] | None = None,
         rerank_first: int = 0,
     ) -> list[Hit]:
-        """The best images, of those that have one of the values of every facet named in `where`."""
+        """Find the best images for a text.
+
+        Args:
+            query: the text.
+            omega: ω, the share of the local similarity in the fused one.
+            top_k: number of hits.
+            where: facet → accepted values; images must fit every facet.
+            rerank_first: number of best images ranked again (`ceca.search.feedback`); 0 is off.
+
+        Raises:
+            FacetError: `where` names a facet or value that the gallery does not have.
+        """
         allowed = self.facets.where(where) if where else None
         embeddings = embed_texts(self.model, [query], self.device)
         (hits,) = self.gallery.search(*embeddings, omega=omega, top_k=top_k, allowed=allowed, rerank_first=rerank_first)
@@ -42,4 +63,5 @@ class Searcher:
 
     @functools.cached_property
     def facets(self) -> Facets:
+        """Facets of the gallery's images, in its order."""
         return open_facets(self.edition, self.gallery.ids)

@@ -1,4 +1,4 @@
-"""The embeddings of a gallery as fp16 files of this machine, mapped into memory."""
+"""Shards: the embeddings of a gallery as fp16 files on this machine, mapped into memory, one file per stored object."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.environment import cache_folder
 from ceca.search.edition import Edition
 
-CACHED_DAYS = 30  # a shard that nobody opened for so long is removed
+CACHED_DAYS = 30  # a shard that was not opened for this long is removed
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredPart:
-    """A part of the gallery's table."""
+    """A part of the gallery table."""
 
     store: Store
     manifest: Manifest
@@ -35,15 +35,17 @@ class StoredPart:
         return self.manifest.parts[self.number].sha256
 
     def describe(self, columns: list[str]) -> pa.Table:
+        """Small columns, read alone."""
         return self.store.read_columns(self.manifest, self.number, columns)
 
     def read(self, columns: list[str]) -> pa.Table:
+        """Columns of the whole part, after its digest was checked."""
         return self.store.read_part(self.manifest, self.number, columns)
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedObject:
-    """An object of images that were added one by one."""
+    """An object of `added`: images that were added one by one."""
 
     edition: Edition
     name: str
@@ -59,15 +61,22 @@ class AddedObject:
 
 
 def shards_folder(store: Store) -> Path:
-    """Folder of this machine for the shards of a dataset."""
+    """Folder on this machine for the shards of a dataset."""
     return cache_folder("shards", version_of(store.uri))
 
 
 def open_shards(sources: Sequence[StoredPart | AddedObject], folder: Path) -> list[Tensor]:
-    """Embeddings of each source, fp16 [n, D + E], mapped from files named by the sources' digests.
+    """Map the shard of each source into memory; shards that are not in the folder are made first.
+
+    Args:
+        sources: stored objects with embeddings.
+        folder: folder of the shards; a file is named by its source's digest.
+
+    Returns:
+        The embeddings of each source, fp16 [n, D + E].
 
     Raises:
-        FileNotFoundError: an object was replaced meanwhile.
+        FileNotFoundError: a source was replaced in the meantime.
         StoreError: the folder cannot be written.
     """
     try:
@@ -79,11 +88,11 @@ def open_shards(sources: Sequence[StoredPart | AddedObject], folder: Path) -> li
 
 
 def sweep(folder: Path, current: set[str]) -> None:
-    """Remove shards from this machine that no search needs; a process that has one mapped keeps its content.
+    """Remove shards from this machine that no search needs. A process that has one mapped keeps its content.
 
     Args:
-        folder: the shards of one dataset. Its other files hold images that were removed, so they go at once; files of
-            other datasets go when nobody has opened them for `CACHED_DAYS`.
+        folder: the shards of one dataset. Shards that are not current are removed at once, because they may hold images
+            that were erased. Shards of other datasets are removed when they were not opened for `CACHED_DAYS`.
         current: digests of the shards to keep.
     """
     for file in folder.parent.glob("*/*"):
@@ -100,9 +109,10 @@ def sweep(folder: Path, current: set[str]) -> None:
 
 
 def _shard(source: StoredPart | AddedObject, folder: Path) -> np.ndarray:
+    """Map one shard, made first if it is missing."""
     path = folder / f"{source.digest}.npy"
     try:
-        os.utime(path)  # used today
+        os.utime(path)  # `sweep` counts days from now
     except FileNotFoundError:
         table = source.read(["global", "local"])
         rows = np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1)
@@ -114,10 +124,11 @@ def _shard(source: StoredPart | AddedObject, folder: Path) -> np.ndarray:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="c")  # nothing writes to it; torch warns of arrays that cannot be written
+    # Copy-on-write, although nothing writes: torch warns of read-only arrays.
+    return np.load(path, mmap_mode="c")
 
 
 def matrix(table: pa.Table, column: str) -> np.ndarray:
-    """An embedding column as [N, D]."""
+    """Embedding column of a table as an array [N, D]."""
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[column].chunks]
     return np.concatenate(chunks).reshape(table.num_rows, -1)

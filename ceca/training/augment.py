@@ -1,7 +1,8 @@
-"""What happens to a training batch on its device: augmentation of pixels and words (method: Optimisation).
+"""Augmentation of a training batch on its device: changes to pixels and to words (method: Optimisation).
 
-Every random number is drawn for the *global* batch from a generator seeded with (seed, epoch, step), and a worker
-uses its own rows. So the same samples get the same changes whatever the number of workers.
+Notable: every random number is drawn for the *global* batch, from a generator seeded with (seed, epoch, step), and a
+worker uses the rows of its slice. A sample therefore gets the same changes whatever the number of workers. `draw` is
+the only place that draws; everything below it is a pure function of a batch and its draws.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ceca.model.embed import normalize
 from ceca.model.irra import WordTask
 from ceca.model.tokens import MASK
 
-TRIES = 10  # rectangles of random erasing, of which the first that fits is taken
+TRIES = 10  # rectangles drawn for random erasing; the first one that fits is taken
+ERASE_ASPECT = (0.3, 3.3)  # height over width of an erased rectangle, smallest and largest
 
 
 def generator(*key: int) -> torch.Generator:
@@ -30,23 +32,41 @@ def generator(*key: int) -> torch.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """Random numbers of a batch: [B] each for images, [B, L] for words; uniform in [0, 1) unless said."""
+    """Random numbers for a batch of B samples with L tokens each, uniform in [0, 1) except `token`.
+
+    Attributes:
+        flip: [B], decides whether an image is mirrored.
+        shift: [B, 2], offset of the crop: down and right.
+        erase: [B], decides whether a rectangle is erased.
+        erase_shape: [B, TRIES, 2], area and aspect of the rectangles to try.
+        erase_place: [B, 2], its top and left edge.
+        touch: [B, L], decides whether a word is changed.
+        change: [B, L], decides how a touched word is changed.
+        token: [B, L], ids of the tokens that replace words.
+    """
 
     flip: Tensor
-    shift: Tensor  # [B, 2], of the crop: down and right
+    shift: Tensor
     erase: Tensor
-    erase_shape: Tensor  # [B, TRIES, 2]: area, aspect
-    erase_place: Tensor  # [B, 2]
-    touch: Tensor  # [B, L]
-    change: Tensor  # [B, L]: which change a touched word gets
-    token: Tensor  # [B, L] ids to replace by
+    erase_shape: Tensor
+    erase_place: Tensor
+    touch: Tensor
+    change: Tensor
+    token: Tensor
 
     def rows(self, chosen: slice) -> Draws:
+        """The numbers of some samples."""
         return Draws(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
 
 def draw(batch: int, length: int, source: torch.Generator) -> Draws:
-    """Random numbers for a global batch of texts of `length` tokens."""
+    """Draw the random numbers of a global batch.
+
+    Args:
+        batch: samples in the global batch.
+        length: tokens per text.
+        source: a CPU generator.
+    """
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=source)
@@ -63,10 +83,13 @@ def draw(batch: int, length: int, source: torch.Generator) -> Draws:
     )
 
 
-def augment_images(images: Tensor, draws: Draws, config: AugmentationConfig) -> Tensor:
-    """uint8 [B, H, W, 3] → normalised float32 [B, 3, H, W], flipped, shifted and partly erased.
+# --- pixels -----------------------------------------------------------------------------------------------
 
-    The frame of the padding is black, as in the published recipe; an erased area gets `erase_value`.
+
+def augment_images(images: Tensor, draws: Draws, config: AugmentationConfig) -> Tensor:
+    """Flip, shift, normalise and partly erase images: uint8 [B, H, W, 3] → float32 [B, 3, H, W].
+
+    The padding is black, as in the published recipe. An erased area gets the colour `erase_value`.
     """
     batch, height, width, _ = images.shape
     device = images.device
@@ -84,13 +107,14 @@ def augment_images(images: Tensor, draws: Draws, config: AugmentationConfig) -> 
 
 
 def _erased(draws: Draws, config: AugmentationConfig, height: int, width: int) -> Tensor:
-    """[B, H, W]: the rectangle to erase, of 2-40 % of the area and an aspect of 0.3-3.3.
+    """The pixels to erase, [B, H, W]: one rectangle, its area within `erase_area` and its aspect in `ERASE_ASPECT`.
 
-    As in torchvision, a rectangle that does not fit is drawn again, ten times at most, and then nothing is erased.
+    As in torchvision, a rectangle that does not fit is drawn again, at most ten times; then nothing is erased.
     """
     low, high = config.erase_area
+    flat, upright = ERASE_ASPECT
     area = (low + (high - low) * draws.erase_shape[..., 0]) * height * width
-    aspect = torch.exp(math.log(0.3) + (math.log(3.3) - math.log(0.3)) * draws.erase_shape[..., 1])
+    aspect = torch.exp(math.log(flat) + (math.log(upright) - math.log(flat)) * draws.erase_shape[..., 1])
     tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # [B, TRIES]
     fits = (tall < height) & (wide < width)
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
@@ -104,19 +128,25 @@ def _erased(draws: Draws, config: AugmentationConfig, height: int, width: int) -
     return rows[:, :, None] & columns[:, None, :] & chosen
 
 
-def mask_words(ids: Tensor, draws: Draws, share: float) -> Tensor:
-    """[B, L] token ids: each word touched with probability `share`, then masked 60 %, replaced 20 %, dropped 20 %.
+# --- words ------------------------------------------------------------------------------------------------
 
-    Start and end stay, what follows a dropped word moves up, and the first word of a text is never dropped, so no
-    text becomes empty.
+
+def mask_words(ids: Tensor, draws: Draws, share: float) -> Tensor:
+    """Change words of texts: 60 % of the touched words are masked, 20 % replaced by a random token, 20 % dropped.
+
+    The start and end tokens stay, and the words behind a dropped word move up. The first word of a text is never
+    dropped, so no text becomes empty.
+
+    Args:
+        ids: [B, L] token ids.
+        draws: the random numbers of these samples, at least L per text.
+        share: probability that a word is touched.
+
+    Returns:
+        [B, L] token ids.
     """
-    length = ids.shape[1]
-    touch, change, token = (part[:, :length].to(ids.device) for part in (draws.touch, draws.change, draws.token))
-    positions = torch.arange(length, device=ids.device)
-    words = (positions > 0) & (positions < ids.argmax(dim=1, keepdim=True))  # the end has the largest id
-    touched = words & (touch < share)
-    changed = torch.where(touched & (change < 0.6), torch.full_like(ids, MASK), ids)
-    changed = torch.where(touched & (change >= 0.6) & (change < 0.8), token.to(ids.dtype), changed)
+    touched, change = _touched(ids, draws, share), _of_length(draws.change, ids)
+    changed = _mask_or_replace(ids, draws, touched, mask_below=0.6, replace_below=0.8)
     dropped = touched & (change >= 0.8)
     dropped[:, :2] = False
     order = dropped.to(torch.uint8).argsort(dim=1, stable=True)
@@ -124,18 +154,38 @@ def mask_words(ids: Tensor, draws: Draws, share: float) -> Tensor:
 
 
 def hide_words(ids: Tensor, draws: Draws, share: float = 0.15) -> WordTask:
-    """[B, L] captions → the task of masked-word prediction: of the words chosen, 80 % masked, 10 % replaced.
+    """Make the task of masked-word prediction: 80 % of the chosen words are masked, 10 % replaced, 10 % kept.
 
-    On the CPU, for the number of hidden words must be known before a device works.
+    This runs on the CPU: the number of hidden words decides shapes, and asking a GPU for it would wait for the GPU.
+
+    Args:
+        ids: [B, L] token ids of captions, on the CPU.
+        draws: the random numbers of these samples, at least L per text.
+        share: probability that a word is chosen.
     """
-    length = ids.shape[1]
-    touch, change, token = (part[:, :length] for part in (draws.touch, draws.change, draws.token))
-    positions = torch.arange(length)
-    words = (positions > 0) & (positions < ids.argmax(dim=1, keepdim=True))
-    hidden = words & (touch < share)
-    # At least one of each text that has a word, or it would teach nothing: the first, as in IRRA's program.
-    hidden[:, 1] |= words[:, 1] & ~hidden.any(dim=1)
-    changed = torch.where(hidden & (change < 0.8), torch.full_like(ids, MASK), ids)
-    changed = torch.where(hidden & (change >= 0.8) & (change < 0.9), token.to(ids.dtype), changed)
+    hidden = _touched(ids, draws, share)
+    # Each text with a word has at least one hidden, or it would teach nothing: the first, as in IRRA's program.
+    has_word = ids.argmax(dim=1) > 1
+    hidden[:, 1] |= has_word & ~hidden.any(dim=1)
+    changed = _mask_or_replace(ids, draws, hidden, mask_below=0.8, replace_below=0.9)
     places = hidden.flatten().nonzero().squeeze(1)
     return WordTask(changed, places, ids.flatten()[places])
+
+
+def _of_length(numbers: Tensor, ids: Tensor) -> Tensor:
+    """Random numbers [B, L'] cut to the length of `ids` [B, L], on their device."""
+    return numbers[:, : ids.shape[1]].to(ids.device)
+
+
+def _touched(ids: Tensor, draws: Draws, share: float) -> Tensor:
+    """The words to change, [B, L]: each with probability `share`; never the start, the end or padding."""
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    words = (positions > 0) & (positions < ids.argmax(dim=1, keepdim=True))  # the end token has the largest id
+    return words & (_of_length(draws.touch, ids) < share)
+
+
+def _mask_or_replace(ids: Tensor, draws: Draws, touched: Tensor, *, mask_below: float, replace_below: float) -> Tensor:
+    """Mask touched words with `change` below the first limit, and replace those between the two limits: [B, L] ids."""
+    change, token = _of_length(draws.change, ids), _of_length(draws.token, ids)
+    changed = torch.where(touched & (change < mask_below), torch.full_like(ids, MASK), ids)
+    return torch.where(touched & (change >= mask_below) & (change < replace_below), token.to(ids.dtype), changed)

@@ -1,4 +1,8 @@
-"""The curve of training: losses of every step."""
+"""The curve of a training run: the loss of every step, term by term.
+
+Notable: losses stay on their device until someone reads them, because reading one waits for the step that computes it.
+The curve travels with every checkpoint, so a resumed run continues it.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,22 @@ from torch import Tensor
 
 
 class Curve:
-    """The loss of every step, term by term.
-
-    Losses stay on their device until `flush`, for reading one would wait for the step that makes it.
-    """
+    """The loss terms of every step; one list of numbers per term, and the steps that are not read yet."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[float]] = {}
         self.pending: list[dict[str, Tensor]] = []
 
     def __len__(self) -> int:
+        """Number of steps that were read."""
         return len(next(iter(self.columns.values()), ()))
 
     def add(self, terms: dict[str, Tensor]) -> None:
+        """Append the loss terms of one step, scalars each."""
         self.pending.append({name: value.detach() for name, value in terms.items()})
 
     def flush(self) -> None:
-        """Bring the pending losses to this process."""
+        """Read the pending losses from their device."""
         if not self.pending:
             return
         names = list(self.pending[0])
@@ -34,13 +37,13 @@ class Curve:
         self.pending = []
 
     def mean(self, last: int) -> dict[str, float]:
-        """The mean of each term over the last steps, and of their sum under `loss`."""
+        """The mean of each term over the last steps, and the sum of these means under `loss`."""
         self.flush()
         means = {name: sum(values[-last:]) / last for name, values in self.columns.items()}
         return {"loss": sum(means.values()), **means}
 
     def table(self) -> pa.Table:
-        """One row per step: `step` from 1, `loss`, and a column per term."""
+        """The curve as a table, one row per step: `step` from 1, `loss`, and one column per term."""
         self.flush()
         total = [sum(values) for values in zip(*self.columns.values(), strict=True)]
         steps = list(range(1, len(total) + 1))
@@ -48,6 +51,7 @@ class Curve:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Curve:
-        made = cls()
-        made.columns = {name: table[name].to_pylist() for name in table.column_names if name not in ("step", "loss")}
-        return made
+        """Read what `table` returned."""
+        curve = cls()
+        curve.columns = {name: table[name].to_pylist() for name in table.column_names if name not in ("step", "loss")}
+        return curve

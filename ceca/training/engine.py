@@ -1,7 +1,9 @@
-"""The DeepSpeed engine of a training worker: made, checkpointed, and resumed with any number of workers.
+"""The DeepSpeed engine of a training worker: how it is built, checkpointed and resumed with any number of workers.
 
-A checkpoint is DeepSpeed's own, a file per rank, with our progress beside it. A worker group of another size first
-turns it into DeepSpeed's universal form, in which every parameter's state is whole.
+Notable: a checkpoint is DeepSpeed's own (one file per rank) with our progress beside it. If the number of workers has
+changed, the checkpoint is first converted to DeepSpeed's universal form, which holds every parameter's state in one
+piece. DeepSpeed is imported in one place, `import_deepspeed`; each of its habits that training must work around has
+its reason where it is handled.
 """
 
 from __future__ import annotations
@@ -33,12 +35,21 @@ from ceca.training.curve import Curve
 from ceca.training.optimiser import parameter_groups, rate_schedule
 from ceca.training.workers import world
 
-TAG = "state"  # DeepSpeed's name of the one state in a checkpoint
+TAG = "state"  # the name under which DeepSpeed finds the state in a checkpoint
 
 
 @dataclasses.dataclass
 class Progress:
-    """What has been done; it travels with every checkpoint."""
+    """What a run has done so far; every checkpoint carries it.
+
+    Attributes:
+        steps: finished steps, counted through all epochs.
+        history: one record per finished epoch: mean losses, rates, validation metrics.
+        best: validation metrics of the best epoch so far and its number.
+        workers: number of workers that wrote the checkpoint.
+        zero_stage: ZeRO stage of the checkpoint.
+        curve: the losses of every step.
+    """
 
     steps: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -48,43 +59,45 @@ class Progress:
     curve: Curve = dataclasses.field(default_factory=Curve)
 
     def save(self, folder: Path) -> None:
+        """Write progress.json, and the curve as curve.parquet."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "curve"}
         (folder / "progress.json").write_text(json.dumps(plain))
         pq.write_table(self.curve.table(), folder / "curve.parquet")
 
     @classmethod
     def load(cls, folder: Path) -> Progress:
+        """Read what `save` wrote."""
         plain = json.loads((folder / "progress.json").read_text())
         return cls(**plain, curve=Curve.from_table(pq.read_table(folder / "curve.parquet")))
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed, imported after the accelerator is chosen.
+def import_deepspeed(module: str = "deepspeed") -> Any:
+    """Import DeepSpeed or one of its modules. Set DS_ACCELERATOR before the first call.
 
-    It would compile an all-reduce on CPUs that inference alone uses: a minute of the first training on a machine.
+    The import also switches off the compilation of an all-reduce for CPUs. Inference alone uses that operation, and
+    compiling it would add a minute to the first training on a machine.
+
+    Args:
+        module: full dotted name of the module.
     """
-    import deepspeed
-
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    return deepspeed
+    communication: Any = importlib.import_module("deepspeed.comm.torch")
+    communication.build_shm_op = lambda: None
+    return importlib.import_module(module)
 
 
 def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
-    """A DeepSpeed engine around the model; `steps` are those of one epoch."""
-    deepspeed = import_deepspeed()
+    """Build a DeepSpeed engine around a model.
+
+    Args:
+        model: the model to train; it takes over `micro_batch` and `recompute` from the settings.
+        config: the settings of the run.
+        steps: number of steps in one epoch.
+    """
     model.micro_batch = config.micro_batch
     model.backbone.recompute = config.recompute
-    groups = parameter_groups(model, config.optimiser, config.global_batch)
-    if config.offload:
-        # DeepSpeed steps on the CPU with this one alone, which is Adam where the decay is not decoupled.
-        compile_operation(deepspeed.ops.op_builder.CPUAdamBuilder())
-        optimiser: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
-            groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon, adamw_mode=False
-        )
-    else:
-        optimiser = torch.optim.Adam(groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon)
+    optimiser = _make_optimiser(model, config)
     factor = rate_schedule(config.optimiser, config.epochs, steps)
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=model,
         optimizer=optimiser,
         lr_scheduler=lambda optimiser: torch.optim.lr_scheduler.LambdaLR(optimiser, factor),
@@ -95,34 +108,56 @@ def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
     return engine
 
 
-def compile_operation(builder: Any) -> None:
-    """Compile one of DeepSpeed's operations, by the first process of a machine; DeepSpeed finds it loaded afterwards.
+def _make_optimiser(model: CECA, config: TrainConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config.optimiser, config.global_batch)
+    if not config.offload:
+        return torch.optim.Adam(groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon)
+    # The only optimiser with which DeepSpeed steps on the CPU. `adamw_mode=False` makes it Adam.
+    operations = import_deepspeed("deepspeed.ops")
+    compile_operation(operations.op_builder.CPUAdamBuilder())
+    return operations.adam.DeepSpeedCPUAdam(
+        groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon, adamw_mode=False
+    )
 
-    torch guards its folder by a file, which stays when the process that compiles is killed: every later one would wait
-    for it, for ever and without a word. Our lock ends with its process, and in a folder of our own, who holds it knows
-    that torch's is a dead process's.
+
+def compile_operation(builder: Any) -> None:
+    """Compile one of DeepSpeed's operations, once per machine, and load it into this process.
+
+    torch guards its build folder with a lock file. If the compiling process is killed, the file stays, and every later
+    process waits for ever without a message. Our file lock ends with its process. The build folder is ours alone, so
+    whoever holds our lock may delete torch's lock file: its process is dead.
+
+    Args:
+        builder: an operation builder of DeepSpeed: `name`, and `load()`, which compiles with torch.
     """
     place = cache_folder("extensions")
     place.mkdir(parents=True, exist_ok=True)
-    before = os.environ.get("TORCH_EXTENSIONS_DIR")
-    with FileLock(place / f"{builder.name}.lock"):
+    with FileLock(place / f"{builder.name}.lock"), _environment_variable("TORCH_EXTENSIONS_DIR", str(place)):
         (place / builder.name / "lock").unlink(missing_ok=True)
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(place)
-        try:
-            builder.load()
-        finally:
-            del os.environ["TORCH_EXTENSIONS_DIR"]
-            if before is not None:
-                os.environ["TORCH_EXTENSIONS_DIR"] = before
+        builder.load()
+
+
+@contextlib.contextmanager
+def _environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable within a block; it has its previous value, or none, afterwards."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """The settings DeepSpeed takes; everything else about training is ours."""
+    """The settings that DeepSpeed receives; it controls nothing else about training."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.gpus_per_worker > 0}
     settings: dict[str, Any] = {
-        # Only for DeepSpeed's books: a step is one backward pass over a worker's share, however large.
+        # A formality: one backward pass covers a worker's whole slice of the batch, whatever this number is.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": config.optimiser.gradient_clip,
         "zero_optimization": zero,
@@ -135,42 +170,44 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def _keep_statistics_in_fp32(model: CECA) -> None:
+    """Keep running means and variances in fp32: in bf16, their small updates would be rounded away."""
     for module in model.modules():
-        if isinstance(module, GlobalBatchNorm):  # a running mean in bf16 stops moving
+        if isinstance(module, GlobalBatchNorm):
             module.running_mean = module.running_mean.float()
             module.running_var = module.running_var.float()
 
 
 def whole_model(engine: Any) -> CECA:
-    """The model with all its parameters; a copy under ZeRO 3, without the heads that only training needs.
+    """The model with all its parameters: the engine's own, or under ZeRO 3 a copy without the training heads.
 
-    There a worker holds a shard of them and every pass is a collective, so that workers with unequal numbers of
-    validation batches would wait for each other for ever.
+    Under ZeRO 3 a worker holds a part of each parameter, and every forward pass is a collective. Workers with
+    different numbers of validation batches would then wait for each other for ever.
     """
     model: CECA = engine.module
     if engine.zero_optimization_stage() < 3:
         return model
-    import deepspeed
-
     parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith(HEADS)]
-    with deepspeed.zero.GatheredParameters(parameters):
-        state = {name: value.detach().clone() for name, value in published_state(model).items()}
+    with import_deepspeed().zero.GatheredParameters(parameters):
+        state = {name: value.detach().clone() for name, value in model.published_state().items()}
     copy = CECA(model.config).to(parameters[0].device, parameters[0].dtype)
     _keep_statistics_in_fp32(copy)
     copy.load_state_dict(state)
     return copy
 
 
-def published_state(model: CECA) -> dict[str, torch.Tensor]:
-    """The parameters and statistics that retrieval needs."""
-    return {name: value for name, value in model.state_dict().items() if not name.startswith(HEADS)}
-
-
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(engine: Any, progress: Progress, folder: Path) -> None:
-    """Every rank writes its shard into its own folder, rank 0 also what has been done."""
+    """Write a checkpoint; all ranks call this.
+
+    Every rank writes its part of the state into its own folder, and rank 0 adds the progress.
+
+    Args:
+        engine: what `make_engine` returned.
+        progress: what the run has done; this sets its `workers` and `zero_stage`.
+        folder: this rank's folder.
+    """
     rank, progress.workers = world()
     progress.zero_stage = engine.zero_optimization_stage()
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
@@ -179,15 +216,15 @@ def save_checkpoint(engine: Any, progress: Progress, folder: Path) -> None:
 
 
 def load_checkpoint(engine: Any, folder: Path, node: str = "alone") -> Progress:
-    """Continue from a checkpoint, whatever the number of workers that wrote it.
+    """Load a checkpoint into an engine; any number of workers may have written it.
 
     Args:
-        engine: what `make_engine` made.
+        engine: what `make_engine` returned.
         folder: the checkpoint.
         node: name of this machine among the nodes of the run; its workers share one converted copy.
 
     Raises:
-        UserError: it is from another ZeRO stage.
+        UserError: the checkpoint is from another ZeRO stage.
     """
     progress = Progress.load(folder)
     stage = engine.zero_optimization_stage()
@@ -202,15 +239,16 @@ def load_checkpoint(engine: Any, folder: Path, node: str = "alone") -> Progress:
     with _universal(folder, node) as universal:
         _load_universal(engine, universal)
         if world()[1] > 1:
-            torch.distributed.barrier()  # nobody clears the folder before all have read it
+            torch.distributed.barrier()  # no worker may delete the folder before all have read it
     return progress
 
 
 def _load_universal(engine: Any, folder: Path) -> None:
-    """Load a universal checkpoint, and what DeepSpeed leaves out of it.
+    """Load a universal checkpoint and repair what DeepSpeed gets wrong.
 
-    It restores no buffers, which hold the statistics of the batch normalisation, and under ZeRO 3 gives every
-    parameter group the settings of the first and one tensor to count their steps, which then counts double.
+    DeepSpeed restores no buffers, and the statistics of the batch normalisation are buffers. Under ZeRO 3 it also gives
+    every parameter group the settings of the first group. There all parameters share one step counter, which then
+    counts each step several times.
     """
     groups = engine.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -219,8 +257,8 @@ def _load_universal(engine: Any, folder: Path) -> None:
         engine.load_checkpoint(str(folder), tag=TAG)
     finally:
         engine._config.load_universal_checkpoint = False
-    for group, own, rate in zip(groups, settings, engine.lr_scheduler.get_last_lr(), strict=True):
-        group.update(own, lr=rate)
+    for group, before, rate in zip(groups, settings, engine.lr_scheduler.get_last_lr(), strict=True):
+        group.update(before, lr=rate)
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
@@ -232,15 +270,14 @@ def _load_universal(engine: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _universal(folder: Path, node: str) -> Iterator[Path]:
-    """The checkpoint in DeepSpeed's universal form, made once per node."""
-    from deepspeed.checkpoint import ds_to_universal
-
+    """Convert a checkpoint to DeepSpeed's universal form, once per node; the copy is deleted after the block."""
+    converter = import_deepspeed("deepspeed.checkpoint.ds_to_universal")
     name = hashlib.sha256(f"{folder} {node}".encode()).hexdigest()[:16]
     place = Path(tempfile.gettempdir()) / f"ceca-universal-{name}"
     with FileLock(f"{place}.lock"):
         if not (place / "done").exists():
             shutil.rmtree(place, ignore_errors=True)
-            wanted = argparse.Namespace(
+            options = argparse.Namespace(
                 input_folder=str(folder / TAG),
                 output_folder=str(place / TAG),
                 num_extract_workers=1,
@@ -250,7 +287,7 @@ def _universal(folder: Path, node: str) -> Iterator[Path]:
                 inject_missing_state=True,
             )
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                ds_to_universal.main(wanted)
+                converter.main(options)
             (place / "done").touch()
     try:
         yield place

@@ -1,4 +1,8 @@
-"""The optimiser's parameter groups and its learning-rate schedule (method: Optimisation)."""
+"""The optimiser's parameter groups and its learning-rate schedule (method: Optimisation).
+
+Notable: CLIP and the new modules have rates of their own, and biases have groups of their own without weight decay.
+The rates are stated for the published global batch; `batch_rule` says how another batch changes them.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,38 @@ from torch import nn
 
 from ceca.config import OptimiserConfig
 
-REFERENCE_BATCH = 64  # the published global batch, to which the published rates belong
+REFERENCE_BATCH = 64  # the published global batch; the configured rates are for this one
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig, batch: int = REFERENCE_BATCH) -> list[dict[str, Any]]:
-    """CLIP and new modules, weights and biases apart: rates and decay as published, the rates by `batch_rule`."""
+    """Sort trainable parameters into groups: CLIP's and new ones, weights and biases.
+
+    Args:
+        model: its parameters below `backbone.` are CLIP's.
+        config: rates, weight decay, and the rule by which rates follow the batch.
+        batch: samples in the global batch.
+
+    Returns:
+        Groups as torch's optimisers take them, with `params`, `lr` and `weight_decay`.
+    """
     factor = {"fixed": 1.0, "linear": batch / REFERENCE_BATCH, "sqrt": (batch / REFERENCE_BATCH) ** 0.5}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((_at_base_rate(name), name.endswith("bias")), []).append(parameter)
-    made = []
-    for (at_base_rate, is_bias), parameters in groups.items():
+            members.setdefault((_at_base_rate(name), name.endswith("bias")), []).append(parameter)
+    groups = []
+    for (at_base_rate, is_bias), parameters in members.items():
         rate = config.learning_rate * (2 if is_bias else 1) if at_base_rate else config.new_learning_rate
         rate *= factor[config.batch_rule]
-        made.append({"params": parameters, "lr": rate, "weight_decay": 0.0 if is_bias else config.weight_decay})
-    return made
+        groups.append({"params": parameters, "lr": rate, "weight_decay": 0.0 if is_bias else config.weight_decay})
+    return groups
 
 
 def _at_base_rate(name: str) -> bool:
-    """Whether a parameter learns at CLIP's rate, its bias at twice: CLIP's own, and what IRRA's program treats so.
+    """Whether a parameter learns at CLIP's rate and its bias at twice that rate.
 
-    Of IRRA's heads these are the LayerNorms around the cross layers and the cross layers' biases.
+    CLIP's own parameters do. In IRRA's program the LayerNorms around the cross layers and the cross layers' biases do,
+    too (method: The baselines' details).
     """
     if name.startswith(("backbone.", "heads.text_norm.", "heads.image_norm.", "heads.layers.norm.")):
         return True
@@ -55,7 +69,14 @@ def rate_schedule(config: OptimiserConfig, epochs: int, steps: int) -> Callable[
 
 
 def rate_factor(step: int, *, warmup: float, total: int, start: float) -> float:
-    """Factor of the learning rate at a step: linear from `start` over `warmup` steps, then cosine to 0."""
+    """The factor of the learning rate at a step: linear from `start` to 1 during warm-up, then a cosine down to 0.
+
+    Args:
+        step: finished steps.
+        warmup: steps of warm-up.
+        total: steps of the whole training.
+        start: the factor at step 0.
+    """
     if step < warmup:
         return start + (1 - start) * step / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))

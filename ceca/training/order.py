@@ -1,70 +1,81 @@
-"""The order of training samples, and the caption and summary each takes: the same for any number of workers."""
+"""The order in which an epoch visits the training pairs, and the caption and summary that each pair takes.
+
+Notable: everything follows from (seed, epoch) alone, so the order is the same for any number of workers and after any
+restart. Each purpose has a random stream of its own: changing how often summaries are swapped leaves the order as it
+is. A pair is one (image, caption) of the training split; P is their number.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+
+STREAMS = {"order": 0, "summaries": 1, "captions": 2, "noise": 3}  # one random stream per purpose
 
 
 def epoch_order(identities: np.ndarray, seed: int, epoch: int, group: int = 1) -> np.ndarray:
-    """The order in which an epoch visits all pairs, [P] int64: the same for any number of workers.
+    """The order in which an epoch visits all pairs, [P] int64.
 
     Args:
-        identities: [P] of the pairs. group: pairs of one identity come so many at a time (the last of an identity may
-            be fewer), the groups shuffled; 1 shuffles the pairs.
+        identities: [P] of the pairs.
+        seed: seed of the run.
+        epoch: number of the epoch, from 0.
+        group: number of pairs of one identity that follow each other; the last group of an identity may be smaller.
+            Groups are shuffled; 1 shuffles single pairs.
     """
     order = _random(seed, epoch, "order").permutation(len(identities))
     if group == 1:
         return order
-    # Within an identity the shuffled pairs are cut into groups; a group goes where its first pair was.
+    # The shuffled pairs of each identity are cut into groups. A group stands where its first pair stood.
     by_identity = order[np.argsort(identities[order], kind="stable")]
     _, starts, counts = np.unique(identities[by_identity], return_index=True, return_counts=True)
     nth = np.arange(len(order)) - np.repeat(starts, counts)
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
     leader = by_identity[np.arange(len(order)) - nth % group]
-    return by_identity[np.lexsort((nth % group, place[leader]))]
+    return by_identity[np.lexsort((nth % group, _inverse(order)[leader]))]
 
 
 def epoch_partners(
     identities: np.ndarray, images: np.ndarray, seed: int, epoch: int, share: float, purpose: str
 ) -> np.ndarray:
-    """For every pair, the pair whose summary or caption it takes in an epoch, [P] int64: mostly itself.
+    """For every pair, the pair that lends its summary or caption during an epoch, [P] int64; mostly the pair itself.
 
-    With probability `share` it is one of another image of the same identity, so that what one view says is learned
-    from the other's picture; an identity with one image keeps its own.
+    With probability `share` the lender shows another image of the same identity, so that the model learns to connect
+    words about one view with a picture of another. Pairs whose identity has only one image keep their own text.
 
     Args:
-        identities, images: [P] of the pairs; `images` tells images apart. purpose: `summaries` or `captions`, which
-            are drawn independently.
+        identities: [P] of the pairs.
+        images: [P] numbers that tell images apart.
+        seed: seed of the run.
+        epoch: number of the epoch, from 0.
+        share: probability of another image's text.
+        purpose: `summaries` or `captions`; the two are drawn independently.
     """
     random = _random(seed, epoch, purpose)
     touched, drawn = random.random(len(identities)) < share, random.random(len(identities))
+    # In this order, the pairs of an identity lie next to each other, and among them the pairs of an image.
     order = np.lexsort((images, identities))
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-
-    def block(of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Start and length of the run of equal values that each place lies in."""
-        starts = np.flatnonzero(np.r_[True, of[1:] != of[:-1]])
-        lengths = np.diff(np.r_[starts, len(of)])
-        return np.repeat(starts, lengths), np.repeat(lengths, lengths)
-
-    start, length = block(identities[order])
-    # Images are told apart within an identity, where their pairs lie next to each other.
+    person = _runs(identities[order])
     both = np.stack([identities[order], images[order]])
-    own, own_length = block(np.unique(both, axis=1, return_inverse=True)[1].ravel())
-    others = length - own_length
-    chosen = start + (drawn[order] * others).astype(np.int64)
-    chosen += np.where(chosen >= own, own_length, 0)
+    image = _runs(np.unique(both, axis=1, return_inverse=True)[1].ravel())
+    others = person.length - image.length
+    # Choose among the pairs of the identity that lie outside the image's own run.
+    chosen = person.start + (drawn[order] * others).astype(np.int64)
+    chosen += np.where(chosen >= image.start, image.length, 0)
     partner = np.where((others > 0) & touched[order], order[np.minimum(chosen, len(order) - 1)], order)
-    return partner[place]
+    return partner[_inverse(order)]
 
 
 def shuffled_captions(pairs: int, seed: int, share: float) -> np.ndarray:
-    """Noisy correspondence: for every pair, the pair whose caption it gets, [P] int64.
+    """For every pair, the pair whose caption it gets, [P] int64: noisy correspondence.
 
-    A seeded `share` of the pairs exchange captions among them; the images keep their identities, as in the noisy
-    benchmarks of RDE.
+    A seeded share of the pairs exchange captions among themselves. Images keep their identities, as in RDE's noisy
+    benchmarks.
+
+    Args:
+        pairs: P.
+        seed: seed of the noise.
+        share: share of the pairs that exchange captions.
     """
     random = _random(seed, 0, "noise")
     taken = np.sort(random.permutation(pairs)[: round(share * pairs)])
@@ -73,6 +84,25 @@ def shuffled_captions(pairs: int, seed: int, share: float) -> np.ndarray:
     return result
 
 
+class _Runs(NamedTuple):
+    """For every place in a sequence, the run of equal values around it: its start and its length, [P] each."""
+
+    start: np.ndarray
+    length: np.ndarray
+
+
+def _runs(values: np.ndarray) -> _Runs:
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    lengths = np.diff(np.r_[starts, len(values)])
+    return _Runs(np.repeat(starts, lengths), np.repeat(lengths, lengths))
+
+
+def _inverse(order: np.ndarray) -> np.ndarray:
+    """The inverse of a permutation: where each number stands in `order`, [P] int64."""
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    return place
+
+
 def _random(seed: int, epoch: int, purpose: str) -> np.random.Generator:
-    streams = {"order": 0, "summaries": 1, "captions": 2, "noise": 3}
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, streams[purpose]]))
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, STREAMS[purpose]]))

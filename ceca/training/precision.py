@@ -1,7 +1,7 @@
-"""What makes a step fast on a CPU: gradients by bf16 products, and memory that is not given back.
+"""Two ways to make a training step fast on a CPU: gradients from bf16 products, and memory that stays allocated.
 
-fp32 forward, bf16 backward: the loss is fp32's own, and the two matrix products of a layer's gradient, two thirds of a
-step, run at the speed of bf16 where the CPU has instructions for it.
+Notable: the forward pass is fp32, so the loss is exactly that of fp32. The two matrix products of a linear layer's
+gradient take two thirds of a step; in bf16 they run at the speed of the CPU's bf16 instructions, where it has them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 
 class BF16Backward(TorchFunctionMode):
-    """While it is entered, linear layers compute as they are told and keep their input in bf16 for the gradient.
+    """A context in which linear layers compute as usual and keep their input in bf16 for the gradient.
 
-    Gradients come out in the layers' own precision, rounded to bf16's eight bits; sums are taken in fp32.
+    Gradients have the precision type of their layer, with values rounded to bf16's eight bits; sums are taken in fp32.
     """
 
     def __torch_function__(
@@ -38,6 +38,8 @@ def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
 
 
 class _Linear(torch.autograd.Function):
+    """A linear layer whose two gradient products are computed in bf16."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x.bfloat16(), weight)
@@ -56,11 +58,12 @@ class _Linear(torch.autograd.Function):
 
 
 def keep_freed_memory() -> None:
-    """Tell the C library to keep what is freed, on Linux: training asks for the same sizes again in every step.
+    """Tell glibc to keep freed memory, because every training step allocates the same sizes again.
 
-    Otherwise it returns large blocks to the system, and a tenth of a step goes into clearing pages anew.
+    By default, glibc returns large blocks to the system, and a tenth of a step is spent on clearing new pages. With
+    another C library this does nothing.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 * 2**20)):
             mallopt(option, value)

@@ -1,4 +1,9 @@
-"""Workers of one training run: who they are, their slices of a batch, and features gathered from all."""
+"""The workers of one training run: their ranks, their slices of a batch, and the features gathered from all of them.
+
+Notable: a gathered batch carries gradients only through this worker's own rows, so gathering needs no collective in
+the backward pass (`step` says why this is enough); all features travel in one collective; every function also works
+without a process group, as one worker.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +14,35 @@ from torch import Tensor
 from ceca.model.ceca import Features
 
 
-def share(rank: int, size: int, batch: int) -> slice:
-    """The rows of a global batch that a worker takes: equal shares, or nearly, where the batch does not divide."""
-    return slice(rank * batch // size, (rank + 1) * batch // size)
-
-
 def world() -> tuple[int, int]:
-    """This worker's rank and how many there are."""
+    """This worker's rank and the number of workers; (0, 1) without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def gather_features(features: Features, batch: int) -> Features:
-    """This worker's features [b, D] → those of all, [B, D], in the order of ranks; gradients only through own rows.
+def batch_slice(rank: int, size: int, batch: int) -> slice:
+    """The rows of a global batch that one worker takes; the slices differ by at most one row.
 
-    Workers' shares of the batch are those of `share`. Features a model does not compute stay out. One collective in
-    fp32 for all of them.
+    Args:
+        rank: the worker, from 0.
+        size: number of workers.
+        batch: samples in the global batch.
+    """
+    return slice(rank * batch // size, (rank + 1) * batch // size)
+
+
+def gather_features(features: Features, batch: int) -> Features:
+    """Gather the features of all workers, in the order of ranks; gradients flow through this worker's rows only.
+
+    Features that the model does not compute stay None. One fp32 collective carries all others.
+
+    Args:
+        features: this worker's, [b, D] each, of the rows that `batch_slice` gives it.
+        batch: B, samples in the global batch.
+
+    Returns:
+        The features of the global batch, [B, D] each.
     """
     rank, size = world()
     if size == 1:
@@ -40,16 +57,16 @@ def gather_features(features: Features, batch: int) -> Features:
 
 
 def gather_identities(identities: Tensor, batch: int) -> Tensor:
-    """[b] → [B], in the order of ranks."""
+    """Gather the identities of all workers, in the order of ranks: [b] → [B]."""
     _, size = world()
     return identities if size == 1 else torch.cat(_all_gather(identities, batch))
 
 
 def _all_gather(own: Tensor, batch: int) -> list[Tensor]:
-    """Every worker's rows. Collectives want equal shapes, so shares are padded to the largest and cut again."""
+    """Every worker's rows. Collectives need equal shapes: rows are padded to the longest slice, then cut again."""
     _, size = world()
-    shares = [share(rank, size, batch) for rank in range(size)]
-    lengths = [rows.stop - rows.start for rows in shares]
+    slices = [batch_slice(rank, size, batch) for rank in range(size)]
+    lengths = [rows.stop - rows.start for rows in slices]
     padded = own.new_zeros(max(lengths), *own.shape[1:])
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(size)]

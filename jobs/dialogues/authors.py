@@ -1,4 +1,4 @@
-"""Import of the dialogues that the authors publish, instead of asking a model."""
+"""Import of the dialogues that the authors published, instead of asking a model."""
 
 from __future__ import annotations
 
@@ -17,80 +17,106 @@ from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, read_p
 from ceca.errors import UserError
 from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.settings import to_mapping
-from jobs.runtime.units import Output, Plan, run_plan
+from jobs.runtime.records import cut, from_json, to_json
+from jobs.runtime.units import Output, Plan, Workers, run_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedRow:
+    """A published dialogue and the image it belongs to."""
+
+    image_id: str
+    turns: tuple[tuple[str, str], ...]  # (question, answer)
+    summary: str
 
 
 def import_published(
     store: Store, config: DialogueConfig, images: Manifest, rows: list[ImageRow], *, redo: bool
 ) -> dict[str, Manifest]:
-    """Publish the table dialogues from the file that `config.published` names, for these images."""
+    """Publish the table dialogues from the file that `config.published` names.
+
+    Args:
+        store: the dataset.
+        config: settings of the stage.
+        images: the images table.
+        rows: images that get a dialogue.
+        redo: make a new version even if this one is published.
+
+    Raises:
+        UserError: the file does not exist or has another format.
+    """
     assert config.published is not None
     fs, path = filesystem(config.published)
     try:
         content = fs.cat_file(path)
-        found, unusable = read_published(content)
+        dialogues, unusable = read_published(content)
     except FileNotFoundError:
         raise UserError(f"no file of published dialogues at {config.published}") from None
     except DialogueFormatError as error:
         raise UserError(f"{config.published}: {error}") from None
     digest = hashlib.sha256(content).hexdigest()
-    by_path = {row.source_path: row.image_id for row in rows}
-    known = {made.path for made in found}
-    strangers = [
-        Reject(made.path, "unknown_image", "no such image in this dataset")
-        for made in found
-        if made.path not in by_path
-    ]
-    without = [
-        Reject(row.image_id, "not_in_file", f"{row.source_path} has no dialogue")
-        for row in rows
-        if row.source_path not in known
-    ]
-    entries = [[by_path[made.path], dataclasses.asdict(made)] for made in found if made.path in by_path]
-    units = [
-        entries[start : start + config.images_per_part] for start in range(0, len(entries), config.images_per_part)
-    ]
+    imported, unmatched = _match(dialogues, rows)
+    batches = cut(imported, config.images_per_part)
     made_from = {"images": images.version, "published": digest}
     plan = Plan(
         stage="dialogue",
         version=version_of("dialogue", SCHEMA_VERSION, made_from, config.split, config.limit),
         tables=("dialogues",),
-        units=units,
-        sizes=[len(unit) for unit in units],
+        units=[to_json(batch) for batch in batches],
+        sizes=[len(batch) for batch in batches],
         worker=ImportWorker,
         arguments={"source": config.published},
         made_from=made_from,
         config=to_mapping(config, results_only=True),
-        rejects=[*unusable, *strangers, *without],
+        rejects=[*unusable, *unmatched],
     )
-    return run_plan(store, plan, redo=redo, replicas=config.replicas, cpus=1)
+    return run_plan(store, plan, Workers(config.replicas, cpus=1), redo=redo)
+
+
+def _match(dialogues: list[PublishedDialogue], rows: list[ImageRow]) -> tuple[list[ImportedRow], list[Reject]]:
+    """Match dialogues with images by path; a reject for each dialogue and each image without a partner."""
+    by_path = {row.source_path: row.image_id for row in rows}
+    imported = [
+        ImportedRow(by_path[dialogue.path], dialogue.turns, dialogue.summary)
+        for dialogue in dialogues
+        if dialogue.path in by_path
+    ]
+    rejects = [
+        Reject(dialogue.path, "unknown_image", "no such image in this dataset")
+        for dialogue in dialogues
+        if dialogue.path not in by_path
+    ]
+    in_file = {dialogue.path for dialogue in dialogues}
+    rejects += [
+        Reject(row.image_id, "not_in_file", f"{row.source_path} has no dialogue")
+        for row in rows
+        if row.source_path not in in_file
+    ]
+    return imported, rejects
 
 
 class ImportWorker:
-    """Turns published dialogues into rows."""
+    """Turns published dialogues into rows. A unit of work is a list of ImportedRow as JSON."""
 
     def __init__(self, source: str):
         self.source = source
 
     def __call__(self, work: list[Any]) -> Output:
-        rows = []
-        for image_id, entry in work:
-            made = PublishedDialogue(**entry)
-            turns = [{"question": question, "answer": answer} for question, answer in made.turns]
-            rows.append(
-                {
-                    "image_id": image_id,
-                    "turns": turns,
-                    "summary": made.summary,
-                    "attributes": {},
-                    "flags": [],
-                    "model": "published",
-                    "prompt_version": "published",
-                    "generation_settings": json.dumps({"source": self.source}),
-                    "prompt_tokens": 0,
-                    "cached_tokens": 0,
-                    "completion_tokens": 0,
-                }
-            )
+        rows: list[dict[str, Any]] = [
+            {
+                "image_id": imported.image_id,
+                "turns": [{"question": question, "answer": answer} for question, answer in imported.turns],
+                "summary": imported.summary,
+                "attributes": {},
+                "flags": [],
+                "model": "published",
+                "prompt_version": "published",
+                "generation_settings": json.dumps({"source": self.source}),
+                "prompt_tokens": 0,
+                "cached_tokens": 0,
+                "completion_tokens": 0,
+            }
+            for imported in from_json(ImportedRow, work)
+        ]
         counts = {"summaries_over_77_tokens": sum(count_tokens(row["summary"]) > CONTEXT for row in rows)}
         return Output({"dialogues": pa.Table.from_pylist(rows, DIALOGUES)}, counts=counts)

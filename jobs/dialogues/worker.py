@@ -1,4 +1,4 @@
-"""What every dialogue worker does: one engine, many conversations in flight, from one unit of work to the next."""
+"""The worker of the dialogue stage: one engine, and many conversations in flight across its units of work."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES
 from ceca.data.store import Manifest, Reject, Store
+from ceca.data.tables import ImageRow
 from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import (
     PROMPT_VERSION,
@@ -28,16 +29,25 @@ from ceca.dialogue.conversation import (
 from ceca.dialogue.engines import generation_settings, make_engine
 from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.settings import from_mapping
+from jobs.runtime.records import from_json
 from jobs.runtime.units import Output
 
-REPEATED_AMONG = 8  # images at least, of which more than half have one summary: then it is flagged
+REPEATED_AMONG = 8  # a summary is flagged if more than half of at least this many images share it
 
 
 class DialogueWorker:
-    """Holds one engine, in an event loop of its own so that it lives from one unit to the next.
+    """Holds one engine, in an event loop of its own, so that the engine lives from one unit to the next.
 
-    Units may be done at once by several threads: their conversations share the engine and one limit, so that those
-    of the next unit fill the places that the last ones of this unit leave.
+    A unit of work is a list of ImageRow as JSON. Several threads may do units at once. Their conversations share the
+    engine and one limit, so conversations of the next unit take the places that the last ones of this unit leave.
+
+    Args:
+        uri: the dataset.
+        images: the images table.
+        config: settings of the stage, as plain values.
+        vocabulary: attribute → its values, for the oracle.
+        choices: attribute → its values to ask for in a structured answer; None if there is no structured answer.
+        canaries: images (ImageRow as JSON) whose descriptions must differ before the work starts.
     """
 
     def __init__(
@@ -52,7 +62,7 @@ class DialogueWorker:
         self.store, self.images, self.choices = Store(uri), images, choices
         self.config = from_mapping(DialogueConfig, config)
         self.settings = json.dumps(generation_settings(self.config), sort_keys=True)
-        self.truth: dict[str, dict[str, Any]] = {}  # what Subject is told of drawn pedestrians
+        self.truth: dict[str, dict[str, Any]] = {}  # image id → fields of Subject, for drawn pedestrians
         if self.config.engine == "oracle":
             table = self.store.read(self.store.current("attributes", "ingest"), ["image_id", "view", "attributes"])
             rows = zip(*(table[name].to_pylist() for name in ("image_id", "view", "attributes")), strict=True)
@@ -64,7 +74,7 @@ class DialogueWorker:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self._run(self.engine.start())
         if len(canaries) > 1:
-            self._run(self._see_that_answers_differ(self._subjects(canaries)))
+            self._run(self._check_canaries(self._subjects(canaries)))
         self.occupancy.reset()
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -74,14 +84,19 @@ class DialogueWorker:
         return self._run(self._converse(self._subjects(work)))
 
     def _subjects(self, work: list[Any]) -> list[Subject]:
-        encoded = self.store.take(self.images, [(part, row) for part, row, _ in work], ["image"])["image"]
+        rows = from_json(ImageRow, work)
+        encoded = self.store.take(self.images, [(row.part, row.row) for row in rows], ["image"])["image"]
         return [
-            Subject(image_id=image_id, image=image.as_py(), **self.truth.get(image_id, {}))
-            for (_, _, image_id), image in zip(work, encoded, strict=True)
+            Subject(image_id=row.image_id, image=image.as_py(), **self.truth.get(row.image_id, {}))
+            for row, image in zip(rows, encoded, strict=True)
         ]
 
-    async def _see_that_answers_differ(self, subjects: list[Subject]) -> None:
-        """Ask for a description of each, before hours are spent on a model that does not see the images."""
+    async def _check_canaries(self, subjects: list[Subject]) -> None:
+        """Ask for a description of each image, to stop a model that does not see the images before the work starts.
+
+        Raises:
+            EngineError: no image got an answer, or all got the same one.
+        """
 
         async def one(subject: Subject) -> str | DialogueError:
             try:
@@ -120,51 +135,71 @@ class DialogueWorker:
                     self.occupancy.change(-1)
 
         results = await asyncio.gather(*(one(subject) for subject in subjects))
-        found = list(zip((subject.image_id for subject in subjects), results, strict=True))
-        rows = [(image_id, result) for image_id, result in found if isinstance(result, Dialogue)]
-        rejects = [result for _, result in found if isinstance(result, Reject)]
-        repeated = _repeated(rows)
-        lengths = [count_tokens(made.summary) for _, made in rows]
-        table = [self._row(image_id, made, repeated) for image_id, made in rows]
+        described = [
+            Described(subject.image_id, result)
+            for subject, result in zip(subjects, results, strict=True)
+            if isinstance(result, Dialogue)
+        ]
+        repeated = _repeated_summary(described)
+        table = [self._row(one, repeated) for one in described]
+        flags = Counter(flag for row in table for flag in row["flags"])
         counts = {
-            "dialogues": len(rows),
-            "prompt_tokens": sum(made.prompt_tokens for _, made in rows),
-            "cached_tokens": sum(made.cached_tokens for _, made in rows),
-            "reusable_tokens": sum(made.reusable_tokens for _, made in rows),
-            "completion_tokens": sum(made.completion_tokens for _, made in rows),
-            "summary_clip_tokens": sum(lengths),
-            "summaries_over_77_tokens": sum(length > CONTEXT for length in lengths),
-            **{f"flag_{name}": count for name, count in Counter(f for row in table for f in row["flags"]).items()},
+            **_count(described),
+            **{f"flag_{name}": count for name, count in flags.items()},
             **self.occupancy.take(),
         }
+        rejects = [result for result in results if isinstance(result, Reject)]
         return Output({"dialogues": pa.Table.from_pylist(table, DIALOGUES)}, rejects, counts)
 
-    def _row(self, image_id: str, made: Dialogue, repeated: str | None) -> dict[str, Any]:
+    def _row(self, described: Described, repeated: str | None) -> dict[str, Any]:
+        dialogue = described.dialogue
         return {
-            "image_id": image_id,
-            "turns": [{"question": turn.question, "answer": turn.answer} for turn in made.turns],
-            "summary": made.summary,
-            "attributes": dict(made.attributes),
-            "flags": [*made.flags, *(["repeated"] if made.summary == repeated else [])],
+            "image_id": described.image_id,
+            "turns": [{"question": turn.question, "answer": turn.answer} for turn in dialogue.turns],
+            "summary": dialogue.summary,
+            "attributes": dict(dialogue.attributes),
+            "flags": [*dialogue.flags, *(["repeated"] if dialogue.summary == repeated else [])],
             "model": self.engine.model,
             "prompt_version": PROMPT_VERSION,
             "generation_settings": self.settings,
-            "prompt_tokens": made.prompt_tokens,
-            "cached_tokens": made.cached_tokens,
-            "completion_tokens": made.completion_tokens,
+            "prompt_tokens": dialogue.prompt_tokens,
+            "cached_tokens": dialogue.cached_tokens,
+            "completion_tokens": dialogue.completion_tokens,
         }
 
 
-def _repeated(rows: list[tuple[str, Dialogue]]) -> str | None:
-    """The summary that more than half of these images share, if any."""
-    if len(rows) < REPEATED_AMONG:
+class Described(NamedTuple):
+    """An image and its dialogue."""
+
+    image_id: str
+    dialogue: Dialogue
+
+
+def _count(described: list[Described]) -> dict[str, int]:
+    """Sums over dialogues, for the summary of the stage."""
+    dialogues = [one.dialogue for one in described]
+    lengths = [count_tokens(dialogue.summary) for dialogue in dialogues]
+    return {
+        "dialogues": len(dialogues),
+        "prompt_tokens": sum(dialogue.prompt_tokens for dialogue in dialogues),
+        "cached_tokens": sum(dialogue.cached_tokens for dialogue in dialogues),
+        "reusable_tokens": sum(dialogue.reusable_tokens for dialogue in dialogues),
+        "completion_tokens": sum(dialogue.completion_tokens for dialogue in dialogues),
+        "summary_clip_tokens": sum(lengths),
+        "summaries_over_77_tokens": sum(length > CONTEXT for length in lengths),
+    }
+
+
+def _repeated_summary(described: list[Described]) -> str | None:
+    """The summary that more than half of the images share, or None."""
+    if len(described) < REPEATED_AMONG:
         return None
-    summary, count = Counter(made.summary for _, made in rows).most_common(1)[0]
-    return summary if count > len(rows) / 2 else None
+    summary, count = Counter(one.dialogue.summary for one in described).most_common(1)[0]
+    return summary if count > len(described) / 2 else None
 
 
 class Occupancy:
-    """How well an engine is kept at work: seconds with and without a conversation, and conversation seconds."""
+    """Load of an engine: seconds with and without a conversation, and the sum of all conversations' seconds."""
 
     def __init__(self) -> None:
         self.in_flight = 0
@@ -175,6 +210,7 @@ class Occupancy:
         self.busy = self.idle = self.conversations = 0.0
 
     def change(self, by: int) -> None:
+        """Count conversations that begin (1) or end (-1)."""
         now = time.monotonic()
         span, self.since = now - self.since, now
         self.conversations += span * self.in_flight
@@ -185,7 +221,7 @@ class Occupancy:
         self.in_flight += by
 
     def take(self) -> dict[str, float]:
-        """What has come together since the last time."""
+        """The seconds since the last call."""
         self.change(0)
         counts = {"engine_busy_s": self.busy, "engine_idle_s": self.idle, "conversation_s": self.conversations}
         self.reset()

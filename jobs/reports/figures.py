@@ -1,4 +1,4 @@
-"""Report: pictures of what a stage has made.
+"""Report: figures of a dataset and its models, one function each.
 
 ceca report dialogues --data s3://bucket/cuhk s3://bucket/rstp --picture dialogues.png
 ceca report training --data s3://bucket/cuhk --models ceca irra --picture training.png
@@ -8,20 +8,20 @@ ceca report ranked --data s3://bucket/cuhk --models rde ceca --picture ranked.pn
 ceca report attributes --data demo/data --model ceca --picture attributes.png
 ceca report statistics --data s3://bucket/cuhk --picture statistics.png
 ceca report page --data s3://bucket/cuhk --folder report
+
+The functions are also the commands: their parameters are the options. Models, Ray and the drawing library are
+imported when a figure is made.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from rich.table import Table as TextTable
 
 from ceca.config import EvaluateConfig, Split
 from ceca.data.names import EVALUATIONS
@@ -30,26 +30,11 @@ from ceca.data.store import Store
 from ceca.data.tables import ImageRow, add_summaries, list_images
 from ceca.datasets.images import open_image
 from ceca.errors import UserError
-from ceca.evaluation.significance import Difference, paired_bootstrap
-from ceca.metrics import STRIP, RetrievalMetrics, slices
-from ceca.model.ceca import fused_similarity
+from ceca.evaluation.significance import COMPARED, Difference, compare_runs
 from ceca.model.registry import model_file, require_model
-from ceca.model.tokens import CONTEXT, count_tokens
-from ceca.report.figures import (
-    Described,
-    RankedList,
-    draw_attributes,
-    draw_dialogues,
-    draw_omega,
-    draw_ranked_lists,
-    draw_statistics,
-    draw_training,
-)
-from jobs.evaluate import Embedded, compared, embed_split, rank, result_name
-from jobs.runtime.console import console
-
-# What of a query is compared between runs, by its column.
-COMPARED = {"Rank-1": "rank1", "Rank-5": "rank5", "Rank-10": "rank10", "AP": "average_precision"}
+from ceca.model.tokens import CONTEXT
+from ceca.report.records import Described, RankedList
+from jobs.runtime.console import console, text_table
 
 
 def report_dialogues(
@@ -59,9 +44,11 @@ def report_dialogues(
     seed: Annotated[int, tyro.conf.arg(help="chooses the images")] = 0,
 ) -> None:
     """Images with their caption and summary."""
+    from ceca.report.figures import draw_dialogues
+
     if count < 1 or not data:
         raise UserError(f"--count must be at least 1 and --data name a dataset, found {count} and {data}")
-    blocks = [(_title(uri), describe(Store(uri), count, seed)) for uri in data]
+    blocks = [(_last_name(uri), describe(Store(uri), count, seed)) for uri in data]
     draw_dialogues(blocks, picture)
     console.print(f"report: {sum(len(cards) for _, cards in blocks)} images → {picture}")
 
@@ -73,36 +60,44 @@ def report_training(
         "training.png"
     ),
 ) -> None:
-    """The loss of every step and the validation of published models."""
+    """Loss by step and validation by epoch of published models."""
+    from ceca.report.figures import draw_training
+
     store = Store(data)
     curves, validation = {}, {}
     for name in models:
         model = require_model(store, name)
         table = pq.read_table(pa.BufferReader(model_file(store, name, "curve.parquet")))
         curves[name] = table.to_pydict()
-        tried = [record for record in model.training["history"] if "val_rank1" in record]
-        validation[name] = ([record["epoch"] for record in tried], [record["val_rank1"] for record in tried])
+        validated = [record for record in model.training["history"] if "val_rank1" in record]
+        validation[name] = ([record["epoch"] for record in validated], [record["val_rank1"] for record in validated])
     draw_training(curves, validation, picture)
     console.print(f"report: {len(curves)} models → {picture}")
 
 
 def report_omega(
     data: Annotated[str, tyro.conf.arg(help="dataset URI")],
-    models: Annotated[tuple[str, ...], tyro.conf.arg(help="published models, or URIs of some")] = ("ceca",),
+    models: Annotated[tuple[str, ...], tyro.conf.arg(help="names or URIs of published models")] = ("ceca",),
     split: Annotated[Split, tyro.conf.arg(help="the split to evaluate")] = "test",
-    steps: Annotated[int, tyro.conf.arg(help="ω is 0, 1 and as many between as make so many steps")] = 10,
+    steps: Annotated[int, tyro.conf.arg(help="number of equal steps of ω from 0 to 1")] = 10,
     picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path("omega.png"),
 ) -> dict[str, dict[float, tuple[float, float]]]:
-    """How Rank-1 and Rsum follow ω, from one pass over each model's embeddings."""
+    """Rank-1 and Rsum by ω, from one pass over each model's embeddings."""
+    from ceca.evaluation.evaluation import embedded_sides
+    from ceca.metrics import RetrievalMetrics
+    from ceca.report.figures import draw_omega
+    from jobs.evaluations.embedding import embed_split
+    from jobs.evaluations.ranking import rank
+
     if steps < 1 or not models:
         raise UserError(f"--steps must be at least 1 and --models name one, found {steps} and {list(models)}")
     curves = {}
     for name in models:
         config = EvaluateConfig(model=name, split=split)
-        texts, images = compared(config, *embed_split(Store(data), config))
-        found = rank(texts, images, [step / steps for step in range(steps + 1)])
-        metrics = {omega: RetrievalMetrics.of(per_query) for omega, per_query in found.items()}
-        curves[name] = {omega: (made.rank1, made.rsum) for omega, made in metrics.items()}
+        texts, images = embedded_sides(config, *embed_split(Store(data), config))
+        by_omega = rank(texts, images, [step / steps for step in range(steps + 1)])
+        metrics = {omega: RetrievalMetrics.of(per_query) for omega, per_query in by_omega.items()}
+        curves[name] = {omega: (means.rank1, means.rsum) for omega, means in metrics.items()}
         best, (rank1, rsum) = max(curves[name].items(), key=lambda point: point[1])
         console.print(f"report: {name} is best at ω = {best:g}: Rank-1 {rank1:.2f}, Rsum {rsum:.2f}")
     draw_omega(curves, picture)
@@ -117,7 +112,9 @@ def report_significance(
     neighbours: Annotated[tuple[int, int], tyro.conf.arg(help="`--neighbours` of the two evaluations")] = (0, 0),
     rerank: Annotated[tuple[int, int], tyro.conf.arg(help="`--rerank` of the two evaluations")] = (0, 0),
 ) -> dict[str, Difference]:
-    """Whether the second of two models is better than the first: a paired bootstrap over the people asked for."""
+    """Whether the second of two models is better: a paired bootstrap over the people described."""
+    from ceca.evaluation.evaluation import result_name
+
     store = Store(data)
     tables = []
     for name, near, again in zip(models, neighbours, rerank, strict=True):
@@ -130,18 +127,13 @@ def report_significance(
     first, second = tables
     if first["caption_id"] != second["caption_id"]:
         raise UserError(f"{models[0]} and {models[1]} were evaluated on other queries; run `ceca evaluate` for both")
-    people = first["identity"].to_numpy()
-    shown = TextTable(title=f"{models[1]} minus {models[0]} on {split}, {len(people):,} queries", title_justify="left")
-    for heading in ("", "difference", "95 % interval", "p"):
-        shown.add_column(heading, justify="right" if heading else "left")
-    found = {}
-    for label, column in COMPARED.items():
-        before, after = (100 * table[f"fused_{column}"].to_numpy() for table in tables)
-        found[label] = paired_bootstrap(before, after, people)
-        made = found[label]
-        shown.add_row(label, f"{made.mean:+.2f}", f"{made.low:+.2f} … {made.high:+.2f}", f"{made.p:.4f}")
+    differences = compare_runs(first, second)
+    title = f"{models[1]} minus {models[0]} on {split}, {first.num_rows:,} queries"
+    shown = text_table(title, "", "difference", "95 % interval", "p")
+    for label in COMPARED:
+        shown.add_row(label, *differences[label].cells())
     console.print(shown)
-    return found
+    return differences
 
 
 def report_ranked(
@@ -149,41 +141,43 @@ def report_ranked(
     models: Annotated[tuple[str, ...], tyro.conf.arg(help="one or two published models")] = ("ceca",),
     split: Annotated[Split, tyro.conf.arg(help="the split to search")] = "test",
     omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
-    count: Annotated[int, tyro.conf.arg(help="sentences")] = 4,
+    count: Annotated[int, tyro.conf.arg(help="number of sentences")] = 4,
     top_k: Annotated[int, tyro.conf.arg(help="images of each list")] = 8,
     seed: Annotated[int, tyro.conf.arg(help="chooses the sentences")] = 0,
     picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path(
         "ranked.png"
     ),
 ) -> list[RankedList]:
-    """Ranked lists of two models one above the other for the same sentences, hits framed."""
+    """Ranked lists of one or two models for the same sentences; hits are framed."""
+    from ceca.evaluation.evaluation import best_images, choose_queries, embedded_sides
+    from ceca.report.figures import draw_ranked_lists
+    from jobs.evaluations.embedding import embed_split
+
     if not 1 <= len(models) <= 2 or count < 1 or top_k < 1:
         raise UserError(f"--models takes one or two, --count and --top-k at least 1; found {models}, {count}, {top_k}")
     store = Store(data)
     tables = [embed_split(store, EvaluateConfig(model=name, split=split)) for name in models]
-    sides = [compared(EvaluateConfig(), *both) for both in tables]
-    queries, texts = tables[0][0], sides[0][0]
-    # By the first places: sentences that exactly one model answers right come first, in a random order.
-    right = [there.identities[_best(asked, there, omega, 1)[:, 0]] == asked.identities for asked, there in sides]
-    shuffled = np.random.default_rng(seed).permutation(len(texts.identities))
-    chosen = shuffled[np.argsort(right[0][shuffled] == right[-1][shuffled], kind="stable")][:count]
+    sides = [embedded_sides(EvaluateConfig(), *both) for both in tables]
+    right = [
+        images.identities[best_images(texts, images, omega, 1)[:, 0]] == texts.identities for texts, images in sides
+    ]
     captions = store.read(store.current("captions", "ingest"), ["caption_id", "text"])
     words = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
-    table = store.current("images", "ingest")
-    places = {row.image_id: (row.part, row.row) for row in list_images(store, table, split)}
+    images_table = store.current("images", "ingest")
+    places = {row.image_id: (row.part, row.row) for row in list_images(store, images_table, split)}
     lists = []
-    for query in sorted(chosen.tolist()):
-        # Each model has a gallery of its own: one without summaries also embeds images that nobody was asked about.
-        for name, (asked, there), (_, gallery) in zip(models, sides, tables, strict=True):
-            best = _best(asked, there, omega, top_k, slice(query, query + 1))[0]
+    for query in choose_queries((right[0], right[-1]), count, seed):
+        # Each model has its own gallery: a model without summaries also embeds images without a dialogue.
+        for name, (texts, images), (queries, gallery) in zip(models, sides, tables, strict=True):
+            best = best_images(texts, images, omega, top_k, slice(query, query + 1))[0]
             ids = gallery["image_id"].take(best).to_pylist()
-            encoded = store.take(table, [places[image_id] for image_id in ids], ["image"])["image"].to_pylist()
+            encoded = store.take(images_table, [places[image_id] for image_id in ids], ["image"])["image"].to_pylist()
             lists.append(
                 RankedList(
                     words[queries["caption_id"][query].as_py()],
                     int(texts.identities[query]),
                     [open_image(content) for content in encoded],
-                    there.identities[best].tolist(),
+                    images.identities[best].tolist(),
                     name if len(models) > 1 else "",
                 )
             )
@@ -192,54 +186,38 @@ def report_ranked(
     return lists
 
 
-def _best(texts: Embedded, images: Embedded, omega: float, top_k: int, rows: slice | None = None) -> np.ndarray:
-    """Gallery columns of the best images of some queries (default: all), [q, k]."""
-    found = []
-    start, stop, _ = (rows or slice(None)).indices(len(texts.identities))
-    for part in slices(stop - start, max(1, STRIP // len(images.identities))):
-        side = slice(start + part.start, start + part.stop)
-        similarity = fused_similarity((texts.pair[0][side], texts.pair[1][side]), images.pair, omega)
-        found.append(similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices.numpy())
-    return np.concatenate(found)
-
-
 def report_attributes(
-    data: Annotated[str, tyro.conf.arg(help="URI of a dataset of drawn pedestrians, whose truth is known")],
-    model: Annotated[str, tyro.conf.arg(help="a published model, or the URI of one")] = "ceca",
+    data: Annotated[str, tyro.conf.arg(help="URI of a dataset of drawn pedestrians: their attributes are known")],
+    model: Annotated[str, tyro.conf.arg(help="name or URI of a published model")] = "ceca",
     split: Annotated[Split, tyro.conf.arg(help="the split to search")] = "test",
     omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
     picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path(
         "attributes.png"
     ),
 ) -> dict[str, tuple[float, float]]:
-    """Which attributes a model's wrong first places get wrong, beside those of any stranger; Rank-1 by view."""
+    """Attributes in which wrong first places differ from the person described, and Rank-1 by view."""
+    from ceca.evaluation.attributes import attribute_errors
+    from ceca.evaluation.evaluation import best_images, embedded_sides
+    from ceca.report.figures import draw_attributes
+    from jobs.evaluations.embedding import embed_split
+
     store = Store(data)
     truth = store.manifest("attributes")
     if truth is None:
         raise UserError(f"{store.uri} has no table of attributes: this report is for drawn pedestrians")
     queries, gallery = embed_split(store, EvaluateConfig(model=model, split=split))
-    texts, images = compared(EvaluateConfig(), queries, gallery)
+    texts, images = embedded_sides(EvaluateConfig(), queries, gallery)
     drawn = {row["image_id"]: {**row, "attributes": dict(row["attributes"])} for row in store.read(truth).to_pylist()}
-    asked = [drawn[image_of(caption_id)] for caption_id in queries["caption_id"].to_pylist()]
-    there = [drawn[image_id] for image_id in gallery["image_id"].to_pylist()]
-    first = _best(texts, images, omega, 1)[:, 0]
-    right = images.identities[first] == texts.identities
-    stranger = np.random.default_rng(0).integers(len(there), size=len(asked))
-    other = images.identities[stranger] != texts.identities
-    names = sorted({name for row in there for name in row["attributes"]})
-    confused = {}
-    for name in names:
-        wanted, has = (np.array([row["attributes"].get(name, "") for row in rows]) for rows in (asked, there))
-        differs = [wanted != has[found] for found in (first, stranger)]
-        confused[name] = (float(differs[0][~right].mean()) if (~right).any() else 0.0, float(differs[1][other].mean()))
-    rank1 = {}
-    for kind, column in (("view", "view"), ("light", "lighting"), ("hidden in part", "occluded")):
-        values = np.array([str(row[column]).lower() for row in asked])
-        for value in sorted(set(values.tolist())):
-            rank1[f"{kind}: {value}"] = (100 * float(right[values == value].mean()), int((values == value).sum()))
-    draw_attributes(confused, rank1, picture)
-    console.print(f"report: {(~right).sum()} of {len(right)} first places are wrong → {picture}")
-    return confused
+    errors = attribute_errors(
+        [drawn[image_of(caption_id)] for caption_id in queries["caption_id"].to_pylist()],
+        [drawn[image_id] for image_id in gallery["image_id"].to_pylist()],
+        texts.identities,
+        images.identities,
+        best_images(texts, images, omega, 1)[:, 0],
+    )
+    draw_attributes(errors.confused, errors.rank1, picture)
+    console.print(f"report: {errors.wrong} of {errors.queries} first places are wrong → {picture}")
+    return errors.confused
 
 
 def report_statistics(
@@ -248,34 +226,28 @@ def report_statistics(
         "statistics.png"
     ),
 ) -> dict[str, list[int]]:
-    """People, images and captions of each split; how long captions and summaries are."""
+    """People, images and captions of each split; lengths of captions and summaries."""
+    from ceca.evaluation.statistics import read_statistics
+    from ceca.report.figures import draw_statistics
+
     store = Store(data)
-    tables = [
-        store.read(store.current(name, "ingest"), columns)
-        for name, columns in (("images", ["identity", "split"]), ("captions", ["split", "text"]))
-    ]
-    images, captions = (table.to_pydict() for table in tables)
-    people = Counter(images["identity"])
-    words = [len(text.split()) for text in captions["text"]]
-    dialogues = store.manifest("dialogues")
-    tokens: list[int] = []
-    if dialogues is not None and dialogues.rows:
-        tokens = [count_tokens(text) for text in store.read(dialogues, ["summary"])["summary"].to_pylist()]
-    draw_statistics(list(people.values()), words, tokens, CONTEXT, picture)
-    shown = TextTable(title=store.uri, title_justify="left")
-    for heading in ("split", "people", "images", "captions"):
-        shown.add_column(heading, justify="right" if heading != "split" else "left")
-    counts = {}
-    for split in dict.fromkeys(images["split"]):
-        own = [identity for identity, found in zip(images["identity"], images["split"], strict=True) if found == split]
-        counts[split] = [len(set(own)), len(own), captions["split"].count(split)]
-        shown.add_row(split, *(f"{number:,}" for number in counts[split]))
+    statistics = read_statistics(store)
+    draw_statistics(statistics.images_of_person, statistics.caption_words, statistics.summary_tokens, CONTEXT, picture)
+    shown = text_table(store.uri, "split", "people", "images", "captions", left="split")
+    for split, size in statistics.splits.items():
+        shown.add_row(split, *(f"{number:,}" for number in size))
     console.print(shown)
-    return counts
+    return {split: list(size) for split, size in statistics.splits.items()}
 
 
 def describe(store: Store, count: int, seed: int) -> list[Described]:
-    """Images of different people with a caption and the summary, chosen by `seed`."""
+    """Images of different people with a caption and the summary.
+
+    Args:
+        store: the dataset.
+        count: number of images.
+        seed: chooses the images.
+    """
     images, captions = store.current("images", "ingest"), store.current("captions", "ingest")
     rows, _ = add_summaries(store, list_images(store, images), images, store.current("dialogues", "dialogue"))
     source = random.Random(seed)
@@ -297,5 +269,5 @@ def describe(store: Store, count: int, seed: int) -> list[Described]:
     ]
 
 
-def _title(uri: str) -> str:
+def _last_name(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]

@@ -1,4 +1,4 @@
-"""All of a dataset's figures and tables in one HTML file, with each figure beside it as PNG and SVG."""
+"""All figures and tables of a dataset in one HTML file; each figure also lies beside it as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ceca.config import EvaluateConfig, Split
 from ceca.data.names import COMPARISONS
 from ceca.data.store import Store
 from ceca.errors import UserError
+from ceca.evaluation.names import METRICS, SIMILARITIES
 from ceca.model.registry import find_model, list_models, require_model
-from ceca.report.figures import draw_comparison
 from ceca.report.html import paragraph, picture, table, write_page
-from jobs.evaluate import METRICS, SIMILARITIES, evaluate
+from jobs.evaluate import evaluate
 from jobs.reports.figures import (
     report_attributes,
     report_dialogues,
@@ -34,24 +34,34 @@ Section = tuple[str, list[str]]
 
 
 class Figures:
-    """Draws each figure as PNG and SVG in a folder; the page takes the one that suits it."""
+    """Draws each figure as PNG and SVG in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, draw: Callable[[Path], Any], description: str, *, photographs: bool = False) -> str:
-        draw(self.folder / name)  # without a suffix: both
+        """Draw a figure; returns its HTML: photographs as PNG, other figures as SVG.
+
+        Args:
+            name: name of the files, without suffix.
+            draw: writes PNG and SVG to a path without suffix.
+            description: text for readers who do not see the figure.
+            photographs: the figure contains photographs.
+        """
+        draw(self.folder / name)
         return picture(self.folder / f"{name}{'.png' if photographs else '.svg'}", description)
 
 
 def report_page(
     data: Annotated[str, tyro.conf.arg(help="dataset URI")],
-    models: Annotated[tuple[str, ...], tyro.conf.arg(help="published models; default: all of this dataset")] = (),
+    models: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="published models; default: all models of this dataset")
+    ] = (),
     split: Annotated[Split, tyro.conf.arg(help="the split to evaluate")] = "test",
     omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
-    folder: Annotated[Path, tyro.conf.arg(help="where index.html and the figures are put")] = Path("report"),
-    seed: Annotated[int, tyro.conf.arg(help="chooses the samples that are shown")] = 0,
+    folder: Annotated[Path, tyro.conf.arg(help="where index.html and the figures are written")] = Path("report"),
+    seed: Annotated[int, tyro.conf.arg(help="chooses the samples")] = 0,
 ) -> Path:
     """Everything about a dataset and its models in one HTML file."""
     store = Store(data)
@@ -95,38 +105,40 @@ def _results(results: dict[str, Any], omega: float) -> list[str]:
     headings = ["", *METRICS.values()]
     parts = []
     for key, title in (("metrics", "Text to image"), ("image_to_text", "Image to text")):
-        rows = [_row(name, found[key]["fused"]) for name, found in results.items()]
+        rows = [_row(name, result[key]["fused"]) for name, result in results.items()]
         chance = next(iter(results.values()))[key]["chance"]
         parts.append(table(f"{title}, ω = {omega:g}, percent", headings, [*rows, _row("chance", chance)], best=True))
     rows = [
-        _row(f"{name}, {similarity}", found["metrics"][similarity])
-        for name, found in results.items()
+        _row(f"{name}, {similarity}", result["metrics"][similarity])
+        for name, result in results.items()
         for similarity in SIMILARITIES
     ]
     return [*parts, table("Text to image by similarity, percent", headings, rows)]
 
 
 def _significance(data: str, models: tuple[str, str], split: Split) -> str:
-    found = report_significance(data, models, split)
-    rows = [
-        [label, f"{made.mean:+.2f}", f"{made.low:+.2f} … {made.high:+.2f}", f"{made.p:.4f}"]
-        for label, made in found.items()
-    ]
-    caption = f"{models[1]} minus {models[0]}: paired bootstrap over the people asked for"
+    differences = report_significance(data, models, split)
+    rows = [[label, *difference.cells()] for label, difference in differences.items()]
+    caption = f"{models[1]} minus {models[0]}: paired bootstrap over the people described"
     return table(caption, ["", "difference", "95 % interval", "p"], rows)
 
 
 def _comparisons(figures: Figures, store: Store) -> list[str]:
-    """The tables that `ceca compare` left: several seeds of each method."""
+    """The tables of `ceca compare`: several seeds of each method."""
+    from ceca.report.figures import draw_comparison
+
     parts = []
     for number, name in enumerate(store.names(COMPARISONS)):
-        made: dict[str, Any] = store.read_json(COMPARISONS, name) or {}
+        comparison: dict[str, Any] = store.read_json(COMPARISONS, name) or {}
         rows = [
             [method, *(f"{row[key][0]:.2f} ± {row[key][1]:.2f}" for key in METRICS)]
-            for method, row in made["summary"].items()
+            for method, row in comparison["summary"].items()
         ]
-        caption = f"{made['recipe']}, split {made['split']}, {made['seeds']} seeds: mean ± deviation, percent"
-        draw = functools.partial(draw_comparison, made["summary"])
+        caption = (
+            f"{comparison['recipe']}, split {comparison['split']}, {comparison['seeds']} seeds: "
+            "mean ± deviation, percent"
+        )
+        draw = functools.partial(draw_comparison, comparison["summary"])
         parts.append(table(caption, ["method", *METRICS.values()], rows, best=True))
         parts.append(figures.add(f"comparison-{number}", draw, caption))
     return parts
@@ -152,11 +164,11 @@ def _omega(figures: Figures, data: str, models: tuple[str, ...], split: Split) -
 
 
 def _ranked(figures: Figures, data: str, models: tuple[str, ...], split: Split, omega: float, seed: int) -> list[str]:
-    words = "Framed green: the person described."
+    words = "A green frame marks the person described."
     if len(models) == 2:
         words = (
-            f"The same sentences asked of {models[0]} and {models[1]}, drawn at random among those where exactly one "
-            "of them is right at rank 1 (others where there are too few). " + words
+            f"The same sentences for {models[0]} and {models[1]}, chosen at random: first sentences that exactly one "
+            "of the two models answers right at rank 1, then others. " + words
         )
 
     def draw(out: Path) -> None:
@@ -169,8 +181,8 @@ def _attributes(figures: Figures, store: Store, model: str, split: Split, omega:
     if store.manifest("attributes") is None:
         return []
     words = (
-        f"Where {model} errs. An attribute whose bar ends near the mark of any stranger is not looked at; one with a "
-        "short bar is right even where the person is not."
+        f"Errors of {model}. If an attribute's bar ends near the mark of random people, the model does not look at "
+        "this attribute; if the bar is short, the attribute is right even if the person is wrong."
     )
 
     def draw(out: Path) -> None:
@@ -180,12 +192,12 @@ def _attributes(figures: Figures, store: Store, model: str, split: Split, omega:
 
 
 def _training(figures: Figures, store: Store, models: tuple[str, ...]) -> list[str]:
-    own = tuple(name for name in models if "history" in require_model(store, name).training)
-    if not own:
+    trained = tuple(name for name in models if "history" in require_model(store, name).training)
+    if not trained:
         return [paragraph("These models were not trained here.")]
 
     def draw(out: Path) -> None:
-        report_training(store.uri, own, picture=out)
+        report_training(store.uri, trained, picture=out)
 
     return [figures.add("training", draw, "Loss by step and validation by epoch")]
 
@@ -200,7 +212,7 @@ def _dataset(figures: Figures, store: Store, data: str) -> list[str]:
     rows = [[split, *(f"{number:,}" for number in numbers)] for split, numbers in counts.items()]
     reasons = Counter((row["stage"], row["reason"]) for row in store.rejects().to_pylist())
     rejected = [[stage, reason, f"{count:,}"] for (stage, reason), count in sorted(reasons.items())]
-    parts = [table("What there is", ["split", "people", "images", "captions"], rows), shown]
+    parts = [table("Size", ["split", "people", "images", "captions"], rows), shown]
     if rejected:
         parts.append(table("Rows that a stage could not use", ["stage", "reason", "rows"], rejected))
     return parts
@@ -209,6 +221,6 @@ def _dataset(figures: Figures, store: Store, data: str) -> list[str]:
 def _samples(figures: Figures, store: Store, data: str, seed: int) -> list[Section]:
     if store.manifest("dialogues") is None:
         return []
-    out = figures.folder / "samples.png"  # drawn as pixels; there is no SVG of it
+    out = figures.folder / "samples.png"  # there is no SVG of it
     report_dialogues((data,), out, seed=seed)
     return [("Images, captions and summaries", [picture(out, "Images with their caption and summary")])]

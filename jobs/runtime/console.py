@@ -1,15 +1,24 @@
-"""What a command says to a person: messages, progress and errors. Imports no Ray."""
+"""What a command shows a person: messages, tables, progress and errors. Imports no Ray.
+
+The console writes to standard error. C++ libraries write their messages there too, so a command that starts Ray
+diverts the file descriptor to a log file, and the console keeps a copy of it.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from ceca.errors import UserError
+from ceca.evaluation.names import METRICS
 
 console = Console(stderr=True, soft_wrap=True)
 
@@ -17,6 +26,22 @@ console = Console(stderr=True, soft_wrap=True)
 def plain(error: BaseException) -> str:
     """An error's message on one line."""
     return " ".join(str(error).split())
+
+
+def text_table(title: str, *headings: str, left: str = "") -> Table:
+    """An empty table: columns are aligned right, except the one named `left`."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == left else "right")
+    return table
+
+
+def print_metrics(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Print retrieval metrics in percent, a row per name."""
+    table = text_table(title, "", *METRICS.values())
+    for name, metrics in rows.items():
+        table.add_row(name, *(f"{metrics[key]:.2f}" for key in METRICS))
+    console.print(table)
 
 
 class Track:
@@ -27,8 +52,11 @@ class Track:
         self.begun, self.first, self.last_line = time.monotonic(), finished, time.monotonic()
         self.bar: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+            columns = (
+                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+                *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
+            )
+            self.bar = Progress(*columns, console=console, redirect_stderr=_stderr.log is None)
             self.task = self.bar.add_task(title, total=total, completed=finished, note="")
 
     def __enter__(self) -> Track:
@@ -41,6 +69,7 @@ class Track:
             self.bar.stop()
 
     def advance(self, amount: int, note: str = "") -> None:
+        """Count finished rows and show the progress, with a note behind it."""
         self.finished += amount
         if self.bar is not None:
             self.bar.update(self.task, advance=amount, note=note)
@@ -54,8 +83,46 @@ class Track:
             console.print(f"{self.title}: {self.finished}/{self.total} {self.unit}, {rate:.1f}/s{end} {note}".rstrip())
 
 
+class _StandardError:
+    """Standard error of this process, which a command may divert."""
+
+    def __init__(self) -> None:
+        self.may_divert = False  # only in a command: a test or a notebook keeps its standard error
+        self.log: TextIO | None = None
+
+    def divert(self) -> None:
+        """Let the file descriptor lead to a new log file, and the console to where it led."""
+        sys.stderr.flush()
+        console.file = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8")
+        descriptor, path = tempfile.mkstemp(prefix="ceca-", suffix=".log")
+        self.log = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
+        os.dup2(descriptor, 2)
+        console.print(f"messages of Ray and other libraries: {path}", highlight=False)
+
+    def restore(self) -> None:
+        """Let the file descriptor lead to the person again."""
+        if self.log is not None:
+            sys.stderr.flush()
+            os.dup2(console.file.fileno(), 2)
+
+
+_stderr = _StandardError()
+
+
+def divert_stderr() -> TextIO | None:
+    """Divert what libraries write to standard error to a log file, in a command that `entry` runs.
+
+    Returns:
+        The log file; None outside a command.
+    """
+    if _stderr.may_divert and _stderr.log is None:
+        _stderr.divert()
+    return _stderr.log
+
+
 def entry(main: Callable[[], None]) -> None:
-    """Run a command: a UserError is printed alone and exits with 2, an interrupt with 130."""
+    """Run a command. A UserError is printed without a traceback and exits with 2, an interrupt exits with 130."""
+    _stderr.may_divert = True
     try:
         main()
     except UserError as error:
@@ -64,3 +131,6 @@ def entry(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues")
         sys.exit(130)
+    except Exception:
+        _stderr.restore()  # the person reads the traceback
+        raise

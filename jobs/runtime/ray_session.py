@@ -1,4 +1,4 @@
-"""This process in a Ray cluster."""
+"""This process in a Ray cluster. Ray is imported when a stage first needs it."""
 
 from __future__ import annotations
 
@@ -8,43 +8,57 @@ import os
 import sys
 from typing import Any
 
-import ray
+from ceca.environment import RAY_JOB_CONFIG
+from jobs.runtime.console import divert_stderr
+from jobs.runtime.noise import forward
 
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` started this process
-
-
-# What Ray's own processes would print among a stage's lines, unless it is set otherwise.
+# Environment of Ray's worker processes, unless it is set otherwise.
 WORKERS = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
-    "PYTHONWARNINGS": "ignore",  # of libraries about other libraries
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line of a worker twice
+    "PYTHONWARNINGS": "ignore",  # warnings of libraries about other libraries
 }
 
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (as in `ray job submit`), else start Ray on this machine.
 
-    On one machine the logical CPUs are at least eight, for the trainer's workers hold one each while others
-    decode their images.
+    On one machine Ray gets at least eight logical CPUs: each worker of the trainer holds one while other processes
+    decode the images.
     """
+    import ray
+
     if not ray.is_initialized():
         for name, value in WORKERS.items():
             os.environ.setdefault(name, value)
-        options: dict[str, Any] = {}
-        if not os.environ.get("RAY_ADDRESS"):
-            options = {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
-        elif JOB_CONFIG not in os.environ:
-            # Workers on other machines reach the object store as this process does.
-            names = [name for name in os.environ if name.startswith("AWS_") or name in WORKERS]
-            options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in names}}
-        else:  # a submitted job brings its own
-            brought = json.loads(os.environ[JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
-            own = {name: os.environ[name] for name in WORKERS if name not in brought}
-            options["runtime_env"] = {"env_vars": own}
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+        _quiet_driver()
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **_options())
     quiet()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _quiet_driver() -> None:
+    """Keep messages of Ray and other libraries out of a command's output: they go to its log file."""
+    from ray._private import worker
+
+    log = divert_stderr()
+    if log is not None:
+        # Ray has no public way to choose among forwarded lines. If a later version does not look this function up
+        # here, its lines are among the stage's again.
+        worker.print_to_stdstream = forward(log, worker.print_to_stdstream)
+
+
+def _options() -> dict[str, Any]:
+    """Arguments of `ray.init` for this machine, a cluster, or a submitted job."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
+    if RAY_JOB_CONFIG not in os.environ:
+        # Workers on other machines reach the object store with the variables of this process.
+        names = [name for name in os.environ if name.startswith("AWS_") or name in WORKERS]
+        return {"runtime_env": {"env_vars": {name: os.environ[name] for name in names}}}
+    submitted = json.loads(os.environ[RAY_JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
+    return {"runtime_env": {"env_vars": {name: os.environ[name] for name in WORKERS if name not in submitted}}}
 
 
 def quiet() -> None:

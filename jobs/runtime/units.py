@@ -1,8 +1,8 @@
 """How a stage runs on Ray: numbered units of work, each done exactly once, then one atomic publication.
 
-A stage says what its units are and gives a worker class. Ray Data runs the workers; each reads its unit's input
-from the store and writes its output there, so no row passes through the driver. A finished unit leaves a
-receipt, and a stage started again skips those.
+A stage lists its units and gives a worker class. Ray Data runs the workers. Each worker reads its unit's input from
+the store and writes its output there, so no row passes through the driver. A finished unit leaves a receipt, and a
+stage that is started again skips the units that have one. A stage whose tables are published needs no Ray.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
-import ray
 
 from ceca.data.names import MANIFEST, WORK, rejects_table
 from ceca.data.store import Manifest, Receipt, Reject, Store
 from ceca.errors import UserError
 from jobs.runtime.alone import alone
 from jobs.runtime.console import Track, console, plain
+from jobs.runtime.noise import tell_warnings
 from jobs.runtime.ray_session import connect
 
 
 @dataclasses.dataclass
 class Output:
-    """What one unit of work came to: rows per table, rejected rows, and sums for the summary."""
+    """The result of one unit of work: rows per table, rejected rows, and sums for the summary."""
 
     tables: dict[str, pa.Table]
     rejects: list[Reject] = dataclasses.field(default_factory=list)
@@ -43,7 +43,7 @@ class Worker(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that decides a stage's result, and how it is cut up."""
+    """Everything that decides a stage's result, and how the work is cut into units."""
 
     stage: str
     version: str
@@ -55,56 +55,73 @@ class Plan:
     made_from: Mapping[str, str]
     config: Mapping[str, Any]
     rejects: Sequence[Reject] = ()
-    kept: Sequence[Receipt] = ()  # parts of an earlier version that this one has too, before its own
+    kept: Sequence[Receipt] = ()  # parts of an earlier version, published again before the new ones
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    progress: Callable[[Mapping[str, float], float], str] | None = None  # words from the sums so far and the seconds
+    progress: Callable[[Mapping[str, float], float], str] | None = None  # (sums so far, seconds) → words
 
 
-def run_plan(
-    store: Store,
-    plan: Plan,
-    *,
-    redo: bool,
-    replicas: int,
-    cpus: float,
-    gpus: float = 0,
-    units_at_once: int = 1,
-) -> dict[str, Manifest]:
-    """Do what is left of a plan and publish its tables; nothing where they are published already.
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """The workers of a stage and what each one takes.
 
-    At most `replicas` workers with so many `cpus` and `gpus` each; with `units_at_once` above 1, a worker is called
-    by as many threads.
+    Attributes:
+        replicas: workers at most.
+        cpus: CPUs of one worker.
+        gpus: GPUs of one worker.
+        units_at_once: units that one worker does at the same time, each called from a thread of its own.
     """
-    if not redo and (there := _published(store, plan)):
-        return there
+
+    replicas: int
+    cpus: float
+    gpus: float = 0
+    units_at_once: int = 1
+
+
+def run_plan(store: Store, plan: Plan, workers: Workers, *, redo: bool) -> dict[str, Manifest]:
+    """Do the units that are left of a plan and publish its tables; nothing if they are published already.
+
+    Args:
+        store: the dataset.
+        plan: the stage's units and their meaning.
+        workers: number and size of the workers.
+        redo: make a new version even if this one is published.
+
+    Returns:
+        The manifest of each table, and of the table of rejected rows.
+    """
+    if not redo and (published := _published(store, plan)):
+        return published
     with alone(store, f"{plan.stage}-{plan.version}"):
-        if not redo and (there := _published(store, plan)):  # by another process, a moment ago
-            return there
-        version = plan.version
-        if redo:
-            # A new name beside the published one: readers keep the old until the new is whole, and a --redo that
-            # is killed goes on where it was.
-            repeats = 1
-            while store.manifest(plan.tables[-1], version) is not None:
-                version = f"{plan.version}-{repeats}"
-                repeats += 1
+        if not redo and (published := _published(store, plan)):  # by another process, a moment ago
+            return published
+        version = _new_version(store, plan) if redo else plan.version
         if store.manifest(plan.tables[-1], version) is not None:
             return _restore(store, plan, version)
-        return _make(store, plan, version, replicas=replicas, cpus=cpus, gpus=gpus, units_at_once=units_at_once)
+        return _make(store, plan, version, workers)
 
 
 def _published(store: Store, plan: Plan) -> dict[str, Manifest] | None:
-    """A plan's tables, where they are the current ones."""
-    found = store.manifest(plan.tables[-1])
-    if found is None or found.version.partition("-")[0] != plan.version:
+    """The plan's tables, if they are the current ones."""
+    manifest = store.manifest(plan.tables[-1])
+    if manifest is None or manifest.version.partition("-")[0] != plan.version:
         return None
     console.print(f"{plan.stage}: {store.place(plan.tables[-1])} is published already (--redo makes it again)")
     return {table: store.current(table) for table in plan.tables}
 
 
-def _make(
-    store: Store, plan: Plan, version: str, *, replicas: int, cpus: float, gpus: float, units_at_once: int
-) -> dict[str, Manifest]:
+def _new_version(store: Store, plan: Plan) -> str:
+    """A name beside the published versions.
+
+    Readers keep the old version until the new one is whole, and a --redo that was killed finds its units again.
+    """
+    version, repeats = plan.version, 1
+    while store.manifest(plan.tables[-1], version) is not None:
+        version = f"{plan.version}-{repeats}"
+        repeats += 1
+    return version
+
+
+def _make(store: Store, plan: Plan, version: str, workers: Workers) -> dict[str, Manifest]:
     started = time.monotonic()
     done = store.receipts(plan.stage, version)
     if done:
@@ -112,13 +129,7 @@ def _make(
     todo = [unit for unit in range(len(plan.units)) if unit not in done]
     if todo:
         connect()
-        pool = ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=min(replicas, len(todo)),
-            max_concurrent_calls_per_actor=units_at_once,
-            enable_true_multi_threading=units_at_once > 1,
-        )
-        _run_units(store, plan, version, todo, pool, cpus=cpus, gpus=gpus)
+        _run_units(store, plan, version, todo, workers)
     receipts = store.receipts(plan.stage, version)
     _refuse_empty(store, plan, version, receipts)
     manifests = store.publish(
@@ -136,7 +147,7 @@ def _make(
 
 
 def _refuse_empty(store: Store, plan: Plan, version: str, receipts: Mapping[int, Receipt]) -> None:
-    """A stage that rejected every row has met a mistake, not bad rows: nothing is published, and it starts anew."""
+    """Refuse to publish a stage that rejected every row: the cause is a mistake, not bad rows. It starts anew."""
     if not plan.units or plan.kept or any(plan.tables[-1] in receipt.parts for receipt in receipts.values()):
         return
     rejects = Counter(f"{reject.reason}: {reject.detail}" for r in receipts.values() for reject in r.rejects)
@@ -146,36 +157,35 @@ def _refuse_empty(store: Store, plan: Plan, version: str, receipts: Mapping[int,
 
 
 def _restore(store: Store, plan: Plan, version: str) -> dict[str, Manifest]:
-    """Make an earlier version the current one again: same input and settings as then, so nothing to compute."""
+    """Make an earlier version current again: input and settings are the same, so nothing is computed."""
     console.print(f"{plan.stage}: version {version} was published before and is made current again")
     manifests = {}
     for table in (rejects_table(plan.stage), *plan.tables):
-        found = store.manifest(table, version)
-        if found is not None:
-            store.write_json(dataclasses.asdict(found), table, MANIFEST)
-            manifests[table] = found
+        manifest = store.manifest(table, version)
+        if manifest is not None:
+            store.write_json(dataclasses.asdict(manifest), table, MANIFEST)
+            manifests[table] = manifest
     return manifests
 
 
-def _run_units(
-    store: Store,
-    plan: Plan,
-    version: str,
-    todo: Sequence[int],
-    pool: ray.data.ActorPoolStrategy,
-    *,
-    cpus: float,
-    gpus: float,
-) -> None:
+def _run_units(store: Store, plan: Plan, version: str, todo: Sequence[int], workers: Workers) -> None:
+    """Do these units on the cluster and show the progress."""
+    import ray
+
     rows = [{"unit": unit, "work": json.dumps(plan.units[unit])} for unit in todo]
     results = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map(
             _UnitWorker,
             fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments)),
-            compute=pool,
-            num_cpus=cpus,
-            num_gpus=gpus or None,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=min(workers.replicas, len(todo)),
+                max_concurrent_calls_per_actor=workers.units_at_once,
+                enable_true_multi_threading=workers.units_at_once > 1,
+            ),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus or None,
         )
         .iter_rows()
     )
@@ -206,6 +216,7 @@ class _UnitWorker:
         self.making = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        tell_warnings()
         unit = row["unit"]
         try:
             output = self._ready()(json.loads(row["work"]))
@@ -221,7 +232,7 @@ class _UnitWorker:
         return {"unit": unit, "rejects": len(output.rejects), "counts": json.dumps(output.counts), "fatal": ""}
 
     def _ready(self) -> Worker:
-        """The worker, made at the first unit and not in __init__, where Ray would retry an error that stays."""
+        """The worker, made at the first unit: in __init__ Ray would retry an error that does not go away."""
         with self.making:
             if self.broken is not None:
                 raise self.broken
@@ -234,7 +245,7 @@ class _UnitWorker:
             return self.worker
 
 
-def _sum_counts(receipts: Any) -> dict[str, float]:
+def _sum_counts(receipts: Iterable[Receipt]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for receipt in receipts:
         for name, count in receipt.counts.items():
@@ -244,11 +255,11 @@ def _sum_counts(receipts: Any) -> dict[str, float]:
 
 def _print_summary(store: Store, plan: Plan, manifests: Mapping[str, Manifest], seconds: float) -> None:
     rejects = manifests[rejects_table(plan.stage)]
-    made = ", ".join(f"{manifests[table].rows:,} {table}" for table in plan.tables)
+    rows = ", ".join(f"{manifests[table].rows:,} {table}" for table in plan.tables)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.notes["rejects"].items()))
     rejected = (
         f"{rejects.rows} rejected ({reasons}; see {store.place(rejects_table(plan.stage))})"
         if rejects.rows
         else "none rejected"
     )
-    console.print(f"{plan.stage}: {made}; {rejected}; {seconds:.1f} s → {store.place(plan.tables[-1])}")
+    console.print(f"{plan.stage}: {rows}; {rejected}; {seconds:.1f} s → {store.place(plan.tables[-1])}")

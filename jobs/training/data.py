@@ -1,15 +1,15 @@
-"""The training input: which samples there are, and streaming them to a worker in the order of the epochs.
+"""The training input: the samples in Ray's object store, and their stream to a worker in the order of the epochs.
 
-Encoded images lie in Ray's object store, a part a reference, so that any sample can be read without copying and
-nodes fetch a part once. Texts are tokenised once, for all epochs. Ray Data decodes and resizes on CPU workers ahead
-of the trainer and sends uint8; they import no torch, which would cost each of them seconds and a gigabyte.
+Encoded images lie in the object store, one reference per part: any sample is read without a copy, and a node fetches
+a part once. Texts are tokenised once for all epochs. CPU workers of Ray Data decode and resize the images ahead of the
+trainer and send uint8. They import no torch, which would cost each of them seconds and a gigabyte.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +17,18 @@ import ray
 
 from ceca.config import TrainConfig
 from ceca.data.store import Manifest, Store
+from ceca.data.tables import ImageRow
 from ceca.datasets.images import decode_image
 from ceca.training.order import epoch_order, epoch_partners
-from ceca.training.workers import share
+from ceca.training.workers import batch_slice
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
-    """Every pair in a fixed order: where its image is, its identity, and its texts as token ids."""
+    """All P pairs in a fixed order: place of the image, identity, and texts as token ids."""
 
-    part: np.ndarray  # [P] of the images table
-    row: np.ndarray  # [P] in the part
+    part: np.ndarray  # [P] part of the images table
+    row: np.ndarray  # [P] row in the part
     identity: np.ndarray  # [P], numbered from 0
     caption: np.ndarray  # [P, 77] uint16: CLIP has 49,408 tokens
     summary: np.ndarray  # [P, 77] uint16
@@ -41,34 +42,50 @@ class TrainingSet:
 
     @property
     def image(self) -> np.ndarray:
-        """[P] numbers that tell images apart."""
+        """Numbers of the images, [P]: pairs of one image have the same number."""
         return self.part.astype(np.int64) << 32 | self.row.astype(np.int64)
+
+
+class Sentence(NamedTuple):
+    """A caption and the person it describes."""
+
+    text: str
+    identity: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The input of validation: images with their summaries, and the captions that ask for them."""
+
+    split: str
+    images: Sequence[ImageRow]
+    sentences: Sequence[Sentence]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that a worker is told."""
+    """The input of a training worker."""
 
     config: TrainConfig
     store_uri: str
     run: str  # folder of the run below the dataset
     samples: Any  # reference to a TrainingSet
-    images: dict[int, Any]
-    validation: Any | None  # reference to {"images": [(part, row, identity, summary)], "queries": [(text, identity)]}
+    images: dict[int, Any]  # part → reference to its column of encoded images
+    validation: Any | None  # reference to HeldOut
 
 
-@ray.remote(num_cpus=0.5, max_retries=-1)  # as often as workers die: on a full disk they do so for as long as it is
+@ray.remote(num_cpus=0.5, max_retries=-1)  # on a full disk workers die until there is room again
 def _load_part(uri: str, manifest: Manifest, part: int) -> pa.Table:
     return Store(uri).read_part(manifest, part, ["image"])
 
 
 def load_images(store: Store, images: Manifest, parts: set[int]) -> dict[int, ray.ObjectRef]:
-    """References to the `image` column of these parts, fetched from the store by Ray tasks."""
+    """Let Ray tasks fetch the `image` column of these parts from the store: part → reference."""
     return {part: _load_part.remote(store.uri, images, part) for part in sorted(parts)}
 
 
 class EncodedImages:
-    """Encoded bytes by (part, row), read in place from Ray's object store."""
+    """Encoded images by (part, row), read in place from Ray's object store."""
 
     def __init__(self, references: dict[int, ray.ObjectRef]):
         self.references = references
@@ -83,8 +100,16 @@ class EncodedImages:
 class LoadSamples:
     """Ray Data actor: sample numbers → decoded images and tokens.
 
-    A sample number counts this worker's samples through all epochs. The order of an epoch gives the global batches,
-    and of each this worker takes its own share.
+    A sample number counts this worker's samples through all epochs. The order of an epoch gives the global batches;
+    this worker loads its own part of each batch.
+
+    Args:
+        config: settings of the training.
+        rank: number of this worker.
+        size: number of workers.
+        samples: reference to the TrainingSet.
+        images: part → reference to its encoded images.
+        start: sample number of the first sample to load.
     """
 
     def __init__(
@@ -93,7 +118,7 @@ class LoadSamples:
         self.config, self.start = config, start
         self.samples: TrainingSet = ray.get(samples)
         self.images = EncodedImages(images)
-        self.rows = share(rank, size, config.global_batch)
+        self.rows = batch_slice(rank, size, config.global_batch)
         self.steps = len(self.samples) // config.global_batch
         self.epoch = -1
 
@@ -113,7 +138,7 @@ class LoadSamples:
         }
 
     def _pair(self, sample: int) -> tuple[int, int, int]:
-        """The pair of a sample number, and the pairs whose caption and summary it takes."""
+        """Positions of a sample's three pairs: the image's, the caption's and the summary's."""
         step, offset = divmod(sample, self.rows.stop - self.rows.start)
         epoch, step = divmod(step, self.steps)
         if self.epoch != epoch:
@@ -133,20 +158,20 @@ class LoadSamples:
 def stream_batches(
     config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: dict[int, Any], start_step: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This worker's batches from `start_step` (counted through all epochs) to the end of training, in order."""
+    """This worker's batches in order, from `start_step` (counted through all epochs) to the end of training."""
     steps = len(ray.get(samples)) // config.global_batch * config.epochs - start_step
-    rows = share(rank, size, config.global_batch)
-    own = rows.stop - rows.start
+    rows = batch_slice(rank, size, config.global_batch)
+    per_step = rows.stop - rows.start
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    numbers = ray.data.range(steps * own, override_num_blocks=max(1, min(steps // 4, 1000)))
+    numbers = ray.data.range(steps * per_step, override_num_blocks=max(1, min(steps // 4, 1000)))
     loaded = numbers.map_batches(
         LoadSamples,
-        fn_constructor_args=(config, rank, size, samples, images, start_step * own),
-        batch_size=own,
+        fn_constructor_args=(config, rank, size, samples, images, start_step * per_step),
+        batch_size=per_step,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.loaders_per_worker),
         num_cpus=config.cpus_per_loader,
     )
-    return iter(loaded.iter_batches(batch_size=own, prefetch_batches=2))
+    return iter(loaded.iter_batches(batch_size=per_step, prefetch_batches=2))

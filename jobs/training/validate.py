@@ -1,8 +1,8 @@
-"""Validation inside a training run: fused-similarity metrics on held-out images, every worker embedding a share."""
+"""Validation inside a training run: fused-similarity metrics on held-out images, embedded by all workers together."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -16,48 +16,79 @@ from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
 from ceca.model.embed import normalize
 from ceca.training.workers import world
-from jobs.training.data import EncodedImages, Run
+from jobs.training.data import EncodedImages, HeldOut, Run
 
-OMEGA = 0.3  # of validation; evaluation sweeps it
+OMEGA = 0.3  # ω of validation; evaluation takes others too
+
+
+class EmbeddedShare(NamedTuple):
+    """One worker's part of the held-out images and sentences: embeddings (global, local) and identities."""
+
+    gallery: tuple[Tensor, ...]
+    gallery_identities: list[int]
+    queries: tuple[Tensor, ...]
+    query_identities: list[int]
 
 
 @torch.no_grad()
 def validate(model: CECA, run: Run, device: torch.device, batch: int = 64) -> dict[str, float]:
-    """Fused-similarity metrics; each worker embeds its share, rank 0 compares."""
+    """Fused-similarity metrics of the held-out images: every worker embeds a part, rank 0 compares.
+
+    Args:
+        model: the model as it is now.
+        run: the worker's input; `run.validation` is not None.
+        device: device of the model.
+        batch: images or sentences embedded together.
+
+    Returns:
+        The metrics by key, on every worker.
+    """
     rank, size = world()
-    validation = ray.get(run.validation)
+    share = _embed_share(model, run, device, batch)
+    shares: list[Any] = [None] * size
+    if size > 1:
+        dist.all_gather_object(shares, share)
+    else:
+        shares[0] = share
+    metrics: list[Any] = [None]
+    if rank == 0:
+        gallery = _join([share.gallery for share in shares if share.gallery])
+        queries = _join([share.queries for share in shares if share.queries])
+        similarity = fused_similarity(queries, gallery, OMEGA)  # type: ignore[arg-type]
+        query_identities = np.concatenate([share.query_identities for share in shares])
+        gallery_identities = np.concatenate([share.gallery_identities for share in shares])
+        metrics = [retrieval_metrics(similarity, query_identities, gallery_identities).as_dict()]
+    if size > 1:
+        dist.broadcast_object_list(metrics, src=0)
+    return metrics[0]
+
+
+def _embed_share(model: CECA, run: Run, device: torch.device, batch: int) -> EmbeddedShare:
+    """Embed every size-th image and sentence, beginning with this worker's rank."""
+    rank, size = world()
+    held_out: HeldOut = ray.get(run.validation)
     encoded = EncodedImages(run.images)
     model.eval()
     config, dtype = run.config.model, next(model.parameters()).dtype
     gallery, queries = [], []
-    mine = validation["images"][rank::size]
-    for start in range(0, len(mine), batch):
-        rows = mine[start : start + batch]
+    rows = held_out.images[rank::size]
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
         pixels = np.stack(
-            [decode_image(encoded(row[0], row[1]), config.image_height, config.image_width) for row in rows]
+            [decode_image(encoded(row.part, row.row), config.image_height, config.image_width) for row in part]
         )
         images = normalize(torch.from_numpy(pixels).to(device)).to(dtype)
-        summaries = trim(tokenize([row[3] for row in rows])).to(device)
-        gallery.append([part.cpu() for part in model.embed_gallery(images, summaries)])
-    texts = validation["queries"][rank::size]
-    for start in range(0, len(texts), batch):
-        ids = trim(tokenize([text for text, _ in texts[start : start + batch]])).to(device)
-        queries.append([part.cpu() for part in model.embed_queries(ids)])
-    own = (_join(gallery), [row[2] for row in mine], _join(queries), [identity for _, identity in texts])
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, own) if size > 1 else everyone.__setitem__(0, own)
-    found: list[Any] = [None]
-    if rank == 0:
-        gallery_pairs = _join([part[0] for part in everyone if part[0]])
-        query_pairs = _join([part[2] for part in everyone if part[2]])
-        similarity = fused_similarity(query_pairs, gallery_pairs, OMEGA)  # type: ignore[arg-type]
-        query_identities = np.concatenate([part[3] for part in everyone])
-        gallery_identities = np.concatenate([part[1] for part in everyone])
-        found = [retrieval_metrics(similarity, query_identities, gallery_identities).as_dict()]
-    if size > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+        summaries = trim(tokenize([row.summary for row in part])).to(device)
+        gallery.append([side.cpu() for side in model.embed_gallery(images, summaries)])
+    sentences = held_out.sentences[rank::size]
+    for start in range(0, len(sentences), batch):
+        ids = trim(tokenize([sentence.text for sentence in sentences[start : start + batch]])).to(device)
+        queries.append([side.cpu() for side in model.embed_queries(ids)])
+    return EmbeddedShare(
+        _join(gallery), [row.identity for row in rows], _join(queries), [sentence.identity for sentence in sentences]
+    )
 
 
 def _join(pairs: list[Any]) -> tuple[Tensor, ...]:
+    """Concatenate (global, local) embeddings along the rows."""
     return tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))

@@ -1,7 +1,7 @@
-"""Watching a run: progress lines for a person, curves for TensorBoard, W&B or MLflow, gauges for Ray's metrics.
+"""Progress of a training run: lines for a person, curves for TensorBoard, W&B or MLflow, gauges for Ray's metrics.
 
-Only rank 0 watches. Curves are written where the model will be, below models/<name>/curves/<run>; a run that resumes
-continues them.
+Only rank 0 reports progress. TensorBoard's curves are written beside the model, below models/<name>/curves/<run>; a
+run that resumes continues its curves.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from ceca.errors import UserError
 from ceca.settings import to_mapping
 from ceca.training.flops import step_flops
 from ceca.training.workers import world
+from jobs.runtime.noise import tell
 from jobs.training.data import TrainingSet
 
-# Dense bf16 and fp16 peak of a GPU by a part of its name, in TFLOP/s, as their makers give it.
+# Dense bf16 and fp16 peak of a GPU in TFLOP/s, from its maker's data sheet, by a part of the GPU's name.
 PEAK_TFLOPS = {
     "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65, "RTX 4090": 165,
 }  # fmt: skip
 
 
 def model_flops_utilisation(config: TrainConfig, samples: TrainingSet, samples_per_second: float) -> dict[str, float]:
-    """`mfu`: what the model needs over what the workers' GPUs could do; nothing on CPU, in fp32, or an unknown GPU."""
+    """`mfu`: operations of the model over the peak of the workers' GPUs; empty on CPU, in fp32, or on other GPUs."""
     if not config.gpus_per_worker or config.precision == "fp32":
         return {}
     name = torch.cuda.get_device_name()
@@ -47,7 +48,15 @@ def model_flops_utilisation(config: TrainConfig, samples: TrainingSet, samples_p
 
 
 class Watch:
-    """Points of the curves by step, and a progress line every ten seconds."""
+    """Writes points of the curves by step, and prints a progress line every ten seconds.
+
+    Args:
+        config: settings of the training.
+        store: the dataset.
+        run: folder of the run below the dataset.
+        steps: steps of an epoch.
+        done: steps that were finished before this process started.
+    """
 
     def __init__(self, config: TrainConfig, store: Store, run: str, steps: int, done: int):
         from ray.util.metrics import Gauge
@@ -58,7 +67,7 @@ class Watch:
         self.outlets = [OUTLETS[name](config, store, run, done) for name in config.watch]
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of a step, counted from 1 through all epochs."""
+        """Add values of a step, counted from 1 through all epochs."""
         for outlet in self.outlets:
             outlet.write(step, values)
         for name, value in values.items():
@@ -69,27 +78,26 @@ class Watch:
         return time.monotonic() - self.last_line >= 10
 
     def line(self, done: int, losses: Mapping[str, float]) -> None:
-        """Say how far training is."""
+        """Print the progress of training."""
         self.last_line = now = time.monotonic()
         rate = (done - self.first) / max(now - self.begun, 1e-9)
         epoch, step = divmod(done - 1, self.steps)
         terms = ", ".join(f"{name} {value:.2f}" for name, value in losses.items() if name != "loss")
-        print(
+        tell(
             f"{self.config.name}: epoch {epoch + 1}/{self.config.epochs} step {step + 1}/{self.steps}  {terms}  "
-            f"{rate * self.config.global_batch:.0f} samples/s, {(self.total - done) / rate:.0f} s left",
-            flush=True,
+            f"{rate * self.config.global_batch:.0f} samples/s, {(self.total - done) / rate:.0f} s left"
         )
 
     def epoch(self, record: Mapping[str, float]) -> None:
+        """Print the record of a finished epoch."""
         validation = f"  val Rank-1 {record['val_rank1']:.1f}" if "val_rank1" in record else ""
-        print(
+        tell(
             f"{self.config.name}: epoch {record['epoch']:.0f}/{self.config.epochs} done  loss {record['loss']:.2f}"
-            f"{validation}  {record['samples_per_second']:.0f} samples/s, input wait {record['input_wait']:.0%}",
-            flush=True,
+            f"{validation}  {record['samples_per_second']:.0f} samples/s, input wait {record['input_wait']:.0%}"
         )
 
     def save(self) -> None:
-        """Bring the curves to where they stay; called with every checkpoint."""
+        """Bring the curves to the store; called with every checkpoint."""
         for outlet in self.outlets:
             outlet.save()
 
@@ -99,7 +107,7 @@ class Watch:
 
 
 class _TensorBoard:
-    """Event files; on an object store they are written here and copied there."""
+    """Event files; for an object store they are written on this machine and copied."""
 
     def __init__(self, config: TrainConfig, store: Store, run: str, done: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -108,7 +116,7 @@ class _TensorBoard:
         self.store, self.target = store, store.path(*names)
         self.local = isinstance(store.fs, LocalFileSystem)
         self.folder = self.target if self.local else tempfile.mkdtemp(prefix="ceca-curves-")
-        # Points after the checkpoint that a run resumes from are written again: the old ones are purged.
+        # A run that resumes from a checkpoint writes the later points again, so the old ones are purged.
         self.writer = SummaryWriter(self.folder, purge_step=done + 1 if done else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -127,7 +135,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Weights & Biases: project and key come from its own WANDB_* variables."""
+    """Weights & Biases; project and key come from the WANDB_* variables."""
 
     def __init__(self, config: TrainConfig, store: Store, run: str, done: int):
         wandb = _library("wandb")
@@ -147,21 +155,20 @@ class _WandB:
 
 
 class _MLflow:
-    """MLflow: the server comes from its own MLFLOW_TRACKING_URI."""
+    """MLflow; the server comes from MLFLOW_TRACKING_URI."""
 
     def __init__(self, config: TrainConfig, store: Store, run: str, done: int):
         self.mlflow = _library("mlflow")
         self.mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "ceca"))
         identity = run.rsplit("run-", 1)[-1]
-        # A run that resumes goes on in the run that bears its name.
+        # A run that resumes continues the MLflow run of the same name.
         filters = f"attributes.run_name = '{config.name}-{identity}'"
-        found = self.mlflow.search_runs(filter_string=filters, output_format="list")
-        if found:
-            self.mlflow.start_run(run_id=found[0].info.run_id)
+        earlier = self.mlflow.search_runs(filter_string=filters, output_format="list")
+        if earlier:
+            self.mlflow.start_run(run_id=earlier[0].info.run_id)
         else:
             self.mlflow.start_run(run_name=f"{config.name}-{identity}")
-            flat = _flat(to_mapping(config))
-            self.mlflow.log_params(flat)
+            self.mlflow.log_params(_flat(to_mapping(config)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.mlflow.log_metrics(dict(values), step=step)
@@ -188,7 +195,8 @@ def _library(name: str) -> Any:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Nested settings with dotted names."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,7 +1,7 @@
-"""What every training worker does: DeepSpeed steps over the global batch, validation, checkpoints.
+"""The work of every training worker: DeepSpeed steps over the global batch, validation, checkpoints.
 
-Checkpoints are taken every so many steps and at every epoch's end, and go to the store while training goes on. One
-carries the number of finished steps, so a worker that starts finds where to go on, in the middle of an epoch too.
+A checkpoint is taken every `checkpoint_every` steps and at the end of every epoch, and is uploaded while training goes
+on. It carries the number of finished steps, so a run continues in the middle of an epoch too.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from torch import Tensor
 from ceca.config import TrainConfig
 from ceca.data.store import Store
 from ceca.errors import UserError
+from ceca.metrics import better
 from ceca.model.backbone import trim
 from ceca.model.ceca import CECA, Features
 from ceca.model.weights import build_model, serialize
 from ceca.training.augment import augment_images, draw, generator, hide_words, mask_words
 from ceca.training.engine import (
     Progress,
+    import_deepspeed,
     load_checkpoint,
     make_engine,
-    published_state,
     save_checkpoint,
     whole_model,
 )
 from ceca.training.precision import BF16Backward, keep_freed_memory
-from ceca.training.step import better, cawl, loss_terms, scaled_loss
-from ceca.training.workers import gather_features, gather_identities, share, world
+from ceca.training.step import cawl, loss_terms, scaled_loss
+from ceca.training.workers import batch_slice, gather_features, gather_identities, world
+from jobs.runtime.noise import tell, tell_warnings
 from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches
 from jobs.training.validate import validate
@@ -47,7 +49,8 @@ SELECTED_BY = ("rank1", "mean_average_precision")
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """The function Ray Train runs on each worker."""
+    """The function that Ray Train runs on each worker; `settings["run"]` is a Run."""
+    tell_warnings()
     run: Run = settings["run"]
     config = run.config
     rank, size = world()
@@ -72,10 +75,10 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _prepare_device(config: TrainConfig, size: int) -> torch.device:
+    """Choose DeepSpeed's accelerator and the device; on CPU also the number of threads."""
     on_gpu = config.gpus_per_worker > 0
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
-    import deepspeed  # noqa: F401  after the accelerator is chosen
-
+    import_deepspeed()  # after the accelerator is chosen
     quiet()
     if on_gpu:
         return torch.device("cuda", torch.cuda.current_device())
@@ -87,6 +90,7 @@ def _prepare_device(config: TrainConfig, size: int) -> torch.device:
 def _train(
     engine: Any, run: Run, progress: Progress, steps: int, device: torch.device, watch: Watch | None, scratch: Path
 ) -> None:
+    """Take the steps that are left: watch them, validate at the end of an epoch, and save checkpoints."""
     config = run.config
     batches = stream_batches(config, *world(), run.samples, run.images, progress.steps)
     engine.train()
@@ -127,9 +131,21 @@ def _train(
 def _train_step(
     engine: Any, batch: dict[str, np.ndarray], config: TrainConfig, epoch: int, step: int, device: torch.device
 ) -> tuple[Features, Tensor, dict[str, Tensor]]:
-    """One step over the global batch; the features of all workers, their identities, and the losses."""
+    """Take one step over the global batch.
+
+    Args:
+        engine: DeepSpeed's engine.
+        batch: this worker's part: image [b, H, W, 3] uint8, caption and summary [b, 77], identity [b].
+        config: settings of the training.
+        epoch: number of the epoch, from 0.
+        step: number of the step in the epoch, from 0.
+        device: device of the model.
+
+    Returns:
+        The features and identities of the global batch, and the loss terms.
+    """
     whole = config.global_batch
-    mine = share(*world(), whole)
+    mine = batch_slice(*world(), whole)
     ids = torch.tensor(batch["caption"], dtype=torch.long)
     source = generator(config.seed, epoch, step)
     draws = draw(whole, ids.shape[1], source).rows(mine)
@@ -146,13 +162,13 @@ def _train_step(
     parts = trimmed.to(device).split(len(ids))
     images = augment_images(torch.tensor(batch["image"]).to(device), draws, config.augmentation)
     images = images.to(next(engine.module.parameters()).dtype)
-    own = torch.tensor(batch["identity"]).to(device)
-    labels = own if "identity" in config.losses.terms else None
+    identity = torch.tensor(batch["identity"]).to(device)
+    labels = identity if "identity" in config.losses.terms else None
     summaries = parts[1] if config.model.summary_weight > 0 else None
     with BF16Backward() if config.backward == "bf16" else contextlib.nullcontext():
-        own_features = engine(images, parts[0], summaries, labels, words)
-    features = gather_features(own_features, whole)
-    identities = gather_identities(own, whole)
+        local_features = engine(images, parts[0], summaries, labels, words)
+    features = gather_features(local_features, whole)
+    identities = gather_identities(identity, whole)
     terms = loss_terms(features, identities, config.losses)
     engine.backward(scaled_loss(terms))
     engine.step()
@@ -163,19 +179,19 @@ def _train_step(
 def _watch_step(
     watch: Watch, engine: Any, progress: Progress, features: Features, identities: Tensor, config: TrainConfig
 ) -> None:
-    """A point of every curve: losses, rates, gates, the weights of CAWL."""
+    """Add a point to every curve: losses, learning rates, gates, weights of CAWL."""
     last = progress.curve.mean(1)
     rates = engine.get_lr()
     values = {f"loss/{name}": value for name, value in last.items()}
     values |= {"rate/clip": float(min(rates)), "rate/new": float(max(rates))}
     module: CECA = engine.module
     for side, mixer in (("image", module.visual_mixer), ("text", module.textual_mixer)):
-        if mixer is not None and mixer.gate.numel():  # ZeRO 3 may hold it elsewhere
+        if mixer is not None and mixer.gate.numel():  # with ZeRO 3 it may lie on another worker
             values[f"gate/{side}"] = float(torch.sigmoid(mixer.gate.float()))
     if "cawl" in config.losses.terms:
         _, weights = cawl(features, identities, config.losses)
-        for name, share_below in (("min", 0.0), ("median", 0.5), ("max", 1.0)):
-            values[f"cawl_weight/{name}"] = float(weights.quantile(share_below))
+        for name, quantile in (("min", 0.0), ("median", 0.5), ("max", 1.0)):
+            values[f"cawl_weight/{name}"] = float(weights.quantile(quantile))
     watch.point(progress.steps, values)
     if watch.due():
         watch.line(progress.steps, last)
@@ -184,7 +200,10 @@ def _watch_step(
 def _validate_and_keep_best(
     engine: Any, run: Run, progress: Progress, epoch: int, device: torch.device
 ) -> dict[str, float]:
-    """Metrics on the validation images; the best model's weights go to the store from rank 0."""
+    """Validate after an epoch if it is due; rank 0 writes the weights to the store if they are the best so far.
+
+    Returns the metrics with the prefix `val_`.
+    """
     config = run.config
     last = epoch + 1 == config.epochs
     validates = run.validation is not None and config.validate_every > 0
@@ -195,7 +214,7 @@ def _validate_and_keep_best(
     if not validates or better(metrics, progress.best, SELECTED_BY):
         progress.best = {"epoch": epoch + 1, **metrics}
         if world()[0] == 0:
-            state = {n: v.float() if v.is_floating_point() else v for n, v in published_state(model).items()}
+            state = {n: v.float() if v.is_floating_point() else v for n, v in model.published_state().items()}
             Store(run.store_uri).write_bytes(serialize(state), run.run, f"best-{epoch + 1:04d}.safetensors")
     return {f"val_{name}": value for name, value in metrics.items()}
 
@@ -204,17 +223,20 @@ def _validate_and_keep_best(
 
 
 def _scratch(run: Run) -> Path:
-    """Where this worker's checkpoints lie until they are uploaded; what a killed one left there goes."""
+    """An empty folder for this worker's checkpoints until they are uploaded."""
     place = Path(tempfile.gettempdir()) / f"ceca-{Path(run.run).name}-worker-{world()[0]}"
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)  # a killed worker may have left files
     place.mkdir()
     return place
 
 
 def _checkpoint(engine: Any, progress: Progress, watch: Watch | None, scratch: Path, *, last: bool) -> None:
-    """Every rank writes its shard here; Ray Train brings them to the store while the next steps run.
+    """Write this rank's part of a checkpoint; Ray Train uploads it while the next steps run.
 
-    A checkpoint counts once all ranks' parts are there; the last one is waited for.
+    A checkpoint counts once the parts of all ranks are uploaded. The last checkpoint is uploaded before this returns.
+
+    Raises:
+        UserError: the disk is full.
     """
     folder = Path(tempfile.mkdtemp(dir=scratch))
     try:
@@ -239,7 +261,7 @@ def _checkpoint(engine: Any, progress: Progress, watch: Watch | None, scratch: P
 
 
 def _resume(engine: Any, config: TrainConfig, steps: int) -> Progress:
-    """Load the last checkpoint of this run, where there is one."""
+    """Load the last checkpoint of this run, if there is one, and say where training continues."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return Progress()
@@ -250,5 +272,5 @@ def _resume(engine: Any, config: TrainConfig, steps: int) -> Progress:
         place = f"after epoch {epoch}" if not step else f"after step {step} of epoch {epoch + 1}"
         workers = world()[1]
         moved = f", from {progress.workers} workers to {workers}" if progress.workers != workers else ""
-        print(f"{config.name}: resuming {place} of {config.epochs}{moved}", flush=True)
+        tell(f"{config.name}: resuming {place} of {config.epochs}{moved}")
     return progress

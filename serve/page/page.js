@@ -106,13 +106,13 @@ async function readProblem(response) {
   const said = Array.isArray(detail) ? detail.map((problem) => problem.msg).join("; ") : detail;
   const words = said ? said[0].toUpperCase() + said.slice(1).replace(/[^.!?]$/, "$&.") : "";
   const message = response.status === 503 ? `The service cannot answer right now. ${words}` : words;
-  const unsaid = `The service answered with status ${response.status}; its log says more.`;
+  const unsaid = `The service answered with status ${response.status}; see its log.`;
   return Object.assign(new Error(message || unsaid), { status: response.status });
 }
 
 async function call(path, options) {
   const response = await send(path, options);
-  return response.json().catch(() => { throw new Error("The service's answer is not readable; its log says more."); });
+  return response.json().catch(() => { throw new Error("The service's answer cannot be read; see its log."); });
 }
 
 function askForKey(again) {
@@ -266,7 +266,7 @@ function showAnswer(asked, answer) {
   if (answer.hits.length) return;
   status.textContent = "";
   notice.replaceChildren(make("div", { className: "notice" }, say(Object.keys(asked.where).length
-    ? "No image has all that the filters ask for. Remove one of them."
+    ? "No image matches all filters. Remove one of them."
     : "The gallery has no images to show. Index a split that has some, or add an image.")));
 }
 
@@ -297,7 +297,7 @@ function card(hit, rank) {
   const parts = `global ${hit.global_similarity.toFixed(2)} · local ${hit.local_similarity.toFixed(2)}`;
   const facts = make("div", { className: "facts" },
     make("div", { className: "line" }, make("strong", believed
-      ? { textContent: percent(hit.belief), title: "Belief that this is the image, among the best ones" }
+      ? { textContent: percent(hit.belief), title: "Probability that this is the image, if it is among the best ones" }
       : { textContent: hit.similarity.toFixed(3), title: "Similarity" }), identity),
     bar(believed ? hit.belief : hit.similarity),
     ...(believed ? [soft(`similarity ${hit.similarity.toFixed(3)}`)] : []), soft(parts));
@@ -366,7 +366,7 @@ function explanation(found) {
     part("Whole sentence", found.global_similarity, 1 - found.omega),
     part("Details", found.local_similarity, found.omega), sum,
     make("h2", { textContent: "What each word adds" }), wordsOf(found.words), legend(),
-    make("h2", { textContent: "What was said of this image" }), ...sentencesOf(found.sentences),
+    make("h2", { textContent: "Sentences about this image" }), ...sentencesOf(found.sentences),
   ];
 }
 
@@ -381,12 +381,12 @@ function wordsOf(words) {
 }
 
 const legend = () => make("p", { className: "soft legend" },
-  make("span", { className: "word", textContent: "Such" }), " words speak for this image, ",
-  make("span", { className: "word against", textContent: "such" }),
-  " words against it; the number is what the similarity would lose without the word.");
+  make("span", { className: "word", textContent: "These words" }), " raise the similarity, ",
+  make("span", { className: "word against", textContent: "these" }),
+  " lower it. The number is by how much the similarity falls without the word.");
 
 function sentencesOf(sentences) {
-  if (!sentences.length) return [say("Nothing: it has no dialogue.", "soft")];
+  if (!sentences.length) return [say("None: the image has no dialogue.", "soft")];
   const items = sentences.map(({ source, text, similarity }, place) => make("li",
     { hidden: place >= SENTENCES, tabIndex: -1 },
     make("span", { className: "soft", textContent: source === "summary" ? "In the description" : source }),
@@ -472,7 +472,7 @@ function showQuestion(question, focused) {
     const values = Object.entries(question.values);
     const buttons = values.map(([value, share], place) => {
       const button = press(value, reply(value), { hidden: place >= ANSWERS });
-      button.append(" ", make("small", { textContent: percent(share), title: "Share of the belief" }));
+      button.append(" ", make("small", { textContent: percent(share), title: "Probability of this answer" }));
       return button;
     });
     talk.replaceChildren(say(question.text, "question"), make("div", { className: "answers" }, ...buttons,
@@ -500,10 +500,10 @@ function lookLikeFile(file) {
 }
 
 function findFileProblem(file) {
-  if (!IMAGE_TYPES.test(file.type)) return `${file.name} is not an image that can be read: JPEG, PNG, WebP or BMP.`;
+  if (!IMAGE_TYPES.test(file.type)) return `${file.name} cannot be read: choose a JPEG, PNG, WebP or BMP image.`;
   if (file.size <= defaults.imageBytesLimit) return null;
   const megabytes = (bytes) => (bytes / 2 ** 20).toFixed(1);
-  return `${file.name} has ${megabytes(file.size)} MB; at most ${megabytes(defaults.imageBytesLimit)} are read.`;
+  return `${file.name} has ${megabytes(file.size)} MB; the limit is ${megabytes(defaults.imageBytesLimit)} MB.`;
 }
 
 // --- adding and deleting -------------------------------------------------------------------------------------
@@ -512,19 +512,19 @@ async function add(file, fields, line, done) {
   const show = (word, ...rest) => line.replaceChildren(name, ` ${word} `, ...rest);
   const again = () => add(file, fields, line, done);
   try {
-    show("is sent …");
+    show("is being sent …");
     const headers = { "Content-Type": file.type };
     const { job, image_id: image } = await call(`v1/images?${fields}`, { method: "POST", headers, body: file, again });
     done();
     const end = await follow(job, ({ detail }) => show(detail ? `is waiting: ${detail}` : "is waiting …"), again);
-    if (!end) show("is still waiting after two minutes; the service goes on with it.");
+    if (!end) show("is still waiting after two minutes; the service continues.");
     else if (end.status === "failed") show("failed.", sayProblem(new Error(end.detail)));
     else {
       show("is searchable.", press("Show it", () => lookLike(image)));
       loadFacets();
     }
   } catch (error) {
-    if (error.name === "AbortError") show("waits for a key."); else show("is not added.", sayProblem(error, again));
+    if (error.name === "AbortError") show("waits for a key."); else show("was not added.", sayProblem(error, again));
   }
 }
 
@@ -553,10 +553,10 @@ function confirmDelete(item, image, before) {
     try {
       const { job } = await call(`v1/images/${image}`, { method: "DELETE", again: remove });
       takeOut(item);
-      status.textContent = "The image is out of every search; it is being erased …";
+      status.textContent = "The image is removed from every search; it is being erased …";
       const end = await follow(job, () => {}, () => {});
       status.textContent = end?.status === "done" ? "The image is erased everywhere."
-        : `The image is out of every search, and not yet erased: ${end?.detail || "the service goes on with it"}.`;
+        : `The image is removed from every search, but not yet erased: ${end?.detail || "the service continues"}.`;
     } catch (error) {
       asked.inert = false;
       if (error.name !== "AbortError") problem.replaceChildren(sayProblem(error, remove));
@@ -645,12 +645,11 @@ topK.max = defaults.topKLimit;
 
 async function showServed() {
   const response = await fetch("readyz").catch(() => null);
-  const found = await response?.json().catch(() => null);
-  if (!found) return;
-  const stays = found.problem ? ` · a newer gallery is not served: ${found.problem}` : "";
+  const served = await response?.json().catch(() => null);
+  if (!served) return;
   at("served").textContent = response.ok
-    ? `${found.images.toLocaleString()} images · model ${found.model} · gallery ${found.gallery}${stays}`
-    : `The service starts: ${found.detail}`;
+    ? `${served.images.toLocaleString()} images · model ${served.model} · gallery ${served.gallery}`
+    : `The service is starting: ${served.detail}`;
   if (!response.ok) setTimeout(showServed, 2000);
 }
 showServed();

@@ -27,11 +27,11 @@ def test_every_method_resolves_on_every_benchmark(benchmark: str, method: str):
     sections = load_recipe(f"{method}+{benchmark}")
     for stage, section in sections.items():
         from_mapping(STAGES[stage], section)
-    made = from_mapping(TrainConfig, sections["train"])
+    config = from_mapping(TrainConfig, sections["train"])
     # Methods lie side by side; one that says nothing of training takes the model of ceca.
-    assert made.name == (method if "train" in load_recipe(method) else "ceca")
+    assert config.name == (method if "train" in load_recipe(method) else "ceca")
     alone = from_mapping(TrainConfig, load_recipe(benchmark)["train"])
-    assert (made.model.backbone, made.epochs, made.global_batch) == (
+    assert (config.model.backbone, config.epochs, config.global_batch) == (
         alone.model.backbone,
         alone.epochs,
         alone.global_batch,

@@ -18,7 +18,7 @@ from ceca.losses import (
     triplet_alignment_loss,
 )
 
-# Four samples, the first and the third of one person. Rows are texts, columns images.
+# Four samples; the first and the third show one person. Rows are texts, columns are images.
 SIMILARITY = [
     [0.90, 0.20, 0.70, 0.10],
     [0.30, 0.80, 0.25, 0.60],
@@ -29,7 +29,7 @@ IDENTITIES = [7, 3, 7, 9]
 
 
 def row_by_hand(row: list[float], sample: int, temperature: float, margin: float) -> float:
-    """max(0, m − Σ α S + τ log Σ exp(S/τ)) of one row, term by term."""
+    """Compute max(0, m − Σ α S + τ log Σ exp(S/τ)) of one row, term by term."""
     positive = [s for s, identity in zip(row, IDENTITIES, strict=True) if identity == IDENTITIES[sample]]
     negative = [s for s, identity in zip(row, IDENTITIES, strict=True) if identity != IDENTITIES[sample]]
     total = sum(math.exp(s / temperature) for s in positive)
@@ -45,22 +45,22 @@ def test_triplet_alignment_is_the_sum_of_a_samples_row_and_column(temperature, m
         row_by_hand(SIMILARITY[i], i, temperature, margin) + row_by_hand(columns[i], i, temperature, margin)
         for i in range(4)
     ]
-    found = triplet_alignment_loss(
+    losses = triplet_alignment_loss(
         torch.tensor(SIMILARITY), torch.tensor(IDENTITIES), temperature=temperature, margin=margin
     )
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert losses.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_triplet_alignment_of_two_samples_in_numbers():
     # Row 0: one positive 0.9, one negative 0.2: 0.1 − 0.9 + 0.2 < 0 → 0. Row 1: 0.1 − 0.3 + 0.4 = 0.2.
     # Column 0: positive 0.9, negative 0.4 → 0. Column 1: positive 0.3, negative 0.2: 0.1 − 0.3 + 0.2 = 0.
     similarity = torch.tensor([[0.9, 0.2], [0.4, 0.3]])
-    found = triplet_alignment_loss(similarity, torch.tensor([1, 2]), temperature=0.015, margin=0.1)
-    assert found.tolist() == pytest.approx([0.0, 0.2], abs=1e-6)
+    losses = triplet_alignment_loss(similarity, torch.tensor([1, 2]), temperature=0.015, margin=0.1)
+    assert losses.tolist() == pytest.approx([0.0, 0.2], abs=1e-6)
 
 
 def test_no_gradient_passes_through_the_weights_of_the_positives():
-    # One text with two positive images a, b and a negative: d loss / d S_a is −α_a, were α a constant.
+    # One text, two positive images a and b, one negative: d loss / d S_a is −α_a if α is a constant.
     temperature = 0.5
     similarity = torch.tensor(SIMILARITY, requires_grad=True)
     identities = torch.tensor(IDENTITIES)
@@ -116,12 +116,12 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def cross_entropy_by_hand(rows: list, columns: list, scale: float) -> list[float]:
-    found = []
+    entropies = []
     for i, row in enumerate(rows):
         e = [math.exp(scale * cosine(row, column)) for column in columns]
         positive = sum(value for value, identity in zip(e, IDENTITIES, strict=True) if identity == IDENTITIES[i])
-        found.append(-math.log(positive / sum(e)))
-    return found
+        entropies.append(-math.log(positive / sum(e)))
+    return entropies
 
 
 @pytest.mark.parametrize(("scale", "gamma"), [(1.0, 1.0), (5.0, 1.0), (5.0, 0.5), (50.0, 1.0)])
@@ -131,14 +131,14 @@ def test_confidence_aware_weighting_by_hand(scale, gamma):
     raw = [(math.exp(-a) * math.exp(-b)) ** gamma for a, b in zip(st_, si, strict=True)]
     weights = [min(5.0, max(0.2, w / (sum(raw) / 4))) for w in raw]
     expected = [w * (a + b) + (1 - w) * 0.5 * (c + d) for w, a, b, c, d in zip(weights, st_, si, it, ti, strict=True)]
-    found, _ = confidence_aware_weighting_loss(
+    losses, _ = confidence_aware_weighting_loss(
         *(torch.tensor(features) for features in (SUMMARY, TEXT, IMAGE)),
         torch.tensor(IDENTITIES),
         scale=scale,
         gamma=gamma,
         weight_range=(0.2, 5.0),
     )
-    assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_equal_confidence_weighs_every_sample_one_and_carries_no_gradient():
@@ -187,13 +187,14 @@ def test_the_order_of_samples_never_matters(seed, order):
     )
 
 
-# --- of the methods to compare with -----------------------------------------------------------------------
+# --- baselines --------------------------------------------------------------------------------------------
 
 
 def test_infonce_is_the_cross_entropy_of_both_directions():
     similarity = torch.tensor([[0.5, 0.1, -0.2], [0.3, 0.2, 0.0], [0.1, 0.4, 0.6]])
-    logits, own = 50 * similarity, torch.arange(3)
-    expected = 0.5 * (F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, own, reduction="none"))
+    logits, positives = 50 * similarity, torch.arange(3)
+    rows, columns = (F.cross_entropy(side, positives, reduction="none") for side in (logits, logits.T))
+    expected = 0.5 * (rows + columns)
     torch.testing.assert_close(contrastive_loss(similarity, scale=50), expected)
 
 
@@ -201,8 +202,8 @@ def test_similarity_distribution_matching_by_hand():
     similarity = torch.tensor([[0.02, 0.0], [0.0, 0.02]])
     p = math.e / (math.e + 1)  # softmax of (1, 0)
     each = p * (math.log(p) - math.log(1 + 1e-8)) + (1 - p) * (math.log(1 - p) - math.log(1e-8))
-    found = similarity_distribution_matching(similarity, torch.tensor([0, 1]), scale=50)
-    torch.testing.assert_close(found, torch.full((2,), 2 * each), rtol=1e-5, atol=1e-5)
-    # One identity: every match counts half, and equal similarities are what is wanted.
+    losses = similarity_distribution_matching(similarity, torch.tensor([0, 1]), scale=50)
+    torch.testing.assert_close(losses, torch.full((2,), 2 * each), rtol=1e-5, atol=1e-5)
+    # One identity: every match counts half, and equal similarities have the smallest loss.
     flat = similarity_distribution_matching(torch.zeros(2, 2), torch.tensor([4, 4]), scale=50)
     torch.testing.assert_close(flat, torch.zeros(2), rtol=0, atol=1e-6)

@@ -30,12 +30,12 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def of(kind: str) -> list[str]:
-    return [rest for found, rest in instructions() if found == kind]
+    return [rest for name, rest in instructions() if name == kind]
 
 
 def position(kind: str, words: str) -> int:
-    (found,) = [at for at, (name, rest) in enumerate(instructions()) if name == kind and words in rest]
-    return found
+    (index,) = [at for at, (name, rest) in enumerate(instructions()) if name == kind and words in rest]
+    return index
 
 
 def settings() -> dict[str, str]:
@@ -83,16 +83,16 @@ def test_the_linter_would_find(before: str, after: str, rule: str) -> None:
 
 def test_the_base_is_the_project_s_python_by_an_exact_version() -> None:
     (base,) = of("FROM")
-    found = re.fullmatch(r"python:(3\.\d+)\.\d+-slim-bookworm(@sha256:[0-9a-f]{64})?", base)
-    assert found
-    assert PROJECT["project"]["requires-python"] == f"=={found[1]}.*"
-    assert str(tuple(map(int, found[1].split(".")))) in (REPOSITORY / "Makefile").read_text()
-    assert f"/python{found[1]}/" in settings()["PATH"]
+    version = re.fullmatch(r"python:(3\.\d+)\.\d+-slim-bookworm(@sha256:[0-9a-f]{64})?", base)
+    assert version
+    assert PROJECT["project"]["requires-python"] == f"=={version[1]}.*"
+    assert str(tuple(map(int, version[1].split(".")))) in (REPOSITORY / "Makefile").read_text()
+    assert f"/python{version[1]}/" in settings()["PATH"]
 
 
 def test_what_is_installed_is_installed_as_make_does() -> None:
     makefile = re.findall(r"\$\(BIN\)/pip install (.*)", (REPOSITORY / "Makefile").read_text())
-    image = [found for rest in of("RUN") for found in re.findall(r"pip install (.*?)(?: && |$)", rest)]
+    image = [words for rest in of("RUN") for words in re.findall(r"pip install (.*?)(?: && |$)", rest)]
     same = [words.replace("--no-cache-dir ", "").replace('"${LOCK}"', "$(LOCK)").split() for words in image]
     assert same == [words.split() for words in makefile]
 
@@ -105,14 +105,14 @@ def test_both_images_are_of_a_lock_that_is_there() -> None:
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_has_what_the_image_needs(lock: str) -> None:
-    found = locked(lock)
-    assert found["torch"].startswith("==="), "two signs would let pip take a local build such as +cpu"
-    assert "setuptools" in found, "the code is installed without build isolation"
-    assert "boto3" in found, "the head starts machines with it"
-    assert all(specifier.startswith("==") for specifier in found.values())
-    assert ("nvidia-cuda-nvcc" in found) == ("gpu" in lock)
+    versions = locked(lock)
+    assert versions["torch"].startswith("==="), "two signs would let pip take a local build such as +cpu"
+    assert "setuptools" in versions, "the code is installed without build isolation"
+    assert "boto3" in versions, "the head starts machines with it"
+    assert all(specifier.startswith("==") for specifier in versions.values())
+    assert ("nvidia-cuda-nvcc" in versions) == ("gpu" in lock)
     if "gpu" in lock:  # where PATH looks for it
-        assert found["nvidia-cuda-nvcc"].startswith("==13.")
+        assert versions["nvidia-cuda-nvcc"].startswith("==13.")
         assert "nvidia/cu13/bin" in settings()["PATH"]
 
 

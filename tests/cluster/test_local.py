@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from cluster import local
-from serve.proxy import ENVIRONMENT
+from cluster.processes import processes_of
+from serve.environment import ENVIRONMENT
 from tests.conftest import REPOSITORY
 
 NAME = "test"
@@ -34,6 +35,20 @@ def cluster() -> Iterator[local.Cluster]:
 def ceca_cluster(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs.cli", "cluster", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("module", ["cluster.local", "cluster.object_store"])
+def test_help_imports_neither_ray_nor_torch(module: str) -> None:
+    """Run the module in a process of its own and look at what it has imported when it exits."""
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['-m', '--help']\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__')\n"
+        "except SystemExit as exit: print('exit', exit.code, sorted({'ray', 'torch', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "usage:" in done.stdout
+    assert done.stdout.endswith("exit 0 []\n")
 
 
 def test_nodes_have_the_environment_that_serving_needs() -> None:
@@ -71,11 +86,11 @@ def test_prometheus_reads_what_the_nodes_measure(cluster: local.Cluster) -> None
     deadline = time.monotonic() + 60
     while True:
         with contextlib.suppress(httpx.TransportError, ValueError):  # until it listens and has begun
-            if found := httpx.get(query).json()["data"]["result"]:
+            if series := httpx.get(query).json()["data"]["result"]:
                 break
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    assert float(found[0]["value"][1]) > 0
+    assert float(series[0]["value"][1]) > 0
 
 
 def test_one_that_runs_is_not_started_again_and_a_taken_port_is_named(cluster: local.Cluster) -> None:
@@ -96,7 +111,7 @@ def test_one_that_runs_is_not_started_again_and_a_taken_port_is_named(cluster: l
 def test_down_leaves_no_process_and_no_folder() -> None:
     name = "short"
     cluster = local.up(name, dashboard_port=0)
-    assert len(local._processes(local.folder_of(name))) > 5
+    assert len(processes_of(local.folder_of(name))) > 5
     done = ceca_cluster("down", "--name", name)
     assert "processes ended" in done.stdout
     assert not any(

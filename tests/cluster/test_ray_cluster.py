@@ -29,7 +29,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-from serve.proxy import ENVIRONMENT
+from serve.environment import ENVIRONMENT
 from tests.conftest import REPOSITORY
 
 FILE = REPOSITORY / "ray_cluster.yaml"
@@ -46,7 +46,7 @@ def content() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def prepared() -> dict[str, Any]:
-    """The file as `ray up` reads it: with Ray's defaults, and found to be in order."""
+    """The file as `ray up` reads it, with Ray's defaults, after Ray's own check."""
     config = prepare_config(content())
     validate_config(config)
     return config
@@ -54,7 +54,7 @@ def prepared() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A home folder with a token, where Ray keeps the ssh key that it makes, and keys of no account."""
+    """A home folder with a token, in which Ray keeps its new ssh key, and access keys of no account."""
     folder = tmp_path_factory.mktemp("home")
     (folder / ".config" / "ceca").mkdir(parents=True)
     (folder / ".config" / "ceca" / "auth_token").write_text("token")
@@ -64,7 +64,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(name, "simulated")
         for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
             patch.delenv(name, raising=False)
-        # Ray reads the whole list of EC2's machine types, which takes the simulation seconds: once is enough.
+        # Ray lists all of EC2's machine types, which takes seconds in the simulation, so it is done once.
         patch.setattr(node_provider, "list_ec2_instances", functools.cache(node_provider.list_ec2_instances))
         yield
 
@@ -98,8 +98,8 @@ def launch(config: dict[str, Any], node_type: str) -> dict[str, Any]:
     kind = NODE_KIND_HEAD if node_type == config["head_node_type"] else NODE_KIND_WORKER
     tags = {TAG_RAY_NODE_KIND: kind, TAG_RAY_LAUNCH_CONFIG: "any", "ray-user-node-type": node_type}
     created = provider.create_node(config["available_node_types"][node_type]["node_config"], tags, 1)
-    found = boto3.client("ec2", config["provider"]["region"]).describe_instances(InstanceIds=list(created))
-    return found["Reservations"][0]["Instances"][0]
+    described = boto3.client("ec2", config["provider"]["region"]).describe_instances(InstanceIds=list(created))
+    return described["Reservations"][0]["Instances"][0]
 
 
 # --- the file itself --------------------------------------------------------------------------------------
@@ -131,8 +131,8 @@ def test_a_field_that_ray_does_not_know_is_refused(where: tuple[str, ...], name:
 
 def test_nothing_secret_is_in_the_file() -> None:
     text = FILE.read_text()
-    found = re.findall(r"A[KS]IA[0-9A-Z]{16}|PRIVATE KEY|(?i:secret_access_key|aws_credentials|password)", text)
-    assert not found
+    matches = re.findall(r"A[KS]IA[0-9A-Z]{16}|PRIVATE KEY|(?i:secret_access_key|aws_credentials|password)", text)
+    assert not matches
     assert not re.findall(r"[0-9a-f]{32,}|[A-Za-z0-9+/]{40}", text.replace("/", " "))
     assert "RAY_AUTH_TOKEN=" not in text, "the token comes from a file"
 
@@ -200,20 +200,20 @@ def test_threads_are_ray_s_to_count(prepared: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("node_type", TYPES)
 def test_the_machine_that_is_asked_for(cluster: dict[str, Any], node_type: str) -> None:
-    found = launch(cluster, node_type)
+    machine = launch(cluster, node_type)
     wanted = content()["available_node_types"][node_type]["node_config"]
-    assert found["InstanceType"] == wanted["InstanceType"]
-    assert found["ImageId"] == wanted["ImageId"]
-    assert (found.get("InstanceLifecycle") == "spot") == (node_type in SPOT)
+    assert machine["InstanceType"] == wanted["InstanceType"]
+    assert machine["ImageId"] == wanted["ImageId"]
+    assert (machine.get("InstanceLifecycle") == "spot") == (node_type in SPOT)
     profile = "ceca-head" if node_type == "head" else "ceca-worker"
-    assert found["IamInstanceProfile"]["Arn"].endswith(f":instance-profile/{profile}")
-    assert found["MetadataOptions"]["HttpTokens"] == "required"
-    assert found["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
-    tags = {tag["Key"]: tag["Value"] for tag in found["Tags"]}
+    assert machine["IamInstanceProfile"]["Arn"].endswith(f":instance-profile/{profile}")
+    assert machine["MetadataOptions"]["HttpTokens"] == "required"
+    assert machine["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
+    tags = {tag["Key"]: tag["Value"] for tag in machine["Tags"]}
     assert tags["ray-cluster-name"] == "ceca"
     assert tags["ray-user-node-type"] == node_type
     ec2 = boto3.client("ec2", cluster["provider"]["region"])
-    (device,) = found["BlockDeviceMappings"]
+    (device,) = machine["BlockDeviceMappings"]
     (volume,) = ec2.describe_volumes(VolumeIds=[device["Ebs"]["VolumeId"]])["Volumes"]
     assert device["DeviceName"] == "/dev/sda1"  # the root of Ubuntu's images
     assert volume["Encrypted"]
@@ -254,15 +254,15 @@ def test_a_group_made_before_with_ssh_from_one_address_stays_as_it_is(account: N
 
 
 def test_declared_resources_are_those_of_the_machines(cluster: dict[str, Any]) -> None:
-    """What the file declares goes before what AWS publishes, so a wrong number would be believed."""
+    """Ray uses the file's numbers and not AWS's, so a wrong number would not be noticed."""
     undeclared = content()
     for node_type in undeclared["available_node_types"].values():
         node_type["resources"] = {}
     published = AWSNodeProvider.fillout_available_node_types_resources(prepare_config(undeclared))
     for name in WORKERS:
         declared = content()["available_node_types"][name]["resources"]
-        found = published["available_node_types"][name]["resources"]
-        assert declared == {key: found[key] for key in ("CPU", "GPU") if key in found}
+        resources = published["available_node_types"][name]["resources"]
+        assert declared == {key: resources[key] for key in ("CPU", "GPU") if key in resources}
     assert cluster["available_node_types"]["head"]["resources"] == {"CPU": 0}
 
 
@@ -270,8 +270,8 @@ def test_shared_memory_holds_ray_s_object_store(cluster: dict[str, Any], prepare
     ec2 = boto3.client("ec2", cluster["provider"]["region"])
     for name in TYPES:
         machine = prepared["available_node_types"][name]["node_config"]["InstanceType"]
-        (found,) = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
-        memory = found["MemoryInfo"]["SizeInMiB"] / 1024
+        (published,) = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
+        memory = published["MemoryInfo"]["SizeInMiB"] / 1024
         (size,) = [option for option in container(prepared, name)[1] if option.startswith("--shm-size=")]
         assert OBJECT_STORE * memory < int(size.removeprefix("--shm-size=").removesuffix("g")) <= memory / 2
 
@@ -309,10 +309,10 @@ def test_the_guide_s_quotas_are_enough(cluster: dict[str, Any]) -> None:
     needed: Counter[str] = Counter()
     for name, node_type in cluster["available_node_types"].items():
         machine = node_type["node_config"]["InstanceType"]
-        (found,) = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
-        family = "G and VT" if "GpuInfo" in found else "Standard"
+        (published,) = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
+        family = "G and VT" if "GpuInfo" in published else "Standard"
         quota = f"All {family} Spot Instance Requests" if name in SPOT else f"Running On-Demand {family} instances"
-        needed[quota] += found["VCpuInfo"]["DefaultVCpus"] * max(1, node_type["max_workers"])
+        needed[quota] += published["VCpuInfo"]["DefaultVCpus"] * max(1, node_type["max_workers"])
     rows = re.findall(r"^\| ((?:All|Running) [^|]*) \| .* \| (\d+) \|$", GUIDE.read_text(), re.MULTILINE)
     assert {quota: int(number) for quota, number in rows} == needed
 
@@ -323,7 +323,7 @@ Bundles = list[dict[str, float]]
 
 
 def launched(config: dict[str, Any], bundles: Bundles, *, together: bool) -> dict[str, int]:
-    """Types and numbers that Ray's autoscaler starts for these requests on an empty cluster."""
+    """Number of machines by type that Ray's autoscaler starts for these requests on an empty cluster."""
     types = AutoscalingConfig(config, skip_content_hash=True).get_node_type_configs()
     requests = [ResourceRequestUtil.make(bundle) for bundle in bundles]
     demand: dict[str, Any] = {"resource_requests": ResourceRequestUtil.group_by_count(requests)}
@@ -348,7 +348,7 @@ ENGINE, ALONE = {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}
         pytest.param([ALONE] * 40, False, {"cpu": 3}, id="ingest"),
         pytest.param([ENGINE], False, {"dialogue": 1}, id="dialogue"),
         pytest.param([ENGINE] * 2, False, {"dialogue": 2}, id="dialogue --replicas 2"),
-        # Ray has no way to know what four GPUs in one machine are for, and fills the largest first.
+        # Ray does not know that the machine with four GPUs is for training, and fills the largest first.
         pytest.param([ENGINE] * 8, False, {"train": 1, "dialogue": 4}, id="eight engines that wait at the same time"),
         pytest.param([ENGINE] * 4, True, {"train": 1}, id="train --workers 4"),
         pytest.param([{"CPU": 9, "GPU": 1}], True, {"train": 1}, id="train --workers 1 --cpus-per-worker 9"),

@@ -24,6 +24,7 @@ from ceca.errors import UserError
 from ceca.settings import to_mapping
 from jobs.dialogue import dialogue
 from jobs.dialogues.worker import DialogueWorker
+from jobs.runtime.records import to_json
 from tests.endpoint import ChatServer, completion, digest_of
 
 IMAGES = 24
@@ -152,7 +153,7 @@ def make_worker(data: Path, config: DialogueConfig, canaries: int = 0, **known: 
     """A worker on a dataset, and all its images as one unit of work."""
     store = Store(str(data))
     images = store.current("images")
-    work = [[row.part, row.row, row.image_id] for row in list_images(store, images)]
+    work = to_json(list_images(store, images))
     options = {"vocabulary": None, "choices": None, **known}
     return DialogueWorker(store.uri, images, to_mapping(config), canaries=work[:canaries], **options), work
 

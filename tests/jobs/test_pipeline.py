@@ -21,13 +21,14 @@ from ceca.config import TrainConfig
 from ceca.data.store import Receipt, Store
 from ceca.data.tables import list_images
 from ceca.errors import UserError
+from ceca.evaluation.evaluation import Embedded
 from ceca.model.registry import find_model
 from ceca.model.weights import load_model
 from ceca.search.edition import find_edition
 from ceca.search.gallery import open_gallery
 from ceca.search.searcher import Searcher
-from jobs import evaluate
-from jobs.index import SMALL_PARTS, reuse
+from jobs.evaluations import ranking
+from jobs.index import SMALL_PARTS, CopiedRows, reuse
 from jobs.remove import remove
 from jobs.reports.figures import report_attributes, report_omega, report_ranked, report_significance
 from jobs.reports.page import report_page
@@ -118,17 +119,17 @@ def test_fp16_is_refused_where_gpus_are_only_declared(tmp_path, monkeypatch):
 def test_queries_ranked_by_tasks_of_the_cluster_are_ranked_as_in_one_process(ray_cluster, monkeypatch):
     source = np.random.default_rng(0)
 
-    def embedded(rows: int) -> evaluate.Embedded:
+    def embedded(rows: int) -> Embedded:
         pair = tuple(torch.from_numpy(source.integers(-3, 4, (rows, 4)).astype(np.float32)) for _ in range(2))
-        return evaluate.Embedded(pair, source.integers(0, 9, rows))
+        return Embedded(pair, source.integers(0, 9, rows))
 
     texts, images = embedded(50), embedded(40)
-    alone = evaluate.rank(texts, images, [0.0, 0.5])
+    alone = ranking.rank(texts, images, [0.0, 0.5])
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.nodes.address)
-    monkeypatch.setattr(evaluate, "ALONE", 0)
-    monkeypatch.setattr(evaluate, "TASK_ROWS", 7)
+    monkeypatch.setattr(ranking, "ALONE", 0)
+    monkeypatch.setattr(ranking, "TASK_ROWS", 7)
     try:
-        together = evaluate.rank(texts, images, [0.0, 0.5])
+        together = ranking.rank(texts, images, [0.0, 0.5])
     finally:
         ray.shutdown()
     for omega, figures in alone.items():
@@ -305,7 +306,7 @@ def test_many_small_parts_become_one_and_a_gallery_of_another_model_is_not_added
     reused = reuse(on_disk, earlier, model, rows, dict(earlier.made_from), images_per_part=1000)
     assert len(earlier.parts) > SMALL_PARTS
     assert reused.parts == []
-    assert reused.copies == [[[number, [0]] for number in range(len(earlier.parts))]]
+    assert reused.copies == [[CopiedRows(number, [0]) for number in range(len(earlier.parts))]]
     other = dataclasses.replace(earlier, made_from={**earlier.made_from, "model": "another"})
     with pytest.raises(UserError, match="made by model another"):
         reuse(on_disk, other, model, rows, dict(earlier.made_from), images_per_part=1000)

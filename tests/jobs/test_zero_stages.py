@@ -24,7 +24,7 @@ from ceca.model.irra import WordTask
 from ceca.training.augment import draw, generator, hide_words
 from ceca.training.engine import deepspeed_config, import_deepspeed, whole_model
 from ceca.training.step import loss_terms, scaled_loss
-from ceca.training.workers import gather_features, gather_identities, share
+from ceca.training.workers import batch_slice, gather_features, gather_identities
 
 BATCH, STEPS, RATE = 8, 2, 0.05
 STAGES = (0, 1, 2, 3)
@@ -90,7 +90,7 @@ def inputs(method: str, step: int, rows: slice) -> tuple[Any, ...]:
 
 def compute(call: Any, method: str, step: int, rank: int, size: int) -> dict[str, torch.Tensor]:
     """The loss terms of a step; `call` is the model, or the engine around it."""
-    rows = share(rank, size, BATCH)
+    rows = batch_slice(rank, size, BATCH)
     dtype = next(call.parameters()).dtype
     images, *others = inputs(method, step, rows)
     features = gather_features(call(images.to(dtype), *others), BATCH)
@@ -100,8 +100,7 @@ def compute(call: Any, method: str, step: int, rank: int, size: int) -> dict[str
 def take_steps(method: str, precision: str, stage: int, micro_batch: int | None) -> dict[str, torch.Tensor]:
     """Losses and gradients of the first step, parameters and statistics after the last, of plain gradient descent."""
     deepspeed = import_deepspeed()
-    from deepspeed.utils import safe_get_full_grad
-
+    safe_get_full_grad = import_deepspeed("deepspeed.utils").safe_get_full_grad
     rank, size = dist.get_rank(), dist.get_world_size()
     model_config, losses = METHODS[method]
     config = TrainConfig(

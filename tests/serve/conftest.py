@@ -25,7 +25,7 @@ from ceca.search.searcher import Searcher
 from ceca.settings import to_mapping
 from cluster.object_store import free_port
 from serve.app import QUIET, application
-from serve.proxy import ENVIRONMENT
+from serve.environment import ENVIRONMENT
 from tests.endpoint import ChatServer, completion
 from tests.serve.dataset import publish_gallery, publish_people, publish_tiny
 

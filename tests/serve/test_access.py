@@ -48,11 +48,11 @@ DIGEST = "ab" * 32
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("keys: []", "there must be one"),
+        ("keys: []", "expected at least one key"),
         ("[]", "cannot read keys"),
         ("keys: [{name: a, sha256: secret, scopes: [search]}]", "sha256"),
         (f"keys: [{{name: a, sha256: {DIGEST}, scopes: [everything]}}]", "scopes"),
-        ("keys:\n" + 2 * f"- {{name: a, sha256: {DIGEST}, scopes: [search]}}\n", "a name of its own"),
+        ("keys:\n" + 2 * f"- {{name: a, sha256: {DIGEST}, scopes: [search]}}\n", "each with a different name"),
     ],
 )
 def test_a_file_that_is_not_right_is_refused_without_saying_a_key(tmp_path: Path, content: str, says: str):

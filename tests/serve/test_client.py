@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def test_an_explanation(client: Client) -> None:
 
 
 def test_what_is_served(client: Client, running: Running) -> None:
-    assert client.ready() == Ready(f"tiny@{running.searcher.edition.digest}", "gallery-1", 16)
+    assert client.ready() == Ready(model=f"tiny@{running.searcher.edition.digest}", gallery="gallery-1", images=16)
     assert client.facets()["camera"] == ["c0", "c1", "c2"]
 
 
@@ -264,6 +265,21 @@ def test_asking_again_ends_with_the_time() -> None:
     with Client(server.url, timeout_s=0.5) as client, pytest.raises(ClientError, match="is the service running there"):
         client.facets()  # nobody listens
     assert time.monotonic() - began < 4
+
+
+def test_json_of_another_service_is_said_to_be_no_answer() -> None:
+    says = r"gave JSON that is no Job \(status: .*'waiting', 'done' or 'failed'"
+    server = Moody((200, {}, {"job": "add-1", "status": "melted"}))
+    with server, Client(server.url) as client, pytest.raises(ClientError, match=says):
+        client.job("add-1")
+
+
+def test_the_client_needs_neither_ray_nor_fastapi_nor_the_service() -> None:
+    code = "import sys; from serve.client import Client; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"serve.client", "serve.schema"} <= loaded
+    assert not {"ray", "fastapi", "starlette", "torch", "pyarrow", "serve.app", "serve.api"} & loaded
 
 
 def test_what_will_not_get_better_is_not_asked_again() -> None:

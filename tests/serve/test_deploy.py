@@ -28,7 +28,7 @@ from ceca.settings import from_mapping
 from cluster.object_store import free_port
 from serve.app import build
 from serve.client import Client
-from serve.proxy import ENVIRONMENT
+from serve.environment import ENVIRONMENT
 from tests.serve.conftest import COUNT, ROOT
 from tests.serve.dataset import QUERY
 
@@ -40,7 +40,6 @@ def test_ray_and_build_accept_the_file(people: Store, tmp_path: Path, capsys: py
     (application,) = found.applications
     assert (application.name, application.route_prefix) == ("ceca-search", "/")
     assert application.import_path == f"{build.__module__}:{build.__name__}"
-    assert all(f"{name}={value}" in FILE.read_text() for name, value in ENVIRONMENT.items())
     config = from_mapping(ServeConfig, {key: value for key, value in application.args.items() if key != "data"})
     assert config.keys
     keys = tmp_path / "keys.yaml"

@@ -15,6 +15,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,9 +36,11 @@ from ceca.data import schema as tables
 from ceca.data.store import Store
 from ceca.settings import to_mapping
 from serve.access import Gate, Key
-from serve.api import HEADERS_LIMIT, make_api
-from serve.app import GallerySearch, QueryEncoder
+from serve.admission import HEADERS_LIMIT
+from serve.api import make_api
+from serve.encoder import QueryEncoder
 from serve.ingress import Ingress
+from serve.searcher import GallerySearch
 from tests.serve.conftest import COUNT, TEXT_LIMIT, TOP_K_LIMIT, Changing, Running
 from tests.serve.dataset import draw_person, publish_gallery, publish_people, publish_tiny
 from tests.serve.test_search import bomb
@@ -55,23 +58,40 @@ for kind in ("jpeg", "png", "webp", "bmp"):
 # --- from the description ---------------------------------------------------------------------------------
 
 
-class InProcess(Ingress.func_or_class.__mro__[1]):  # type: ignore[misc]  # the class below what Ray makes of it
+class Handle:
+    """What Ray gives for a deployment, over an object of this process."""
+
+    def __init__(self, replica: Any):
+        self.replica = replica
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.replica, method))
+
+    def broadcast(self, method: str, *arguments: Any) -> Any:
+        async def results(**_: Any) -> list[Any]:
+            return []  # the object loads an edition when it is first asked for it
+
+        return SimpleNamespace(results_async=results)
+
+
+class NoIntake:
+    """Does nothing about what is added or removed."""
+
+    async def wake(self) -> None: ...
+
+    async def status(self) -> str:
+        return ""
+
+
+class InProcess(Ingress):
     """The ingress with the others as plain objects instead of Ray actors."""
 
     def __init__(self, store: Store, config: ServeConfig, keys: tuple[Key, ...]):
-        encoder = QueryEncoder.func_or_class(store.uri, config)
-        share = GallerySearch.func_or_class(store.uri, config, 0)
-        super().__init__(store.uri, config, keys, encoder, [share], None)
-        self.ready = True
+        encoder, shard = QueryEncoder(store.uri, config), GallerySearch(store.uri, config, 0)
+        super().__init__(store.uri, config, keys, Handle(encoder), [Handle(shard)], Handle(NoIntake()))
+        self.following.ready = True
 
     async def keep_following(self) -> None: ...
-
-    async def _prepare(self, edition: Any) -> None: ...
-
-    async def _ask(self, handle: Any, method: str, *arguments: Any) -> Any:
-        if handle is None:  # the intake
-            return ""
-        return await getattr(handle, method)(*arguments)
 
 
 @pytest.fixture(scope="module", params=["open", "closed"])

@@ -31,6 +31,23 @@ def start(data: str, *options: str, **variables: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.parametrize("module", ["serve", "serve.access"])
+def test_help_imports_neither_ray_nor_torch(module: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{module}', '--help']\n"
+        f"try: runpy.run_module('{module}', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m {module}")
+    loaded = set(done.stderr.split())
+    assert "tyro" in loaded
+    assert not {"ray", "torch", "pyarrow", "fastapi"} & loaded
+
+
 def test_no_gallery_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     process = start(str(tmp_path))
     out, error = process.communicate(timeout=60)

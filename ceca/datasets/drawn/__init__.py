@@ -1,12 +1,12 @@
-"""Drawn pedestrians: a synthetic person-retrieval benchmark whose every attribute is known.
+"""Drawn pedestrians: a synthetic person-retrieval benchmark with known attributes.
 
-It stands in for the licensed benchmarks in demonstrations and tests: drawn people in drawn scenes, with
+Demonstrations and tests use it in place of the licensed benchmarks. It consists of drawn people in drawn scenes with
 captions, in the published layout of CUHK-PEDES, ICFG-PEDES or RSTPReid.
 """
 
-from .attributes import VOCABULARY, Attributes
-from .captions import describe
-from .generate import DrawnStatistics, draw_dataset
-from .sheet import contact_sheet
+from ceca.datasets.drawn.attributes import VOCABULARY, Attributes
+from ceca.datasets.drawn.captions import describe
+from ceca.datasets.drawn.generate import DrawnStatistics, draw_dataset
+from ceca.datasets.drawn.sheet import contact_sheet
 
 __all__ = ["VOCABULARY", "Attributes", "DrawnStatistics", "contact_sheet", "describe", "draw_dataset"]

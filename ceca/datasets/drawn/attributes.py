@@ -1,4 +1,4 @@
-"""What a drawn person looks like: the declared vocabularies, and how coherent people are drawn from them."""
+"""Attributes of a drawn person: the vocabularies, and sampling of coherent people from them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import cache
 
 import numpy as np
 
-NONE = "none"  # the value of an attribute of a thing the person does not have
+NONE = "none"  # attribute value for a thing that the person does not have
 
 COLOURS = (
     "black", "white", "grey", "red", "orange", "yellow", "green", "blue", "navy", "purple", "pink", "brown",
 )  # fmt: skip
 
-# Every attribute and all its values. What goes with what is said by `choices`.
+# All attributes and their values. `choices` defines which values go together.
 VOCABULARY: dict[str, tuple[str, ...]] = {
     "gender": ("man", "woman"),
     "hair_length": ("bald", "short", "shoulder-length", "long"),
@@ -55,7 +55,7 @@ LOWER_PATTERNS = {
 }
 JEANS_COLOURS = ("blue", "navy", "black", "grey", "white")
 
-# How often a value is worn where values are not equally likely; a value that is not named weighs 1.
+# Relative frequency of values. A value that is not listed has weight 1.
 WEIGHTS: dict[str, dict[str, float]] = {
     "hair_length": {"bald": 0.3, "short": 1.5},
     "hair_colour": {"black": 2.5, "brown": 2, "ginger": 0.6},
@@ -73,10 +73,13 @@ WEIGHTS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """The visible attributes of one person; every value comes from `VOCABULARY`.
+    """Visible attributes of one person, with values from `VOCABULARY`.
 
-    The colour (and pattern) of a thing that the person does not have is "none"; under a dress the three
-    attributes of the lower garment are "none".
+    If the person does not have a thing, its colour and pattern are "none". With a dress, the three attributes of the
+    lower garment are "none".
+
+    Raises:
+        ValueError: a value is not in the vocabulary or does not go with the other values.
     """
 
     gender: str
@@ -96,7 +99,6 @@ class Attributes:
     carried_colour: str
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a value is outside the vocabulary or does not go with the others."""
         values = asdict(self)
         for name, value in values.items():
             if value not in choices(name, values):
@@ -105,14 +107,14 @@ class Attributes:
 
 NAMES: tuple[str, ...] = tuple(field.name for field in fields(Attributes))
 
-# An attribute that says more about a thing -> the attribute that says whether the thing is there.
+# Attribute that describes a thing → attribute that says whether the person has the thing.
 THING_OF = {
     "hair_colour": "hair_length", "hat_colour": "hat", "carried_colour": "carried",
     "lower_colour": "lower_kind", "lower_pattern": "lower_kind",
 }  # fmt: skip
 ABSENT = {NONE, "bald"}
 
-# Attributes whose choices depend on each other (and on the gender), in the order of drawing.
+# Groups of attributes that depend on each other and on the gender, in the order of sampling.
 GROUPS = (
     ("hair_length", "hair_colour"),
     ("hat", "hat_colour"),
@@ -123,14 +125,14 @@ GROUPS = (
 
 
 def choices(name: str, person: Mapping[str, str]) -> tuple[str, ...]:
-    """Values that attribute `name` may take, given the attributes in `person` that come before it.
+    """Return the possible values of an attribute, given the earlier attributes of the person.
 
     Args:
-        name: an attribute of `VOCABULARY`.
-        person: values of the gender and of the attributes that stand before `name` in its group.
+        name: attribute of `VOCABULARY`.
+        person: values of the gender and of the attributes before `name` in its group.
 
     Returns:
-        The values, in the vocabulary's order; never empty.
+        At least one value, in the order of the vocabulary.
     """
     man = person.get("gender") == "man"
     if name in THING_OF and person[THING_OF[name]] in ABSENT:
@@ -145,7 +147,7 @@ def choices(name: str, person: Mapping[str, str]) -> tuple[str, ...]:
         return (NONE,)
     unusual: set[str] = set()
     if name == "lower_kind" and person["upper_kind"] == "long coat":
-        unusual = {"shorts", "skirt"}  # would not be seen under it
+        unusual = {"shorts", "skirt"}  # a long coat hides them
     if name in THING_OF or name == "lower_kind":
         unusual = unusual | {NONE}
     if man:
@@ -158,14 +160,14 @@ def choices(name: str, person: Mapping[str, str]) -> tuple[str, ...]:
 def _choose(name: str, person: Mapping[str, str], rng: np.random.Generator) -> str:
     values = choices(name, person)
     weights = np.array([WEIGHTS.get(name, {}).get(value, 1.0) for value in values])
-    if name == "hair_length":  # men mostly wear it short
+    if name == "hair_length":  # most men have short hair
         usual = {"man": {"short": 6.0, "long": 0.4}, "woman": {"long": 2.5, "shoulder-length": 1.5}}
         weights = weights * [usual[person["gender"]].get(value, 1.0) for value in values]
     return values[int(rng.choice(len(values), p=weights / weights.sum()))]
 
 
 def sample_person(rng: np.random.Generator) -> Attributes:
-    """Draw one coherent person."""
+    """Sample one coherent person."""
     person = {"gender": VOCABULARY["gender"][int(rng.integers(2))]}
     for group in GROUPS:
         for name in group:
@@ -174,24 +176,29 @@ def sample_person(rng: np.random.Generator) -> Attributes:
 
 
 def similar_person(rng: np.random.Generator, other: Attributes, changes: int) -> Attributes:
-    """Draw a look-alike: the same gender as `other`, and exactly `changes` visible differences.
+    """Sample a look-alike of another person.
+
+    Args:
+        rng: source of random choices.
+        other: the other person; the look-alike has the same gender.
+        changes: exact number of visible differences, 1 to 6.
 
     Raises:
         ValueError: `changes` is below 1 or above 6.
     """
     if not 1 <= changes <= 6:
-        raise ValueError(f"a look-alike differs in 1 to 6 attributes, not {changes}")
+        raise ValueError(f"a look-alike must differ in 1 to 6 attributes, not {changes}")
     names = [name for name in NAMES if name != "gender"]
     while True:
         person = other
         for index in rng.choice(len(names), size=changes, replace=False):
-            person = _changed(person, names[int(index)], rng)
+            person = _change(person, names[int(index)], rng)
         if len(differences(person, other)) == changes:
             return person
 
 
-def _changed(person: Attributes, name: str, rng: np.random.Generator) -> Attributes:
-    """`person` with another value of `name`; what hangs on it is drawn anew only where it must be."""
+def _change(person: Attributes, name: str, rng: np.random.Generator) -> Attributes:
+    """Give an attribute another value. Dependent attributes are sampled again only if their value became impossible."""
     values = asdict(person)
     others = [value for value in choices(name, values) if value != values[name]]
     if not others:
@@ -205,9 +212,9 @@ def _changed(person: Attributes, name: str, rng: np.random.Generator) -> Attribu
 
 
 def differences(one: Attributes, other: Attributes) -> tuple[str, ...]:
-    """Names of the attributes in which two people visibly differ.
+    """Return the names of the attributes in which two people visibly differ.
 
-    Where only one of them has a thing (a hat, say), its colour is not counted as a further difference.
+    If only one of them has a thing (such as a hat), its colour is not counted as a second difference.
     """
     names = []
     for name in NAMES:
@@ -220,13 +227,13 @@ def differences(one: Attributes, other: Attributes) -> tuple[str, ...]:
 
 @cache
 def distinct_people() -> int:
-    """Number of different people that the vocabularies allow."""
+    """Count the different people that the vocabularies allow."""
 
     def count(names: tuple[str, ...], person: dict[str, str]) -> int:
         values = choices(names[0], person)
         if len(names) == 1:
             return len(values)
-        if names[1:] == ("upper_colour",):  # hangs on nothing: no need to walk through it
+        if names[1:] == ("upper_colour",):  # no other attribute depends on it, so multiplying is enough
             return len(values) * len(COLOURS)
         return sum(count(names[1:], {**person, names[0]: value}) for value in values)
 

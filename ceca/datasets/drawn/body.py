@@ -1,4 +1,4 @@
-"""The body under the clothes: proportions, views and the joints of a walking pose."""
+"""Body under the clothes: proportions, views and joints of a walking pose."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from math import cos, radians, sin
 
 import numpy as np
 
-from .canvas import Canvas, Point, Points, between, limb
-from .paint import RGB, SKIN_TONES, Paint
+from ceca.datasets.drawn.canvas import Canvas, Point, Points, between, limb
+from ceca.datasets.drawn.paint import RGB, SKIN_TONES, Paint
 
-VIEWS = ("front", "back", "left", "right")  # the side of the person that the camera sees
+VIEWS = ("front", "back", "left", "right")  # side of the person that faces the camera
 
-# Half width of the torso from the front at rows of the figure: (row, half width).
+# Half width of the torso, seen from the front: (row, half width) in figure units.
 _FRONT = {
     "man": ((15.4, 2.8), (16.6, 6.0), (18.8, 9.8), (24, 9.8), (31, 9.3), (39, 8.5), (47, 8.6), (51, 8.8)),
     "woman": ((15.6, 2.5), (17, 5.2), (19.2, 8.2), (24.5, 8.3), (31, 7.4), (38, 6.5), (46, 8.5), (51, 8.9)),
 }
-# Back and front of the torso from the side, facing right: (row, back, front).
+# Outline of the torso, seen from the side and facing right: (row, back, front) in figure units.
 _SIDE = {
     "man": (
         (15.4, -2.6, 2.2), (19.4, -4.8, 3.4), (25, -5.4, 5.0), (32, -4.8, 5.2),
@@ -32,7 +32,7 @@ _SIDE = {
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What one person keeps in every image: skin tone and build (1 = average width)."""
+    """Body of one person, the same in every image: skin tone and build (1 = average width)."""
 
     skin: RGB
     build: float
@@ -40,20 +40,20 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """How the person is caught in one image: the view, and the stride in [-1, 1] (0 = standing)."""
+    """Pose of the person in one image: view, and stride in [-1, 1] (0 = standing)."""
 
     view: str
     stride: float
 
     @property
     def profile(self) -> bool:
-        """Whether the person is seen from the side."""
+        """True if the person is seen from the side."""
         return self.view in ("left", "right")
 
 
 @dataclass(frozen=True, slots=True)
 class Joints:
-    """Arms (shoulder, elbow, wrist) and legs (hip, knee, ankle), figure units; the near hand carries."""
+    """Arms (shoulder, elbow, wrist) and legs (hip, knee, ankle) in figure units. The near hand carries things."""
 
     near_arm: tuple[Point, Point, Point]
     far_arm: tuple[Point, Point, Point]
@@ -62,26 +62,26 @@ class Joints:
 
 
 def sample_body(rng: np.random.Generator) -> Body:
-    """Draw the body of one person."""
+    """Sample the body of one person."""
     return Body(SKIN_TONES[int(rng.integers(len(SKIN_TONES)))], float(rng.uniform(0.92, 1.13)))
 
 
 def sample_pose(rng: np.random.Generator, view: str) -> Pose:
-    """Draw a pose for one of `VIEWS`: mostly walking, sometimes standing."""
+    """Sample a pose in one of `VIEWS`: mostly walking, sometimes standing."""
     stride = rng.uniform(0.35, 1.0) if rng.random() < 0.8 else rng.uniform(0, 0.2)
     return Pose(view, float(stride * rng.choice((-1, 1))))
 
 
 def torso(gender: str, build: float, profile: bool, hem: float, ease: float, flare: float) -> list[Point]:
-    """Outline of a garment on the torso, from the neck down to the row `hem`.
+    """Return the outline of a garment on the torso, from the neck down to the hem.
 
     Args:
         gender: "man" or "woman".
         build: width relative to the average.
         profile: seen from the side, facing right.
         hem: last row of the garment.
-        ease: units by which the cloth stands off the body.
-        flare: units by which each side widens per unit below the hips.
+        ease: distance of the cloth from the body in figure units.
+        flare: widening of each side per unit below the hips.
     """
     table = np.array(_SIDE[gender] if profile else [(y, -w, w) for y, w in _FRONT[gender]])
     rows = np.linspace(table[0, 0], hem, 24)
@@ -95,7 +95,7 @@ def torso(gender: str, build: float, profile: bool, hem: float, ease: float, fla
 
 
 def joints(pose: Pose, gender: str, build: float) -> Joints:
-    """Joints of the pose."""
+    """Return the joints of a pose, for a gender ("man" or "woman") and a build (1 = average width)."""
     if pose.profile:
         return Joints(
             near_arm=_swinging_arm(-0.4, 20.5, -pose.stride * 24 + 2),
@@ -128,24 +128,24 @@ def _swinging_arm(x: float, y: float, degrees: float) -> tuple[Point, Point, Poi
 
 
 def _striding_leg(x: float, stride: float) -> tuple[Point, Point, Point]:
-    """A leg seen from the side: straight in front, bent at the knee behind."""
+    """Return the joints of a leg seen from the side: a front leg is straight, a back leg is bent at the knee."""
     thigh = radians(stride * 19)
     shin = thigh if stride > 0 else radians(stride * 19 + stride * 15)
     knee = (x + 24 * sin(thigh), 48 + 25 * cos(thigh))
     ankle = (knee[0] + 21.5 * sin(shin), knee[1] + 22 * cos(shin))
-    drop = 95 - ankle[1] if stride >= 0 else 0.0  # the front foot stands on the ground
+    drop = 95 - ankle[1] if stride >= 0 else 0.0  # the front foot is on the ground
     return (x, 48.0), (knee[0], knee[1] + drop / 2), (ankle[0], ankle[1] + drop)
 
 
 def draw_leg(canvas: Canvas, leg: Points, paint: Paint, widths: tuple[float, float, float]) -> None:
-    """A bare or tightly clothed leg, with the full widths at hip, knee and ankle."""
+    """Draw a bare leg. `widths` are its full widths at hip, knee and ankle."""
     hip, knee, ankle = leg
     calf = (knee[0] * 0.66 + ankle[0] * 0.34, knee[1] * 0.66 + ankle[1] * 0.34)
     canvas.shape(limb((hip, knee, calf, ankle), (widths[0], widths[1], widths[1] * 1.03, widths[2])), paint)
 
 
 def draw_arm(canvas: Canvas, arm: Points, skin: RGB, build: float) -> None:
-    """A bare arm with its hand."""
+    """Draw a bare arm with its hand."""
     paint = Paint(skin, volume=0.35)
     shoulder, elbow, wrist = arm
     track = (shoulder, between(shoulder, elbow, 0.2), elbow, between(elbow, wrist, 0.5), wrist)
@@ -154,7 +154,7 @@ def draw_arm(canvas: Canvas, arm: Points, skin: RGB, build: float) -> None:
 
 
 def draw_hand(canvas: Canvas, arm: Points, skin: RGB) -> None:
-    """The hand at the end of an arm, in line with the forearm."""
+    """Draw the hand of an arm, in line with the forearm."""
     (ex, ey), (wx, wy) = arm[1], arm[2]
     length = max(1e-6, float(np.hypot(wx - ex, wy - ey)))
     dx, dy = (wx - ex) / length, (wy - ey) / length

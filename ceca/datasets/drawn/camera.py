@@ -1,47 +1,56 @@
-"""From a drawn person to a camera's crop: light, occlusion, blur and noise."""
+"""From a drawn person to the crop of a camera image: light, occlusion, blur and noise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from .attributes import Attributes, sample_person
-from .body import Body, sample_body, sample_pose
-from .canvas import Canvas, Point
-from .figure import draw_figure
-from .paint import Paint, darker, lighter
-from .scene import PLACES, draw_background, draw_ground_shadow
+from ceca.datasets.drawn.attributes import Attributes, sample_person
+from ceca.datasets.drawn.body import Body, sample_body, sample_pose
+from ceca.datasets.drawn.canvas import Canvas, Point
+from ceca.datasets.drawn.figure import draw_figure
+from ceca.datasets.drawn.paint import Paint, darker, lighter
+from ceca.datasets.drawn.scene import PLACES, draw_background, draw_ground_shadow
 
 LIGHTINGS = ("day", "overcast", "dusk", "indoor", "backlit")
 OCCLUDERS = ("pole", "car", "person", "bush")
-OCCLUDED_SHARE = 0.22  # of the images
+OCCLUDED_SHARE = 0.22  # share of the images with an occluder
 _SUPERSAMPLING = 2
 
-# Gain of red, green and blue, contrast around mid grey, and saturation: strong enough to be seen, weak
-# enough that a colour keeps its name.
-_LIGHT: dict[str, tuple[tuple[float, float, float], float, float]] = {
-    "day": ((1.04, 1.03, 1.0), 1.06, 1.05),
-    "overcast": ((0.92, 0.94, 0.97), 0.92, 0.92),
-    "dusk": ((0.80, 0.73, 0.80), 0.98, 0.95),
-    "indoor": ((1.04, 0.97, 0.85), 0.97, 1.0),
-    "backlit": ((0.95, 0.94, 0.93), 0.96, 0.95),
+
+class _Light(NamedTuple):
+    """Effect of a lighting on the pixels: gain of red, green and blue, contrast around mid grey, saturation."""
+
+    gain: tuple[float, float, float]
+    contrast: float
+    saturation: float
+
+
+# Strong enough to be visible, weak enough for a colour to keep its name.
+_LIGHT = {
+    "day": _Light((1.04, 1.03, 1.0), contrast=1.06, saturation=1.05),
+    "overcast": _Light((0.92, 0.94, 0.97), contrast=0.92, saturation=0.92),
+    "dusk": _Light((0.80, 0.73, 0.80), contrast=0.98, saturation=0.95),
+    "indoor": _Light((1.04, 0.97, 0.85), contrast=0.97, saturation=1.0),
+    "backlit": _Light((0.95, 0.94, 0.93), contrast=0.96, saturation=0.95),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """How one image is taken.
+    """Camera settings of one image.
 
     Attributes:
-        view: the side of the person that is seen, one of `VIEWS`.
-        place: what is behind the person, one of `PLACES`.
+        view: visible side of the person, one of `VIEWS`.
+        place: background, one of `PLACES`.
         lighting: one of `LIGHTINGS`.
-        occluder: what hides a part of the person, one of `OCCLUDERS`, or None.
+        occluder: object in front of the person, one of `OCCLUDERS`, or None.
         size: width and height in pixels, about 128 by 256.
-        quality: of the JPEG file, 80 to 95.
+        quality: JPEG quality, 80 to 95.
     """
 
     view: str
@@ -53,7 +62,7 @@ class Shot:
 
 
 def sample_shot(view: str, rng: np.random.Generator) -> Shot:
-    """Draw how an image is taken from a view."""
+    """Sample the camera settings of an image of this view."""
     width = int(rng.integers(116, 141))
     place = PLACES[int(rng.integers(len(PLACES)))]
     return Shot(
@@ -70,13 +79,13 @@ def draw_shot(person: Attributes, body: Body, shot: Shot, rng: np.random.Generat
     """Draw one image.
 
     Args:
-        person: what the person looks like.
-        body: what the person keeps in every image.
-        shot: how the image is taken.
-        rng: decides on the rest: the pose, the details of the place, the crop, the noise.
+        person: attributes of the person.
+        body: body of the person.
+        shot: camera settings.
+        rng: source of the other random choices: pose, details of the place, crop and noise.
 
     Returns:
-        RGB picture of the shot's size.
+        RGB image of the shot's size.
     """
     width, height = shot.size
     large = (width * _SUPERSAMPLING, height * _SUPERSAMPLING)
@@ -101,41 +110,41 @@ def _lighting(place: str, rng: np.random.Generator) -> str:
 
 
 def _frame(image: Image.Image, person: Attributes, view: str, rng: np.random.Generator) -> Canvas:
-    """Place the figure as a detector's crop does: nearly filling the height, not quite in the middle."""
+    """Place the figure as in a detector's crop: nearly the full height, slightly off centre."""
     width, height = image.size
     tall = height * rng.uniform(0.85, 0.91) * (0.985 if person.gender == "woman" else 1.0)
     top = height - tall * 1.012 - height * rng.uniform(0.01, 0.045)
     left = width * (0.5 + rng.uniform(-0.05, 0.05))
-    # Left profiles are drawn facing right; from the front, either hand may carry.
+    # Left profiles are drawn facing right and mirrored. In front and back views, either hand may carry.
     mirrored = view == "left" or (view in ("front", "back") and bool(rng.random() < 0.5))
     return Canvas(image, tall / 100, left, top, mirrored, light=float(rng.choice((-1.0, 1.0))))
 
 
 def _glare(canvas: Canvas) -> None:
-    """Light from behind: a pale surrounding and a person in shade."""
+    """Add light from behind: the background becomes pale and the person dark."""
     hazy = Image.blend(canvas.image, Image.new("RGB", canvas.image.size, (255, 250, 238)), 0.42)
     shaded = canvas.image.point([round(v * 0.84) for v in range(256)] * 3)
     canvas.image.paste(Image.composite(shaded, hazy, canvas.covered.filter(ImageFilter.BoxBlur(2))))
 
 
 def _develop(image: Image.Image, lighting: str, rng: np.random.Generator) -> Image.Image:
-    """Apply the light's colour, a slope of brightness, blur and the sensor's noise."""
-    gain, contrast, saturation = _LIGHT[lighting]
+    """Apply the colour of the light, a brightness gradient, blur and sensor noise."""
+    light = _LIGHT[lighting]
     image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.15, 0.65))))
     pixels = np.asarray(image, np.float32)
     grey = pixels.mean(axis=2, keepdims=True)
-    pixels = (grey + (pixels - grey) * saturation - 118) * contrast + 118
+    pixels = (grey + (pixels - grey) * light.saturation - 118) * light.contrast + 118
     height, width = pixels.shape[:2]
     slope = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None] * np.float32(rng.uniform(-0.07, 0.07))
     slope = slope + np.linspace(0.04, -0.06, height, dtype=np.float32)[:, None, None]
-    pixels *= np.array(gain, np.float32) * np.float32(rng.uniform(0.94, 1.05)) * (1 + slope)
+    pixels *= np.array(light.gain, np.float32) * np.float32(rng.uniform(0.94, 1.05)) * (1 + slope)
     pixels += rng.standard_normal(pixels.shape, np.float32) * np.float32(rng.uniform(1.5, 5.0))
     developed: NDArray[np.uint8] = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
     return Image.fromarray(developed)
 
 
 def hide(image: Image.Image, occluder: str, rng: np.random.Generator) -> None:
-    """Paint one of `OCCLUDERS` over at most a quarter of an RGB picture, in place."""
+    """Paint one of `OCCLUDERS` over at most a quarter of an RGB image, in place."""
     _HIDE[occluder](image, rng)
 
 
@@ -150,7 +159,7 @@ def _behind_pole(image: Image.Image, rng: np.random.Generator) -> None:
 
 
 def _behind_car(image: Image.Image, rng: np.random.Generator) -> None:
-    """The bonnet or boot of a car hides the feet."""
+    """Hide the feet behind the bonnet or boot of a car."""
     width, height = image.size
     top, slant = height * rng.uniform(0.79, 0.86), width * rng.uniform(0.1, 0.3)
     side = float(rng.choice((-1, 1)))
@@ -165,7 +174,7 @@ def _behind_car(image: Image.Image, rng: np.random.Generator) -> None:
 
 
 def _behind_person(image: Image.Image, rng: np.random.Generator) -> None:
-    """Somebody nearer to the camera is cut by the border of the crop."""
+    """Draw another person nearer to the camera, cut by the border of the crop."""
     width, height = image.size
     side = float(rng.choice((-1, 1)))
     stranger = sample_person(rng)

@@ -1,4 +1,4 @@
-"""A canvas in figure units: filled, softly shaded shapes with an outline."""
+"""Canvas in figure units: filled, softly shaded shapes with an outline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .paint import RGB, Paint, darker
+from ceca.datasets.drawn.paint import RGB, Paint, darker
 
 Point = tuple[float, float]
 Points = Sequence[Point]
@@ -17,15 +17,16 @@ Points = Sequence[Point]
 
 @dataclass
 class Canvas:
-    """A picture that is painted in figure units: 100 from crown to sole, x = 0 on the body's axis, y down.
+    """Image with a coordinate system in figure units: 100 from crown to sole, x = 0 on the body's axis, y down.
 
     Attributes:
-        image: RGB picture, painted in place.
+        image: RGB image, painted in place.
         scale: pixels per figure unit.
         left: pixel column of x = 0.
         top: pixel row of y = 0.
-        mirrored: whether x grows to the left (a figure drawn facing right then faces left).
-        light: where the light comes from, -1 (left) to 1 (right).
+        mirrored: x grows to the left, so a figure drawn facing right faces left.
+        light: direction of the light, -1 (from the left) to 1 (from the right).
+        covered: greyscale mask, 255 where the figure was painted.
     """
 
     image: Image.Image
@@ -34,13 +35,13 @@ class Canvas:
     top: float
     mirrored: bool = False
     light: float = -1.0
-    covered: Image.Image = field(init=False)  # L: 255 where the figure was painted
+    covered: Image.Image = field(init=False)
 
     def __post_init__(self) -> None:
         self.covered = Image.new("L", self.image.size)
 
     def pixels(self, points: Points | NDArray[np.float64]) -> NDArray[np.float64]:
-        """Pixel coordinates [n, 2] of points in figure units."""
+        """Convert points in figure units to pixel coordinates [n, 2]."""
         sign = -1 if self.mirrored else 1
         return np.asarray(points, float) * (sign * self.scale, self.scale) + (self.left, self.top)
 
@@ -51,12 +52,12 @@ class Canvas:
         """Fill a closed outline.
 
         Args:
-            points: corners of the outline, figure units.
+            points: corners of the outline in figure units.
             paint: colour and pattern.
-            smooth: round the corners off (Catmull-Rom spline through them).
-            outline: share of light taken away along the border; 0 draws none.
-            folds: polylines of creases in the cloth, figure units.
-            dent: width of the shaded border, in figure units.
+            smooth: round the corners off with a Catmull-Rom spline through them.
+            outline: darkness of the border line, 0 to 1; 0 draws no line.
+            folds: polylines of the creases in the cloth, in figure units.
+            dent: width of the shaded border in figure units.
         """
         edge = self.pixels(spline(points) if smooth else points)
         margin = int(dent * self.scale * 2) + 3
@@ -84,7 +85,7 @@ class Canvas:
     def _shade(
         self, mask: Image.Image, volume: float, dent: float, folds: Sequence[NDArray[np.float64]]
     ) -> Image.Image:
-        """Light on a bulging surface: full inside, falling off towards the border away from the light."""
+        """Return the light on a bulging surface: full inside, weaker towards the border away from the light."""
         radius = max(1.0, dent * self.scale)
         soft = mask.filter(ImageFilter.BoxBlur(radius)).filter(ImageFilter.BoxBlur(radius))
         soft = ImageChops.offset(soft, round(self.light * radius * 0.9), round(-radius * 0.5))
@@ -98,21 +99,21 @@ class Canvas:
         return soft.point([min(255, round(255 * (floor + volume * min(1.0, v / 225)))) for v in range(256)])
 
     def line(self, points: Points, colour: RGB, width: float = 0.5) -> None:
-        """Draw a polyline `width` figure units wide: a seam, a strap, a mouth."""
+        """Draw a polyline of this width in figure units, such as a seam, a strap or a mouth."""
         track = [tuple(point) for point in self.pixels(points)]
         pixels = max(1, round(width * self.scale))
         ImageDraw.Draw(self.image).line(track, fill=colour, width=pixels, joint="curve")
         ImageDraw.Draw(self.covered).line(track, fill=255, width=pixels, joint="curve")
 
     def oval(self, centre: Point, rx: float, ry: float, colour: RGB) -> None:
-        """Fill a small flat ellipse: an eye, a button."""
+        """Fill a small flat ellipse, such as an eye or a button."""
         x, y = self.pixels([centre])[0]
         a, b = max(0.6, rx * self.scale), max(0.6, ry * self.scale)
         ImageDraw.Draw(self.image).ellipse((x - a, y - b, x + a, y + b), fill=colour)
 
 
 def spline(points: Points, steps: int = 5) -> NDArray[np.float64]:
-    """A closed smooth curve through points: [n * steps, 2] (Catmull-Rom)."""
+    """Return a closed Catmull-Rom spline through n points: [n * steps, 2]."""
     p = np.asarray(points, float)
     before, after, beyond = np.roll(p, 1, 0), np.roll(p, -1, 0), np.roll(p, -2, 0)
     t = (np.arange(steps) / steps)[None, :, None]
@@ -126,7 +127,7 @@ def spline(points: Points, steps: int = 5) -> NDArray[np.float64]:
 
 
 def limb(joints: Points, widths: Sequence[float]) -> list[Point]:
-    """Outline of a limb: a band along the joints whose full width at each joint is given."""
+    """Return the outline of a limb: a band along the joints, with its full width at each joint."""
     p = np.asarray(joints, float)
     along = np.gradient(p, axis=0)
     along /= np.maximum(np.hypot(along[:, 0], along[:, 1]), 1e-6)[:, None]
@@ -135,5 +136,10 @@ def limb(joints: Points, widths: Sequence[float]) -> list[Point]:
 
 
 def between(a: Point, b: Point, share: float) -> Point:
-    """The point `share` of the way from a to b."""
+    """Return the point between a (share 0) and b (share 1)."""
     return a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share
+
+
+def moved(points: Points, dx: float, dy: float = 0.0) -> list[Point]:
+    """Move points by a distance in figure units."""
+    return [(x + dx, y + dy) for x, y in points]

@@ -1,4 +1,4 @@
-"""Natural English captions: varied sentences that leave things out as people do and never contradict."""
+"""Natural English captions: varied, incomplete as people's captions are, and never wrong."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .attributes import Attributes
+from ceca.datasets.drawn.attributes import Attributes
 
 Rng = np.random.Generator
 
-# What people call a value. A word for a colour belongs to one colour only.
+# Synonyms of each value. A colour word belongs to one colour only.
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "navy": ("navy", "navy blue", "dark blue"),
     "grey": ("grey", "gray"),
@@ -84,14 +84,14 @@ _SEEN = {
     "right": ("walking to the right", "seen from the side", "in profile"),
 }
 
-# How often people mention a thing at all, and its colour, pattern or length when they do.
+# Probability of mentioning a thing, and of mentioning its colour, pattern or length if the thing is mentioned.
 MENTIONED = {
     "gender": 0.95, "upper": 0.98, "lower": 0.95, "shoes": 0.65, "hat": 0.8, "hair": 0.6, "carried": 0.82,
     "view": 0.25, "colour": 0.93, "pattern": 0.82, "hair_length": 0.8, "hair_colour": 0.8,
 }  # fmt: skip
 
-# Skeletons of a caption. A part in [brackets] is dropped when a slot in it has nothing to say.
-# {They}, {their}, {are}, {have} and {wear} agree with the gender, or with "they" where it is left out.
+# Templates of a caption. A part in [brackets] is dropped if one of its slots is empty.
+# {They}, {their}, {are}, {have} and {wear} agree with the gender, or with "they" if the gender is not mentioned.
 SKELETONS = (
     "{A_person}[ with {hair}] is wearing {clothes}[, {carrying}].[ {They} {are} {seen}.]",
     "{A_person}[ with {hair}] wears {clothes}.[ {They} {are} {doing}.][ {They} {are} {seen}.]",
@@ -114,7 +114,7 @@ SKELETONS = (
 
 @dataclass(frozen=True, slots=True)
 class Mentions:
-    """Noun phrases of what the speaker mentions; empty where it is left out."""
+    """Noun phrases of the mentioned things; a phrase is empty if the thing is not mentioned."""
 
     who: str  # "man", "woman" or "person"
     upper: str
@@ -127,15 +127,15 @@ class Mentions:
 
 
 def describe(attributes: Attributes, view: str, rng: Rng) -> str:
-    """Describe a person as somebody would who sees one image.
+    """Describe a person as seen in one image.
 
     Args:
-        attributes: the person; only what can be seen from the view is mentioned.
-        view: "front", "back", "left" or "right": the side of the person that is seen.
-        rng: decides what is left out and how the rest is put.
+        attributes: attributes of the person; only those visible in the view are mentioned.
+        view: visible side of the person: "front", "back", "left" or "right".
+        rng: source of the choices of content and wording.
 
     Returns:
-        One to three English sentences; colours are named directly before the thing that has them.
+        One to three English sentences. A colour stands directly before its thing.
     """
     mentions = _choose_mentions(attributes, view, rng)
     return _fill(_pick(SKELETONS, rng), _slots(mentions, rng))
@@ -153,7 +153,7 @@ def _choose_mentions(person: Attributes, view: str, rng: Rng) -> Mentions:
     upper = lower = shoes = hat = carrying = ""
     if _says("lower", rng) and person.lower_kind != "none":
         lower = _thing(person.lower_kind, person.lower_colour, person.lower_pattern, rng)
-    if _says("upper", rng) or not lower:  # nobody speaks of a person's clothes and names none
+    if _says("upper", rng) or not lower:  # a caption names at least one garment
         upper = _thing(person.upper_kind, person.upper_colour, person.upper_pattern, rng)
         if person.upper_pattern == "logo" and view == "front" and _says("pattern", rng):
             upper += _pick((" with a logo on the chest", " with a printed logo"), rng)
@@ -172,7 +172,7 @@ def _choose_mentions(person: Attributes, view: str, rng: Rng) -> Mentions:
 
 
 def _thing(kind: str, colour: str, pattern: str, rng: Rng) -> str:
-    """A noun phrase such as "a navy striped shirt" or "white trainers"."""
+    """Return a noun phrase such as "a navy striped shirt" or "white trainers"."""
     words = [_pick(COLOUR_WORDS.get(colour, (colour,)), rng)] if _says("colour", rng) else []
     if pattern in PATTERN_WORDS and _says("pattern", rng):
         words.insert(int(rng.integers(len(words) + 1)), _pick(PATTERN_WORDS[pattern], rng))
@@ -185,7 +185,7 @@ def _thing(kind: str, colour: str, pattern: str, rng: Rng) -> str:
 def _hair(person: Attributes, rng: Rng) -> str:
     if not _says("hair", rng):
         return ""
-    if person.hair_length == "bald":  # a hat hides it
+    if person.hair_length == "bald":  # a hat hides the bald head
         return "a bald head" if person.hat == "none" else ""
     words = [person.hair_length] if _says("hair_length", rng) else []
     if _says("hair_colour", rng) or not words:
@@ -194,45 +194,45 @@ def _hair(person: Attributes, rng: Rng) -> str:
 
 
 def with_article(phrase: str) -> str:
-    """The phrase after "a" or "an" ("an orange cap")."""
+    """Put "a" or "an" before a phrase: "an orange cap"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def _join(things: list[str]) -> str:
-    """An enumeration: "a, b and c"."""
+    """Join things to an enumeration: "a, b and c"."""
     if len(things) < 2:
         return "".join(things)
     return ", ".join(things[:-1]) + " and " + things[-1]
 
 
-def _slots(said: Mentions, rng: Rng) -> dict[str, str]:
-    """Text of every slot of the skeletons; "" where there is nothing to say."""
-    noun = _pick(PEOPLE[said.who], rng)
-    plural = said.who == "person"
-    garments = [thing for thing in (said.upper, said.lower) if thing]
+def _slots(mentions: Mentions, rng: Rng) -> dict[str, str]:
+    """Return the text of each slot of the skeletons; "" if there is nothing to say."""
+    noun = _pick(PEOPLE[mentions.who], rng)
+    plural = mentions.who == "person"
+    garments = [thing for thing in (mentions.upper, mentions.lower) if thing]
     if rng.random() < 0.15:
         garments.reverse()
-    accessories = [thing for thing in (said.shoes, said.hat) if thing]
+    accessories = [thing for thing in (mentions.shoes, mentions.hat) if thing]
     if rng.random() < 0.4:
         accessories.reverse()
     slots = {
         "a_person": with_article(noun),
         "the_person": f"the {noun}",
         "this_person": f"this {noun}",
-        "they": {"man": "he", "woman": "she", "person": "they"}[said.who],
-        "their": {"man": "his", "woman": "her", "person": "their"}[said.who],
+        "they": {"man": "he", "woman": "she", "person": "they"}[mentions.who],
+        "their": {"man": "his", "woman": "her", "person": "their"}[mentions.who],
         "are": "are" if plural else "is",
         "have": "have" if plural else "has",
         "wear": _pick(("are wearing", "wear") if plural else ("is wearing", "wears"), rng),
         "walks": _pick(("walks along", "is walking", "walks by"), rng),
         "clothes": _join(garments + accessories),
         "main": garments[0],
-        "rest": _join([thing for thing in (*garments[1:], said.shoes) if thing]),
-        "hat": said.hat,
-        "hair": said.hair,
-        "carrying": said.carrying,
-        "doing": ("walking " if said.carrying.startswith("with ") else "") + said.carrying,
-        "seen": said.seen,
+        "rest": _join([thing for thing in (*garments[1:], mentions.shoes) if thing]),
+        "hat": mentions.hat,
+        "hair": mentions.hair,
+        "carrying": mentions.carrying,
+        "doing": ("walking " if mentions.carrying.startswith("with ") else "") + mentions.carrying,
+        "seen": mentions.seen,
     }
     starts = {name[0].upper() + name[1:]: text[:1].upper() + text[1:] for name, text in slots.items()}
     return slots | starts
@@ -244,4 +244,4 @@ def _fill(skeleton: str, slots: dict[str, str]) -> str:
         return part if all(slots[name] for name in re.findall(r"{(\w+)}", part)) else ""
 
     text = re.sub(r"\[([^\]]*)\]", optional, skeleton).format_map(slots)
-    return text[0].upper() + text[1:]  # the part that began the sentence may have been dropped
+    return text[0].upper() + text[1:]  # the first part may have been dropped

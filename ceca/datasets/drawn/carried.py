@@ -1,16 +1,16 @@
-"""Things that people carry: bags on the back or over the shoulder, and what hangs from the near hand."""
+"""Carried things: bags on the back or over the shoulder, and things in the near hand."""
 
 from __future__ import annotations
 
-from .attributes import Attributes
-from .body import Body, Joints, Pose
-from .canvas import Canvas, Point, Points, limb
-from .paint import Paint, cloth, darker, lighter
+from ceca.datasets.drawn.attributes import Attributes
+from ceca.datasets.drawn.body import Body, Joints, Pose
+from ceca.datasets.drawn.canvas import Canvas, Point, Points, limb, moved
+from ceca.datasets.drawn.paint import Paint, cloth, darker, lighter
 
 
 def draw_behind(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> None:
-    """The parts of a carried thing that lie behind the body."""
-    if person.carried == "backpack" and pose.view == "front":  # its sides peep out beside the torso
+    """Draw the parts of a carried thing that are behind the body."""
+    if person.carried == "backpack" and pose.view == "front":  # its sides are visible beside the torso
         half = 8.6 * body.build
         sides: Points = ((-half, 22), (0, 17), (half, 22), (half + 1.6, 38), (0, 42), (-half - 1.6, 38))
         canvas.shape(sides, Paint(darker(cloth(person.carried_colour).colour, 0.25)))
@@ -22,7 +22,7 @@ def draw_behind(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> N
 
 
 def draw_on_torso(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> None:
-    """The parts that lie on the torso: a backpack's straps, the belt of a shoulder bag."""
+    """Draw the parts on the torso: the straps of a backpack, the belt of a shoulder bag."""
     colour = cloth(person.carried_colour).colour if person.carried != "none" else (0, 0, 0)
     strap = Paint(darker(colour, 0.1), volume=0.2)
     if person.carried == "backpack" and pose.view == "front":
@@ -37,7 +37,7 @@ def draw_on_torso(canvas: Canvas, person: Attributes, body: Body, pose: Pose) ->
 
 
 def draw_on_back(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> None:
-    """A backpack seen from behind, over the hair."""
+    """Draw a backpack seen from behind, over the hair."""
     if person.carried != "backpack" or pose.view != "back":
         return
     paint = cloth(person.carried_colour)
@@ -57,7 +57,7 @@ def draw_on_back(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> 
 
 
 def draw_in_hand(canvas: Canvas, person: Attributes, pose: Pose, joints: Joints) -> None:
-    """What hangs from the near hand, or (a shoulder bag) at the near hip."""
+    """Draw the thing in the near hand. A shoulder bag hangs at the near hip."""
     if person.carried not in _IN_HAND:
         return
     elbow, wrist = joints.near_arm[1:]
@@ -72,7 +72,7 @@ def _handbag(canvas: Canvas, paint: Paint, pose: Pose, hand: Point) -> None:
     handle = ((x - 3, y + 5), (x - 1.8, y + 0.4), (x + 1.8, y + 0.4), (x + 3, y + 5))
     canvas.line(handle, darker(paint.colour, 0.35), 0.8)
     bag: Points = ((-4.2, 4.6), (4.2, 4.6), (5.4, 12.2), (0, 13), (-5.4, 12.2))
-    canvas.shape([(x + a, y + b) for a, b in bag], paint)
+    canvas.shape(moved(bag, x, y), paint)
     canvas.line(((x - 4.4, y + 7), (x, y + 8.4), (x + 4.4, y + 7)), darker(paint.colour, 0.3), 0.5)
     canvas.oval((x, y + 8.4), 0.7, 0.7, (222, 196, 110))
 
@@ -80,9 +80,9 @@ def _handbag(canvas: Canvas, paint: Paint, pose: Pose, hand: Point) -> None:
 def _shoulder_bag(canvas: Canvas, paint: Paint, pose: Pose, hand: Point) -> None:
     x, y = hand
     bag: Points = ((-5, 0), (5, 0), (5.4, 9.4), (0, 10), (-5.4, 9.4))
-    canvas.shape([(x + a, y + b) for a, b in bag], paint)
+    canvas.shape(moved(bag, x, y), paint)
     flap: Points = ((-5.2, -0.2), (5.2, -0.2), (5, 5), (0, 6), (-5, 5))
-    canvas.shape([(x + a, y + b) for a, b in flap], Paint(darker(paint.colour, 0.12)), dent=0.7)
+    canvas.shape(moved(flap, x, y), Paint(darker(paint.colour, 0.12)), dent=0.7)
 
 
 def _shopping_bag(canvas: Canvas, paint: Paint, pose: Pose, hand: Point) -> None:
@@ -99,7 +99,7 @@ def _suitcase(canvas: Canvas, paint: Paint, pose: Pose, hand: Point) -> None:
         canvas.line(((hand[0] + side * 0.6, y), (x + side, 70)), (96, 98, 104), 0.6)
     corners: Points = ((-5.8, 69), (0, 68.4), (5.8, 69), (6.2, 82), (5.8, 96), (0, 96.4), (-5.8, 96), (-6.2, 82))
     ribs = [[(x + a, 71), (x + a, 94)] for a in (-3, 0, 3)]
-    canvas.shape([(x + a, b) for a, b in corners], paint, folds=ribs)
+    canvas.shape(moved(corners, x), paint, folds=ribs)
     for side in (-4.2, 4.2):
         canvas.oval((x + side, 97.4), 1.1, 1.3, (34, 34, 38))
 

@@ -1,24 +1,24 @@
-"""Clothes: garments of the upper and the lower body, and shoes."""
+"""Clothes: garments of the upper and lower body, and shoes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .attributes import Attributes
-from .body import Body, Joints, Pose, draw_arm, draw_hand, draw_leg, torso
-from .canvas import Canvas, Point, Points, between, limb
-from .paint import CLOTH_COLOURS, RGB, Paint, cloth, darker, lighter
+from ceca.datasets.drawn.attributes import Attributes
+from ceca.datasets.drawn.body import Body, Joints, Pose, draw_arm, draw_hand, draw_leg, torso
+from ceca.datasets.drawn.canvas import Canvas, Point, Points, between, limb, moved
+from ceca.datasets.drawn.paint import CLOTH_COLOURS, RGB, Paint, cloth, darker, lighter
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How an upper garment is cut.
+    """Cut of an upper garment.
 
     Attributes:
-        hem: row of its lower border.
-        ease: units by which it stands off the body.
-        sleeve: how far down the arm it reaches: 0 none, 1 elbow, 2 wrist.
-        flare: widening below the hips per unit and side.
+        hem: row of the lower border.
+        ease: distance from the body in figure units.
+        sleeve: length of the sleeve: 0 none, 1 to the elbow, 2 to the wrist.
+        flare: widening of each side per unit below the hips.
     """
 
     hem: float
@@ -40,7 +40,7 @@ CUTS = {
 
 
 def draw_upper(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> None:
-    """The upper garment on the torso, with collar, fastening and print."""
+    """Draw the upper garment on the torso, with collar, fastening and print."""
     cut = CUTS[person.upper_kind]
     paint = cloth(person.upper_colour, person.upper_pattern)
     outline = torso(person.gender, body.build, pose.profile, cut.hem, cut.ease, cut.flare)
@@ -64,12 +64,12 @@ def draw_upper(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> No
 
 
 def draw_sleeved_arm(canvas: Canvas, arm: Points, person: Attributes, body: Body) -> None:
-    """An arm with the sleeve of the upper garment over it."""
+    """Draw an arm with the sleeve of the upper garment over it."""
     cut = CUTS[person.upper_kind]
     paint = cloth(person.upper_colour, person.upper_pattern if person.upper_pattern != "logo" else "plain")
     shoulder, elbow, wrist = arm
     if cut.sleeve < 1.9:
-        hidden = 0.4 * cut.sleeve  # the sleeve begins at the shoulder, so the arm need not
+        hidden = 0.4 * cut.sleeve  # the sleeve covers the top of the arm
         draw_arm(canvas, (between(shoulder, elbow, hidden), elbow, wrist), body.skin, body.build)
     else:
         draw_hand(canvas, arm, body.skin)
@@ -91,10 +91,10 @@ def draw_sleeved_arm(canvas: Canvas, arm: Points, person: Attributes, body: Body
 
 
 def draw_legs(canvas: Canvas, person: Attributes, body: Body, pose: Pose, joints: Joints) -> None:
-    """Legs with shoes and the lower garment."""
+    """Draw the legs with the lower garment and the shoes."""
     kind = person.lower_kind
     for leg, near in ((joints.far_leg, False), (joints.near_leg, True)):
-        shade = 0.0 if near or not pose.profile else 0.22  # the far leg lies in the near one's shadow
+        shade = 0.0 if near or not pose.profile else 0.22  # the far leg is in the shadow of the near leg
         if kind in ("trousers", "jeans", "leggings"):
             if person.shoes_kind != "boots":
                 _shoe(canvas, person, body, pose, leg)
@@ -117,7 +117,7 @@ def draw_legs(canvas: Canvas, person: Attributes, body: Body, pose: Pose, joints
 
 
 def _leg_paint(person: Attributes, shade: float) -> Paint:
-    """The cloth of a trouser leg; its stripes run lengthwise."""
+    """Return the paint of a trouser leg. Its stripes run lengthwise."""
     pattern = "pinstriped" if person.lower_pattern == "striped" else person.lower_pattern
     paint = cloth(person.lower_colour, pattern)
     return Paint(darker(paint.colour, shade), pattern, darker(paint.accent, shade))
@@ -126,7 +126,7 @@ def _leg_paint(person: Attributes, shade: float) -> Paint:
 def _trouser_leg(canvas: Canvas, person: Attributes, body: Body, leg: Points, shade: float) -> None:
     widths = {"trousers": (9.0, 7.4, 6.4), "jeans": (8.8, 6.5, 5.2), "leggings": (8.2, 5.5, 3.7)}
     wide, knee_width, ankle_width = widths[person.lower_kind]
-    if person.shoes_kind == "boots":  # tucked in
+    if person.shoes_kind == "boots":  # trousers are tucked into boots
         ankle_width = min(ankle_width, 4.2)
     paint = _leg_paint(person, shade)
     hip, knee, ankle = leg
@@ -141,7 +141,7 @@ def _trouser_leg(canvas: Canvas, person: Attributes, body: Body, leg: Points, sh
         limb(track, [width * body.build for width in spans]), paint,
         folds=folds if person.lower_kind != "leggings" else (), dent=1.2,
     )  # fmt: skip
-    if person.lower_kind == "jeans":  # the turn-up and a worn thigh
+    if person.lower_kind == "jeans":  # turn-up and worn thigh
         canvas.line(((end[0] - 2.3, end[1] - 1.5), (end[0] + 2.3, end[1] - 1.5)), lighter(paint.colour, 0.4), 0.45)
         worn = between(hip, knee, 0.55)
         canvas.shape(
@@ -187,14 +187,14 @@ def _shoe(canvas: Canvas, person: Attributes, body: Body, pose: Pose, leg: Point
         foot = ((-2.1, -1.2), (2.1, -1.2), (2.5, 2.4), (2.3, 4.4), (-2.3, 4.4), (-2.5, 2.4))
         ground = ((-2.3, 4.3), (2.3, 4.3))
     skin = kind == "sandals"
-    canvas.shape([(x + a, y + b) for a, b in foot], Paint(body.skin if skin else colour), dent=0.6)
+    canvas.shape(moved(foot, x, y), Paint(body.skin if skin else colour), dent=0.6)
     _shoe_detail(canvas, kind, colour, sole, pose, (x, y), ground)
 
 
 def _shoe_detail(canvas: Canvas, kind: str, colour: RGB, sole: RGB, pose: Pose, ankle: Point, ground: Points) -> None:
     x, y = ankle
     (ax, ay), (bx, by) = ground
-    if kind == "high heels":  # a thin heel under the raised back of the foot
+    if kind == "high heels":  # thin heel under the raised back of the foot
         heel = x - 2.2 if pose.profile else x
         canvas.line(((heel, y + 1), (heel, y + 5)), darker(colour, 0.2), 0.9)
         return
@@ -218,12 +218,12 @@ def _folds(cut: Cut, pose: Pose) -> list[Points]:
 
 
 def _seam(colour: RGB) -> RGB:
-    """A line that shows on cloth of the colour: darker, or lighter where the cloth is nearly black."""
+    """Return a line colour that is visible on cloth of this colour: darker, or lighter if the cloth is nearly black."""
     return darker(colour, 0.4) if sum(colour) > 180 else lighter(colour, 0.28)
 
 
 def _neckline(canvas: Canvas, body: Body, depth: float, width: float, line: RGB) -> None:
-    """Bare skin down to `depth` units below the collar."""
+    """Draw bare skin down to `depth` units below the collar."""
     opening: Points = ((-width, 16.4), (width, 16.4), (width * 0.75, 17 + depth * 0.6), (0, 17 + depth))
     skin = [*opening, (-width * 0.75, 17 + depth * 0.6)]
     canvas.shape(skin, Paint(darker(body.skin, 0.06), volume=0), outline=0)
@@ -240,7 +240,7 @@ def _tank_front(canvas: Canvas, paint: Paint, body: Body, hem: float) -> None:
 
 
 def _straps(canvas: Canvas, body: Body) -> None:
-    """Bare shoulders outside the straps of a tank top."""
+    """Draw the bare shoulders outside the straps of a tank top."""
     for side in (-1, 1):
         bare: Points = ((6.6, 17.4), (10.2, 19), (10.4, 24.5), (8.6, 25), (6.9, 21.6))
         canvas.shape([(side * x * body.build, y) for x, y in bare], Paint(body.skin, volume=0.15), outline=0.15)
@@ -271,7 +271,7 @@ def _hoodie_front(canvas: Canvas, paint: Paint, body: Body, hem: float) -> None:
 
 
 def _open_front(canvas: Canvas, paint: Paint, body: Body, hem: float) -> None:
-    """A jacket: lapels over a pale inner shirt, a zip, pockets."""
+    """Draw the front of a jacket: lapels over a pale inner shirt, a zip and pockets."""
     line = _seam(paint.colour)
     inner: Points = ((-3, 16.2), (3, 16.2), (1.6, 24), (0, 28), (-1.6, 24))
     canvas.shape(inner, Paint((214, 214, 212), volume=0.25), outline=0)
@@ -302,7 +302,7 @@ _FRONTS = {
 
 
 def _hood(canvas: Canvas, paint: Paint, pose: Pose) -> None:
-    """The hood hanging down, seen from behind or from the side."""
+    """Draw the lowered hood, seen from behind or from the side."""
     if pose.profile:
         hood: Points = ((1.6, 16), (-2, 14.4), (-5.6, 14.6), (-7.4, 18), (-6, 22.4), (-2.4, 20))
     else:
@@ -311,7 +311,7 @@ def _hood(canvas: Canvas, paint: Paint, pose: Pose) -> None:
 
 
 def _logo(canvas: Canvas, paint: Paint) -> None:
-    """A print on the chest: a disc with a bar through it."""
+    """Draw a print on the chest: a disc with a bar through it."""
     disc: Points = ((0, 23.4), (3.2, 24.8), (4.4, 28), (3.2, 31.2), (0, 32.6), (-3.2, 31.2), (-4.4, 28), (-3.2, 24.8))
     canvas.shape(disc, Paint(paint.accent, volume=0), outline=0)
     canvas.shape(((-5.6, 27), (5.6, 26), (5.6, 29), (-5.6, 30)), Paint(paint.accent, volume=0), smooth=False, outline=0)

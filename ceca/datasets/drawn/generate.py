@@ -1,4 +1,4 @@
-"""Write a whole drawn benchmark in the layout in which a real one is published."""
+"""Draw a whole benchmark and write it in the layout of a published one."""
 
 from __future__ import annotations
 
@@ -15,44 +15,38 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .attributes import VOCABULARY, Attributes, distinct_people, sample_person, similar_person
-from .body import VIEWS, sample_body
-from .camera import draw_shot, sample_shot
-from .captions import describe
+from ceca.datasets.drawn.attributes import VOCABULARY, Attributes, distinct_people, sample_person, similar_person
+from ceca.datasets.drawn.body import VIEWS, sample_body
+from ceca.datasets.drawn.camera import draw_shot, sample_shot
+from ceca.datasets.drawn.captions import describe
+from ceca.datasets.layouts import ATTRIBUTES_FILE, LAYOUTS, SPLITS, Layout
 
-VERSION = 1  # of the drawing: raised when the same seed would give other images or captions
-SPLITS = ("train", "val", "test")
-ATTRIBUTES_FILE = "attributes.json"
-_MARK = ".drawing.json"  # what an unfinished folder is to become
+VERSION = 1  # version of the drawings; raised when the same seed gives other images or captions
+_MARK = ".drawing.json"  # arguments of an unfinished drawing, in its folder
 
-# The first word of a spawn key: which of the independent random streams of a seed it starts.
+# Default shares of the identities. The rest is test; a layout without a val split has no val share.
+_TRAIN_SHARE, _VAL_SHARE = 0.7, 0.1
+
+# First element of a spawn key: the independent random streams of one seed.
 _PEOPLE, _BODY, _IMAGE, _CAPTIONS = range(4)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How a benchmark is published: its annotation file and what stands in it."""
-
-    annotations: str
-    image_key: str
-    first_id: int
-    captions: int
-    shares: tuple[float, float, float]  # of the identities: train, val, test
-
-
-LAYOUTS = {
-    "cuhk_pedes": Layout("reid_raw.json", "file_path", 1, 2, (0.7, 0.1, 0.2)),
-    "icfg_pedes": Layout("ICFG-PEDES.json", "file_path", 0, 1, (0.7, 0.0, 0.3)),
-    "rstpreid": Layout("data_captions.json", "img_path", 0, 2, (0.7, 0.1, 0.2)),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class DrawnStatistics:
-    """What a drawn dataset holds; `drawn` counts the images that this call drew itself."""
+    """Counts of a drawn dataset.
 
-    identities: dict[str, int]  # by split
-    images: dict[str, int]  # by split
+    Attributes:
+        identities: people in each split.
+        images: images in each split.
+        captions: captions in all splits.
+        words_per_caption: mean length of a caption.
+        lookalikes: people drawn as a look-alike of an earlier person.
+        occluded: images in which something hides a part of the person.
+        drawn: images drawn by this call; the others were in the folder already.
+    """
+
+    identities: dict[str, int]
+    images: dict[str, int]
     captions: int
     words_per_caption: float
     lookalikes: int
@@ -62,7 +56,7 @@ class DrawnStatistics:
 
 @dataclass(frozen=True, slots=True)
 class _Person:
-    """One identity and everything that its images are drawn from."""
+    """One identity. `number` counts from 0 over all splits."""
 
     number: int
     split: str
@@ -72,7 +66,7 @@ class _Person:
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """One image: its annotation, the ground truth beside it, and whether it had to be drawn."""
+    """One image: its annotation record, its ground truth, and whether this call drew it."""
 
     record: dict[str, Any]
     truth: dict[str, Any]
@@ -91,27 +85,27 @@ def draw_dataset(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DrawnStatistics:
-    """Draw a synthetic person-retrieval benchmark; the same arguments give the same bytes.
+    """Draw a synthetic person-retrieval benchmark. The same arguments give the same bytes.
 
-    Images that an interrupted call left in the folder are kept; the annotation files come last.
+    Images left by an interrupted call are kept. The annotation file is written last.
 
     Args:
-        folder: made if missing; gets the annotation file, `attributes.json` (the ground truth) and `imgs/`.
-        seed: decides on everything that is random.
+        folder: output folder, created if missing: annotation file, `attributes.json` (ground truth) and `imgs/`.
+        seed: seed of all random choices.
         identities: number of different people.
-        images_per_identity: images of each person, the views taking turns.
+        images_per_identity: number of images of each person; the views take turns.
         layout: "cuhk_pedes", "icfg_pedes" or "rstpreid".
-        split_identities: people in train, val and test; by default about 70, 10 and 20 % of them
-            (ICFG-PEDES has no val: 70 and 30 %).
-        lookalike_share: share of people who differ from an earlier one of their split in 2 or 3 attributes.
-        workers: processes that draw; by default one per usable core. They never change the result.
-        progress: called with (images done, images in all) as the work goes on.
+        split_identities: number of people in train, val and test; by default about 70, 10 and 20 %
+            (ICFG-PEDES has no val split: 70 and 30 %).
+        lookalike_share: share of people that differ from an earlier person of their split in only 2 or 3 attributes.
+        workers: number of drawing processes; by default one per usable core. It never changes the result.
+        progress: called with (images done, images in total) after each person.
 
     Returns:
-        Counts of what the folder now holds.
+        Counts of the dataset in the folder.
 
     Raises:
-        ValueError: an argument is impossible, or the folder holds a dataset of other arguments.
+        ValueError: an argument is out of range, or the folder holds a dataset drawn with other arguments.
     """
     published, splits = _check(seed, identities, images_per_identity, layout, split_identities, lookalike_share)
     if workers is not None and workers < 1:
@@ -131,7 +125,7 @@ def draw_dataset(
             progress(len(drawn), identities * images_per_identity)
     truth = drawing | {"vocabulary": VOCABULARY, "images": [image.truth for image in drawn]}
     _write(folder / ATTRIBUTES_FILE, truth)
-    _write(folder / published.annotations, [image.record for image in drawn])
+    _write(folder / published.annotation, [image.record for image in drawn])
     (folder / _MARK).unlink(missing_ok=True)
     return _statistics(people, drawn)
 
@@ -144,38 +138,44 @@ def _check(
     split_identities: tuple[int, int, int] | None,
     lookalike_share: float,
 ) -> tuple[Layout, tuple[int, int, int]]:
-    """The layout and the number of people in each split, once the arguments have been found possible."""
+    """Check the arguments of `draw_dataset`; return the layout and the number of people in each split."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, not {seed}")
     if not 1 <= identities <= distinct_people():
         raise ValueError(
-            f"identities must be between 1 and {distinct_people()} (the distinct combinations of attributes), "
-            f"not {identities}"
+            f"identities must be between 1 and {distinct_people()} (the number of distinct combinations of "
+            f"attributes), not {identities}"
         )
     if images_per_identity < 1:
         raise ValueError(f"images_per_identity must be at least 1, not {images_per_identity}")
     if not 0 <= lookalike_share <= 1:
         raise ValueError(f"lookalike_share must be between 0 and 1, not {lookalike_share}")
     published = LAYOUTS[layout]
+    has_val = "val" in published.statistics
     if split_identities is None:
-        train, val = (round(identities * share) for share in published.shares[:2])
+        train = round(identities * _TRAIN_SHARE)
+        val = round(identities * _VAL_SHARE) if has_val else 0
         split_identities = (train, val, identities - train - val)
     if len(split_identities) != 3 or min(split_identities) < 0 or sum(split_identities) != identities:
         raise ValueError(f"split_identities {split_identities} must be three counts that add up to {identities}")
-    if split_identities[1] and not published.shares[1]:
+    if split_identities[1] and not has_val:
         raise ValueError(f"layout {layout} has no val split; split_identities must be (train, 0, test)")
     return published, split_identities
 
 
 def _mark(folder: Path, drawing: dict[str, Any]) -> None:
-    """Say what the folder is to become, so that images of two drawings never mix."""
+    """Write the drawing's arguments into the folder, so that images of two drawings never mix.
+
+    Raises:
+        ValueError: the folder holds a drawing with other arguments.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in (_MARK, ATTRIBUTES_FILE):
         if (folder / name).exists():
-            found = json.loads((folder / name).read_text())
-            other = [f"{key} {found.get(key)!r}" for key in drawing if found.get(key) != drawing[key]]
+            earlier = json.loads((folder / name).read_text())
+            other = [f"{key} {earlier.get(key)!r}" for key in drawing if earlier.get(key) != drawing[key]]
             if other:
                 raise ValueError(
                     f"{folder} holds a drawn dataset with {', '.join(other)}; delete it or choose another folder"
@@ -188,7 +188,7 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
 
 
 def _draw_people(seed: int, splits: tuple[int, int, int], lookalike_share: float) -> list[_Person]:
-    """All identities, split after split; no two have the same attributes."""
+    """Draw the people of all splits, in the order of the splits. No two people have the same attributes."""
     rng = _rng(seed, _PEOPLE)
     taken: set[Attributes] = set()
     people: list[_Person] = []
@@ -211,23 +211,23 @@ def _draw_people(seed: int, splits: tuple[int, int, int], lookalike_share: float
 def _in_order(
     draw: Callable[[_Person], list[_Drawn]], people: list[_Person], workers: int | None
 ) -> Iterator[list[_Drawn]]:
-    """Results of `draw` in the order of the people, whoever draws them."""
-    if workers is None:  # a few people are drawn before a pool has started
+    """Yield the results of `draw` in the order of the people."""
+    if workers is None:  # few people are drawn faster than a pool starts
         workers = len(os.sched_getaffinity(0)) if len(people) >= 16 else 1
     if workers == 1:
         yield from map(draw, people)
         return
-    # Spawned, because a process that has started threads (Ray, torch) must not be forked.
+    # Spawn: a process with running threads (Ray, torch) must not be forked.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(draw, people, chunksize=max(1, min(8, len(people) // (workers * 4))))
 
 
 def _draw_identity(person: _Person, *, folder: Path, seed: int, layout: str, images: int) -> list[_Drawn]:
-    """All images of one person: files that are there already are kept."""
+    """Draw all images of one person. Files that exist already are kept."""
     rng = _rng(seed, _BODY, person.number)
     body, views = sample_body(rng), rng.permutation(VIEWS)
     published = LAYOUTS[layout]
-    number = person.number + published.first_id
+    number = person.number + published.first_identity
     drawn = []
     for index in range(images):
         path = f"drawn/{person.split}/{number:05d}_{index:02d}.jpg"
@@ -238,7 +238,7 @@ def _draw_identity(person: _Person, *, folder: Path, seed: int, layout: str, ima
         if new:
             _save(draw_shot(person.attributes, body, shot, rng), target, shot.quality)
         words = _rng(seed, _CAPTIONS, person.number, index)
-        captions = [describe(person.attributes, shot.view, words) for _ in range(published.captions)]
+        captions = [describe(person.attributes, shot.view, words) for _ in range(published.captions_per_image)]
         record = {"id": number, "split": person.split, "captions": captions, published.image_key: path}
         truth = {
             "path": path, "id": number, "view": shot.view, "lighting": shot.lighting,
@@ -249,7 +249,7 @@ def _draw_identity(person: _Person, *, folder: Path, seed: int, layout: str, ima
 
 
 def _save(image: Image.Image, target: Path, quality: int) -> None:
-    """Write a JPEG; a file of the name is always a whole one."""
+    """Write a JPEG file atomically."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".tmp")
     image.save(unfinished, format="JPEG", quality=quality)
@@ -257,7 +257,7 @@ def _save(image: Image.Image, target: Path, quality: int) -> None:
 
 
 def _write(target: Path, value: Any) -> None:
-    """Write JSON; a file of the name is always a whole one."""
+    """Write a JSON file atomically."""
     unfinished = target.with_suffix(".tmp")
     unfinished.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(unfinished, target)

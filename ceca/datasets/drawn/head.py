@@ -1,13 +1,13 @@
-"""Head, face, hair and hat, seen from the front, from behind and (facing right) from the side."""
+"""Head, face, hair and hat, seen from the front, from behind and from the side (facing right)."""
 
 from __future__ import annotations
 
 from copy import copy
 
-from .attributes import Attributes
-from .body import Body, Pose
-from .canvas import Canvas, Points, limb
-from .paint import HAIR_COLOURS, RGB, Paint, cloth, darker, lighter
+from ceca.datasets.drawn.attributes import Attributes
+from ceca.datasets.drawn.body import Body, Pose
+from ceca.datasets.drawn.canvas import Canvas, Points, limb, moved
+from ceca.datasets.drawn.paint import HAIR_COLOURS, RGB, Paint, cloth, darker, lighter
 
 _FACE: Points = (
     (0, 0.6), (3.1, 1.5), (4.7, 4.4), (4.6, 8), (3.3, 11.3), (0, 13), (-3.3, 11.3), (-4.6, 8), (-4.7, 4.4), (-3.1, 1.5),
@@ -16,19 +16,19 @@ _PROFILE: Points = (
     (-1, 0.3), (2.2, 0.7), (4.1, 2.6), (4.5, 5.0), (4.6, 6.2), (5.9, 8.2), (4.9, 8.9), (5.1, 9.8), (4.7, 10.8),
     (4.6, 12.2), (3.0, 13.0), (0.4, 12.0), (-3.2, 11.6), (-5.2, 8), (-5.1, 3.8), (-3.6, 1.2),
 )  # fmt: skip
-# How far down the hair of a length falls.
+# Row of the lower end of the hair, by hair length.
 _FALL = {"short": 10.5, "shoulder-length": 16.0, "long": 27.0}
 
 
 def _closer(canvas: Canvas) -> Canvas:
-    """The same picture for the head, which is drawn a little too large so that it can be told apart."""
+    """Return a canvas for the head. It is drawn slightly too large, so that faces and hats differ visibly."""
     closer = copy(canvas)
     closer.scale *= 1.1
     return closer
 
 
 def draw_hair_behind(canvas: Canvas, person: Attributes, pose: Pose) -> None:
-    """The part of longer hair that hangs behind the shoulders of a person who faces the camera."""
+    """Draw the part of longer hair behind the shoulders, in a front view."""
     if pose.view != "front" or person.hair_length not in ("shoulder-length", "long"):
         return
     canvas = _closer(canvas)
@@ -38,14 +38,14 @@ def draw_hair_behind(canvas: Canvas, person: Attributes, pose: Pose) -> None:
 
 
 def draw_neck(canvas: Canvas, body: Body, pose: Pose) -> None:
-    """The neck, from under the chin to the collar."""
+    """Draw the neck, from under the chin to the collar."""
     top = (-0.6, 10.5) if pose.profile else (0, 10.5)
     bottom = (-1.0, 18.6) if pose.profile else (0, 18.6)
     canvas.shape(limb((top, bottom), (4.6, 5.2 * body.build)), Paint(darker(body.skin, 0.12), volume=0.3), smooth=False)
 
 
 def draw_head(canvas: Canvas, person: Attributes, body: Body, pose: Pose) -> None:
-    """Head with face, hair and hat; to be painted after the torso."""
+    """Draw the head with face, hair and hat. It must be drawn after the torso."""
     canvas = _closer(canvas)
     skin = Paint(body.skin, volume=0.3)
     if pose.view == "back":
@@ -69,24 +69,29 @@ def _ears(canvas: Canvas, skin: RGB) -> None:
         canvas.oval((side * 4.8, 7.4), 0.8, 1.4, darker(skin, 0.1))
 
 
+def _brow(person: Attributes) -> RGB:
+    return darker(HAIR_COLOURS.get(person.hair_colour, (70, 55, 50)), 0.25)
+
+
+def _lips(person: Attributes, skin: RGB) -> RGB:
+    return (186, 66, 72) if person.gender == "woman" else darker(skin, 0.42)
+
+
 def _front_face(canvas: Canvas, person: Attributes, skin: RGB) -> None:
-    brow = darker(HAIR_COLOURS.get(person.hair_colour, (70, 55, 50)), 0.25)
+    brow = _brow(person)
     for side in (-1, 1):
         canvas.oval((side * 1.95, 6.7), 0.95, 0.62, (244, 242, 238))
         canvas.oval((side * 1.9, 6.7), 0.5, 0.6, (48, 36, 32))
         canvas.line(((side * 1.0, 5.5), (side * 3.0, 5.3)), brow, 0.42)
     canvas.line(((0.1, 7.0), (0.6, 8.8), (-0.3, 9.0)), darker(skin, 0.28), 0.35)
-    lips = (186, 66, 72) if person.gender == "woman" else darker(skin, 0.42)
-    canvas.line(((-1.5, 10.6), (0, 10.9), (1.5, 10.6)), lips, 0.6 if person.gender == "woman" else 0.4)
+    canvas.line(((-1.5, 10.6), (0, 10.9), (1.5, 10.6)), _lips(person, skin), 0.6 if person.gender == "woman" else 0.4)
 
 
 def _side_face(canvas: Canvas, person: Attributes, skin: RGB) -> None:
-    brow = darker(HAIR_COLOURS.get(person.hair_colour, (70, 55, 50)), 0.25)
     canvas.oval((3.3, 6.7), 0.75, 0.62, (244, 242, 238))
     canvas.oval((3.6, 6.7), 0.42, 0.6, (48, 36, 32))
-    canvas.line(((2.4, 5.4), (4.2, 5.3)), brow, 0.42)
-    lips = (186, 66, 72) if person.gender == "woman" else darker(skin, 0.42)
-    canvas.line(((3.5, 10.5), (4.8, 10.4)), lips, 0.5)
+    canvas.line(((2.4, 5.4), (4.2, 5.3)), _brow(person), 0.42)
+    canvas.line(((3.5, 10.5), (4.8, 10.4)), _lips(person, skin), 0.5)
     canvas.oval((-0.6, 7.3), 0.9, 1.4, darker(skin, 0.14))
     canvas.oval((-0.6, 7.3), 0.4, 0.8, darker(skin, 0.3))
 
@@ -116,7 +121,7 @@ def _hair(canvas: Canvas, person: Attributes, pose: Pose) -> None:
         )  # fmt: skip
         canvas.shape(fringe, paint, dent=0.8)
         tones = [((-1.4, 2.2), (-0.6, -0.2)), ((1.8, 2.6), (1.6, 0)), ((-3.8, 3), (-3, 0.8)), ((4, 3), (3.2, 0.8))]
-        for x in () if short else (-1, 1):  # locks in front of the shoulders
+        for x in () if short else (-1, 1):  # hair in front of the shoulders
             lock: Points = ((4.2, 3.0), (5.5, 3.4), (6.2, 10), (6.9, end - 3), (6.0, end), (4.6, end - 2), (4.7, 10))
             canvas.shape([(x * px, py) for px, py in lock], paint, dent=0.7)
     strand = lighter(paint.colour, 0.14)
@@ -135,7 +140,7 @@ def _side_hair(end: float, short: bool) -> Points:
 def _cap(canvas: Canvas, paint: Paint, pose: Pose) -> None:
     dome: Points = ((5.6, 3.6), (5.2, 0), (2.8, -2.5), (-2.8, -2.5), (-5.2, 0), (-5.6, 3.6))
     if pose.profile:
-        canvas.shape([(x - 0.6, y) for x, y in dome], paint)
+        canvas.shape(moved(dome, -0.6), paint)
         canvas.shape(((4.2, 2.6), (8.6, 3.6), (10.2, 4.8), (7.4, 4.7), (3.6, 4.2)), Paint(darker(paint.colour, 0.2)))
     else:
         canvas.shape(dome, paint)
@@ -150,9 +155,9 @@ def _cap(canvas: Canvas, paint: Paint, pose: Pose) -> None:
 def _beanie(canvas: Canvas, paint: Paint, pose: Pose) -> None:
     shift = -0.7 if pose.profile else 0.0
     dome: Points = ((5.7, 3), (5.2, -1), (2.4, -3.6), (-2.4, -3.6), (-5.2, -1), (-5.7, 3), (0, 3.6))
-    canvas.shape([(x + shift, y) for x, y in dome], paint)
+    canvas.shape(moved(dome, shift), paint)
     band: Points = ((-5.9, 1.4), (0, 0.9), (5.9, 1.4), (5.7, 4.6), (0, 4.2), (-5.7, 4.6))
-    canvas.shape([(x + shift, y) for x, y in band], Paint(darker(paint.colour, 0.14)), dent=0.6)
+    canvas.shape(moved(band, shift), Paint(darker(paint.colour, 0.14)), dent=0.6)
     for x in (-4.2, -2.1, 0, 2.1, 4.2):
         canvas.line(((x + shift, 1.5), (x + shift, 4.1)), darker(paint.colour, 0.35), 0.3)
 
@@ -161,14 +166,14 @@ def _sun_hat(canvas: Canvas, paint: Paint, pose: Pose) -> None:
     shift = -0.5 if pose.profile else 0.0
     brim: Points = ((-9.8, 3.8), (-5, 2), (0, 1.6), (5, 2), (9.8, 3.8), (5, 4.9), (0, 5.1), (-5, 4.9))
     crown: Points = ((-5.4, 3), (-4.9, -1.4), (-2.4, -3.2), (2.4, -3.2), (4.9, -1.4), (5.4, 3), (0, 3.6))
-    canvas.shape([(x + shift, y) for x, y in brim], paint, dent=0.6)
-    canvas.shape([(x + shift, y) for x, y in crown], paint)
-    canvas.line([(x + shift, y) for x, y in ((-5.2, 2), (0, 2.6), (5.2, 2))], darker(paint.colour, 0.45), 0.9)
+    canvas.shape(moved(brim, shift), paint, dent=0.6)
+    canvas.shape(moved(crown, shift), paint)
+    canvas.line(moved(((-5.2, 2), (0, 2.6), (5.2, 2)), shift), darker(paint.colour, 0.45), 0.9)
 
 
 _HATS = {"cap": _cap, "beanie": _beanie, "sun hat": _sun_hat}
 
 
 def _both_sides(side: Points) -> Points:
-    """A symmetric outline from its right half, listed from the top down."""
+    """Return a symmetric outline, given its right half from the top down."""
     return [*side, *((-x, y) for x, y in reversed(side))]

@@ -1,4 +1,4 @@
-"""Colours and cloth: what a surface of the drawing is filled with."""
+"""Colours and cloth patterns that fill the surfaces of a drawing."""
 
 from __future__ import annotations
 
@@ -35,16 +35,20 @@ SKIN_TONES: tuple[RGB, ...] = (
     (244, 208, 180), (234, 190, 158), (218, 168, 130), (190, 136, 98), (146, 98, 68), (104, 68, 48),
 )  # fmt: skip
 
-# What a pattern is drawn in on a cloth of the colour: light on dark and dark on light, never another hue
-# of the vocabulary that a caption could mistake for the cloth's own.
+# Colour of a pattern on a cloth of each colour; white on all others. It is black or white, because another hue could be
+# mistaken for the colour of the cloth.
 _ACCENT_ON = {"white": "black", "yellow": "black", "pink": "white", "grey": "black", "orange": "black"}
 
 
 @dataclass(frozen=True, slots=True)
 class Paint:
-    """A filling: one colour, or a pattern of the accent colour on it.
+    """Filling of a shape.
 
-    `volume` is how strongly the edges of a shape fall into shade (0 = flat).
+    Attributes:
+        colour: base colour.
+        pattern: key of PATTERNS, or any other name for a plain colour.
+        accent: colour of the pattern.
+        volume: strength of the shade at the edges of the shape, 0 (flat) to 1.
     """
 
     colour: RGB
@@ -53,11 +57,11 @@ class Paint:
     volume: float = 0.5
 
     def texture(self, x: Field, y: Field) -> NDArray[np.uint8]:
-        """Colours at points of the figure.
+        """Return the colours at points of the figure.
 
         Args:
-            x: columns in figure units, shape [width].
-            y: rows in figure units, shape [height].
+            x: columns in figure units, [width].
+            y: rows in figure units, [height].
 
         Returns:
             uint8 [height, width, 3].
@@ -73,9 +77,9 @@ class Paint:
 
 
 def cloth(colour: str, pattern: str = "plain") -> Paint:
-    """The paint of a garment with a colour and a pattern of the vocabulary."""
+    """Return the paint of a garment, given a colour and a pattern of the vocabulary."""
     base = CLOTH_COLOURS[colour]
-    if pattern == "zebra":  # black stripes, except on cloth too dark to show them
+    if pattern == "zebra":  # black stripes, or white ones on dark cloth
         dark = colour in ("black", "navy", "brown", "purple")
         accent = CLOTH_COLOURS["white" if dark else "black"]
     elif pattern == "camouflage":
@@ -86,13 +90,13 @@ def cloth(colour: str, pattern: str = "plain") -> Paint:
 
 
 def darker(colour: RGB, share: float) -> RGB:
-    """The colour with `share` (0 to 1) of its light taken away."""
+    """Mix the colour with black: share 0 keeps it, 1 gives black."""
     red, green, blue = (round(value * (1 - share)) for value in colour)
     return red, green, blue
 
 
 def lighter(colour: RGB, share: float) -> RGB:
-    """The colour moved `share` (0 to 1) of the way to white."""
+    """Mix the colour with white: share 0 keeps it, 1 gives white."""
     red, green, blue = (round(value + (255 - value) * share) for value in colour)
     return red, green, blue
 
@@ -137,12 +141,12 @@ def _camouflage(x: Field, y: Field) -> Field:
 
 
 def _step(distance: Field, edge: Field | float) -> Field:
-    """1 where `distance` is below `edge`, 0 above, with a soft border of a third of a unit."""
+    """Return 1 where `distance` is below `edge` and 0 above, with a soft border a third of a unit wide."""
     weight: Field = np.clip((edge - distance) * 3 + 0.5, 0, 1)
     return weight
 
 
-# Weight of the accent colour at points of the figure; "logo" is no cloth but is printed by the garment.
+# Weight of the accent colour at points of the figure. "logo" is missing: it is a print that the garment draws.
 PATTERNS = {
     "striped": _striped,
     "pinstriped": _pinstriped,

@@ -1,11 +1,11 @@
-"""Where the person walks: cluttered backgrounds, painted at the size of the finished image."""
+"""Backgrounds: cluttered places, painted at the size of the finished image."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .paint import CLOTH_COLOURS, RGB, SKIN_TONES, darker, lighter
+from ceca.datasets.drawn.paint import CLOTH_COLOURS, RGB, SKIN_TONES, darker, lighter
 
 Pen = ImageDraw.ImageDraw
 Rng = np.random.Generator
@@ -14,15 +14,15 @@ PLACES = ("street", "wall", "shop front", "park", "corridor", "square")
 
 
 def draw_background(size: tuple[int, int], place: str, rng: Rng) -> Image.Image:
-    """Paint one of `PLACES`, a little out of focus.
+    """Paint a place, slightly out of focus.
 
     Args:
         size: width and height in pixels.
-        place: what is behind the person.
-        rng: decides on every detail.
+        place: one of `PLACES`.
+        rng: source of the choices of details.
 
     Returns:
-        RGB picture of that size.
+        RGB image of this size.
     """
     width, height = size
     image = Image.new("RGB", size)
@@ -40,10 +40,10 @@ def draw_ground_shadow(image: Image.Image, centre: tuple[float, float], reach: f
     """Darken the ground under the feet.
 
     Args:
-        image: RGB picture, changed in place.
+        image: RGB image, changed in place.
         centre: pixel between the feet.
         reach: half width of the shadow in pixels.
-        strength: share of light taken away in its middle.
+        strength: opacity in the middle of the shadow, 0 to 1.
     """
     x, y = centre
     mask = Image.new("L", (round(reach * 2.6), round(reach * 0.8)))
@@ -55,7 +55,7 @@ def draw_ground_shadow(image: Image.Image, centre: tuple[float, float], reach: f
 
 
 def _muted(rng: Rng, low: int = 90, high: int = 200, tint: int = 18) -> RGB:
-    """A greyish colour: what surrounds people is paler than what they wear."""
+    """Choose a greyish colour. Surroundings are paler than clothes."""
     base = rng.integers(low, high)
     red, green, blue = (int(v) for v in np.clip(base + rng.integers(-tint, tint + 1, 3), 0, 255))
     return red, green, blue
@@ -69,7 +69,7 @@ def _ground(pen: Pen, width: int, height: int, horizon: int, colour: RGB) -> Non
 
 
 def _slabs(pen: Pen, width: int, height: int, horizon: int, colour: RGB, rng: Rng) -> None:
-    """Joints between paving slabs, running to a vanishing point."""
+    """Draw the joints between paving slabs, towards a vanishing point."""
     vanishing = rng.uniform(0, width)
     for x in range(-3 * width, 4 * width, int(rng.integers(26, 44))):
         pen.line((vanishing + (x - vanishing) * 0.25, horizon, x, height), fill=darker(colour, 0.16))
@@ -77,6 +77,11 @@ def _slabs(pen: Pen, width: int, height: int, horizon: int, colour: RGB, rng: Rn
     while row < height:
         pen.line((0, row, width, row), fill=darker(colour, 0.13))
         row, step = row + step, step * 1.45
+
+
+def _pavement(pen: Pen, width: int, height: int, horizon: int, colour: RGB, rng: Rng) -> None:
+    _ground(pen, width, height, horizon, colour)
+    _slabs(pen, width, height, horizon, colour, rng)
 
 
 def _street(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> None:
@@ -95,9 +100,7 @@ def _street(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> None:
     if rng.random() < 0.55:
         _parked_car(pen, round(rng.uniform(-0.3, 0.8) * width), kerb - 4, 70, _muted(rng, 60, 190, 50))
     pen.rectangle((0, kerb, width, kerb + 4), fill=(206, 204, 198))
-    paving = _muted(rng, 150, 185, 8)
-    _ground(pen, width, height, kerb + 4, paving)
-    _slabs(pen, width, height, kerb + 4, paving, rng)
+    _pavement(pen, width, height, kerb + 4, _muted(rng, 150, 185, 8), rng)
 
 
 def _parked_car(pen: Pen, x: int, ground: int, length: int, colour: RGB) -> None:
@@ -129,9 +132,7 @@ def _wall(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> None:
         for row in range(y + 8, y + 44, 8):
             pen.line((x + 5, row, x + int(rng.integers(14, 32)), row), fill=_muted(rng, 60, 120), width=3)
     pen.rectangle((0, floor - 5, width, floor), fill=darker(brick, 0.4))
-    paving = _muted(rng, 130, 180, 6)
-    _ground(pen, width, height, floor, paving)
-    _slabs(pen, width, height, floor, paving, rng)
+    _pavement(pen, width, height, floor, _muted(rng, 130, 180, 6), rng)
 
 
 def _shop_front(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> None:
@@ -152,9 +153,7 @@ def _shop_front(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> No
     for x in range(0, width, 16):
         pen.polygon(((x, 42), (x + 8, 42), (x + 6, 58), (x - 2, 58)), fill=lighter(sign, 0.55))
         pen.polygon(((x + 8, 42), (x + 16, 42), (x + 14, 58), (x + 6, 58)), fill=darker(sign, 0.1))
-    paving = _muted(rng, 140, 185, 6)
-    _ground(pen, width, height, floor, paving)
-    _slabs(pen, width, height, floor, paving, rng)
+    _pavement(pen, width, height, floor, _muted(rng, 140, 185, 6), rng)
 
 
 def _park(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> None:
@@ -204,14 +203,14 @@ def _corridor(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> None
 
 
 def _square(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> None:
-    """A camera that looks down: nothing but paving, its joints, stains and shadows."""
+    """Draw the view of a camera that looks down: paving with joints, stains and shadows."""
     paving = _muted(rng, 140, 190, 10)
     _ground(pen, width, height, 0, paving)
     _slabs(pen, width, height, -30, paving, rng)
     for _ in range(int(rng.integers(2, 6))):
         x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(6, 24)
         pen.ellipse((x - r, y - r * 0.3, x + r, y + r * 0.3), fill=darker(paving, float(rng.uniform(0.06, 0.2))))
-    if rng.random() < 0.6:  # a kerb or a painted lane crosses it
+    if rng.random() < 0.6:  # a kerb or a painted line crosses the square
         y, slope = rng.uniform(0.05, 0.5) * height, rng.uniform(-0.3, 0.3) * height
         pen.line((0, y, width, y + slope), fill=lighter(paving, 0.5), width=int(rng.integers(3, 9)))
 
@@ -223,7 +222,7 @@ _PAINTERS = {
 
 
 def _passer_by(pen: Pen, width: int, height: int, horizon: int, rng: Rng) -> None:
-    """A small person farther away."""
+    """Draw a small person farther away."""
     tall = rng.uniform(0.3, 0.5) * height
     x = float(rng.choice((rng.uniform(-0.02, 0.16), rng.uniform(0.84, 1.02)))) * width
     foot = horizon + (height - horizon) * rng.uniform(0.15, 0.4)

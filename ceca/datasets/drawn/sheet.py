@@ -1,4 +1,4 @@
-"""A sheet of drawn images with their captions, to look at."""
+"""Contact sheet: drawn images with their captions in one picture."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .generate import LAYOUTS
+from ceca.datasets.layouts import LAYOUTS
 
-_CELL = (176, 336)  # an image, pixels
-_GAP = 16
+_CELL = (176, 336)  # width and height of an image in pixels
+_GAP = 16  # pixels between images
 _FONT_SIZE = 13
 
 
@@ -20,23 +20,27 @@ def contact_sheet(folder: Path, out: Path, *, rows: int, columns: int, seed: int
     """Draw a sheet of `rows` by `columns` images of different people, each above its first caption.
 
     Args:
-        folder: a drawn dataset of any layout.
-        out: the picture to write; its suffix (.png, .jpg) chooses the format.
-        rows: images below one another.
-        columns: images beside one another.
-        seed: chooses the images.
+        folder: drawn dataset in any layout.
+        out: output file; its suffix (.png, .jpg) chooses the format.
+        rows: number of rows.
+        columns: number of images in a row.
+        seed: seed of the choice of images.
 
     Raises:
-        ValueError: the folder holds no annotation file, or fewer people than the sheet has cells.
+        ValueError: the folder has no annotation file, or fewer people than the sheet has images.
     """
     folder = Path(folder)
-    layout = next((layout for layout in LAYOUTS.values() if (folder / layout.annotations).exists()), None)
+    layout = next((layout for layout in LAYOUTS.values() if (folder / layout.annotation).exists()), None)
     if layout is None:
-        raise ValueError(f"{folder} holds none of {', '.join(one.annotations for one in LAYOUTS.values())}")
-    records = json.loads((folder / layout.annotations).read_text())
+        raise ValueError(
+            f"{folder} has no annotation file; looked for {', '.join(layout.annotation for layout in LAYOUTS.values())}"
+        )
+    records = json.loads((folder / layout.annotation).read_text())
     people = sorted({record["id"] for record in records})
     if not 1 <= rows * columns <= len(people):
-        raise ValueError(f"a sheet of {rows} x {columns} needs as many people; {folder} has {len(people)}")
+        raise ValueError(
+            f"a sheet of {rows} x {columns} images needs {rows * columns} people; {folder} has {len(people)}"
+        )
     rng = np.random.default_rng(seed)
     font = ImageFont.load_default(size=_FONT_SIZE)
     chosen = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -10,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ceca.data.lease import LEASES, LeaseError, holding
+from ceca.data.lease import LEASES, Beats, Claim, Holders, LeaseError, Observed, holding, this_process
 from ceca.data.store import Store
 
 FAST = {"silent_s": 1.0, "beat_s": 0.1}
@@ -76,6 +79,38 @@ def test_a_dead_holders_name_is_free_after_its_silence(store):
         assert 1.0 <= time.monotonic() - begun < 5.0
         assert "old.json" not in claims(store, "name")
     assert said == ["the dead held name; looking for up to 1 s whether it lives"]
+
+
+def test_a_claim_is_dead_when_its_beat_has_not_changed_for_its_silence():
+    beats, claim = Beats(), Claim("a job", "then", "holding", 7, silent_s=10.0, place="elsewhere", process=1)
+    assert beats.observe("name", "claim", claim, now=100.0) == Observed(moved=False, dead=False)
+    assert beats.observe("name", "claim", claim, now=109.9) == Observed(moved=False, dead=False)
+    assert beats.observe("name", "claim", claim, now=110.0) == Observed(moved=False, dead=True)
+    assert beats.observe("name", "claim", claim._replace(beat=8), now=111.0) == Observed(moved=True, dead=False)
+    assert beats.observe("name", "claim", claim._replace(beat=8), now=120.9) == Observed(moved=False, dead=False)
+    assert beats.observe("another", "claim", claim, now=120.9) == Observed(moved=False, dead=False)
+
+
+def test_holders_are_listed_until_their_beat_has_stopped_for_their_silence(store):
+    dead = Claim("the dead", "then", "holding", 7, silent_s=0.5, place="elsewhere", process=1)
+    store.write_json(dead._asdict(), LEASES, "old", "claim.json")
+    holders = Holders(store)
+    with holding(store, "name", "a job", on_lost=never, **FAST) as lease:
+        both = {"name": f"a job since {lease.since}", "old": "the dead since then"}
+        assert holders.of() == both
+        assert holders.of(["old", "nobody's"]) == {"old": "the dead since then"}
+        time.sleep(0.6)
+        assert holders.of() == {"name": both["name"]}
+    assert holders.of() == {}
+
+
+def test_a_process_is_described_by_its_role_or_ray_job(monkeypatch):
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    place = f"(process {os.getpid()} on {socket.gethostname()})"
+    assert this_process() == f"a command {place}"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}}))
+    assert this_process() == f"raysubmit_1 {place}"
+    assert this_process("the service") == f"the service {place}"
 
 
 def test_a_holder_whose_claim_was_taken_away_ends(store):

@@ -37,9 +37,9 @@ def publish(store: Store, version: str, *parts: list[int], **options) -> Manifes
 
 
 def test_a_published_table_is_read_back_in_order(store: Store):
-    made = publish(store, "v1", [1, 2, 3], [4, 5])
+    published = publish(store, "v1", [1, 2, 3], [4, 5])
     manifest = store.current("things")
-    assert manifest == made
+    assert manifest == published
     assert (manifest.rows, manifest.made_from, manifest.config) == (5, {"source": "abc"}, {"x": 1})
     assert store.read(manifest)["number"].to_pylist() == [1, 2, 3, 4, 5]
     assert store.read(manifest, ["text"]).column_names == ["text"]
@@ -125,8 +125,8 @@ def test_take_gives_the_rows_asked_for_in_the_order_asked(tmp_path_factory, size
     manifest = publish(store, "v1", *(list(range(s, s + n)) for s, n in zip(starts, sizes, strict=True)))
     places = st.integers(0, len(sizes) - 1).flatmap(lambda p: st.tuples(st.just(p), st.integers(0, sizes[p] - 1)))
     rows = data.draw(st.lists(places, min_size=1, max_size=20))
-    found = store.take(manifest, rows, ["number"])["number"].to_pylist()
-    assert found == [starts[part] + row for part, row in rows]
+    numbers = store.take(manifest, rows, ["number"])["number"].to_pylist()
+    assert numbers == [starts[part] + row for part, row in rows]
 
 
 def test_the_same_description_has_the_same_version_whatever_its_order():

@@ -1,4 +1,4 @@
-"""Drawn pedestrians: a synthetic benchmark that is reproducible, published like the real ones, and visible."""
+"""Drawn pedestrians: reproducible datasets in published layouts, correct captions and visible attributes."""
 
 import json
 import re
@@ -21,6 +21,7 @@ from ceca.datasets.drawn.captions import COLOUR_WORDS, HAIR_WORDS, NOUNS, PATTER
 from ceca.datasets.drawn.figure import draw_figure
 from ceca.datasets.drawn.paint import CLOTH_COLOURS
 
+# Written out here and not taken from the code: real datasets have these names.
 ANNOTATIONS = {"cuhk_pedes": "reid_raw.json", "icfg_pedes": "ICFG-PEDES.json", "rstpreid": "data_captions.json"}
 IMAGE_KEYS = {"cuhk_pedes": "file_path", "icfg_pedes": "file_path", "rstpreid": "img_path"}
 
@@ -48,12 +49,13 @@ views = st.sampled_from(VIEWS)
 
 
 def content(folder: Path) -> dict[str, bytes]:
+    """Bytes of each file by its path below the folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty people, two images each, drawn by this process; not to be changed."""
+    """Dataset of 20 people with two images each. Tests must not change it."""
     folder = tmp_path_factory.mktemp("drawn")
     draw_dataset(folder, seed=3, identities=20, images_per_identity=2, workers=1)
     return folder
@@ -85,7 +87,7 @@ def test_an_interrupted_drawing_is_completed_to_the_same_bytes(drawn: Path, tmp_
     assert content(folder) == content(drawn)
 
 
-def test_a_killed_drawing_leaves_no_annotations_and_can_only_be_resumed_as_it_was(tmp_path: Path) -> None:
+def test_a_killed_drawing_leaves_no_annotations_and_resumes_only_with_the_same_arguments(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -119,7 +121,7 @@ def test_layouts_are_as_published(layout: str, tmp_path: Path) -> None:
             assert 1.8 < image.height / image.width < 2.2
 
 
-def test_a_person_belongs_to_one_split_and_looks_like_nobody_else(drawn: Path) -> None:
+def test_a_person_belongs_to_one_split_and_is_unique(drawn: Path) -> None:
     records = json.loads((drawn / "reid_raw.json").read_text())
     split_of = {(record["id"], record["split"]) for record in records}
     assert len(split_of) == 20
@@ -127,7 +129,7 @@ def test_a_person_belongs_to_one_split_and_looks_like_nobody_else(drawn: Path) -
     assert len({tuple(image["attributes"].values()) for image in images}) == 20
 
 
-def test_the_ground_truth_is_kept_beside_the_annotations(drawn: Path) -> None:
+def test_the_ground_truth_is_stored_beside_the_annotations(drawn: Path) -> None:
     records = json.loads((drawn / "reid_raw.json").read_text())
     truth = json.loads((drawn / "attributes.json").read_text())
     assert truth["drawn"] is True
@@ -139,7 +141,7 @@ def test_the_ground_truth_is_kept_beside_the_annotations(drawn: Path) -> None:
         Attributes(**image["attributes"])
 
 
-def test_splits_can_be_given(tmp_path: Path) -> None:
+def test_the_size_of_each_split_can_be_set(tmp_path: Path) -> None:
     statistics = draw_dataset(tmp_path, identities=5, images_per_identity=1, split_identities=(2, 2, 1), workers=1)
     assert statistics.images == {"train": 2, "val": 2, "test": 1}
     assert statistics.captions == 10
@@ -165,7 +167,7 @@ def test_progress_counts_every_image(tmp_path: Path) -> None:
         ({"identities": 5, "layout": "icfg_pedes", "split_identities": (3, 1, 1)}, "no val split"),
     ],
 )
-def test_impossible_arguments_are_refused_before_anything_is_written(
+def test_invalid_arguments_are_refused_before_anything_is_written(
     arguments: dict, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -177,20 +179,20 @@ def test_impossible_arguments_are_refused_before_anything_is_written(
 
 
 @given(people)
-def test_people_wear_what_the_vocabulary_knows_and_what_goes_together(person: Attributes) -> None:
+def test_people_have_values_of_the_vocabulary_that_go_together(person: Attributes) -> None:
     assert all(value in VOCABULARY[name] for name, value in asdict(person).items())
     assert (person.hat == "none") == (person.hat_colour == "none")
     assert (person.carried == "none") == (person.carried_colour == "none")
     assert (person.upper_kind == "dress") == (person.lower_kind == "none") == (person.lower_colour == "none")
 
 
-def test_incoherent_people_cannot_be_made() -> None:
+def test_incoherent_people_are_refused() -> None:
     with pytest.raises(ValueError, match="hat_colour"):
         replace(PLAIN, hat_colour="red")
 
 
 @given(people, rngs, st.integers(2, 3))
-def test_lookalikes_differ_in_exactly_the_wanted_number_of_attributes(
+def test_lookalikes_differ_in_exactly_the_requested_number_of_attributes(
     person: Attributes, rng: np.random.Generator, changes: int
 ) -> None:
     other = similar_person(rng, person, changes)
@@ -198,7 +200,7 @@ def test_lookalikes_differ_in_exactly_the_wanted_number_of_attributes(
     assert len(differences(person, other)) == changes
 
 
-def test_a_share_of_the_people_are_lookalikes_of_somebody_in_their_split(tmp_path: Path) -> None:
+def test_the_share_of_lookalikes_can_be_set(tmp_path: Path) -> None:
     sizes = {"identities": 12, "images_per_identity": 1, "split_identities": (12, 0, 0), "workers": 1}
     assert draw_dataset(tmp_path / "none", lookalike_share=0, **sizes).lookalikes == 0
     assert draw_dataset(tmp_path / "all", lookalike_share=1, **sizes).lookalikes == 11
@@ -217,7 +219,7 @@ def test_captions_are_short_english_sentences(person: Attributes, view: str, rng
 
 
 def colours_of_things(caption: str) -> list[tuple[str, str]]:
-    """(colour, word of the thing right behind it) for every colour that a caption names."""
+    """Pairs (colour, noun directly after it) of a caption; every colour in it must have such a noun."""
     colours = {word: c for c in CLOTH_COLOURS for word in COLOUR_WORDS.get(c, (c,))}
     colours |= {word: c for c, words in HAIR_WORDS.items() for word in words} | {"gray": "grey"}
     nouns = [noun for words in NOUNS.values() for noun in words] + ["hair"]
@@ -227,14 +229,14 @@ def colours_of_things(caption: str) -> list[tuple[str, str]]:
         return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
     named = re.compile(rf"\b({any_of(list(colours))}) (?:(?:{any_of(patterns)}) )?({any_of(nouns)})\b", re.I)
-    found = [(colours[colour.lower()], noun) for colour, noun in named.findall(caption)]
-    assert len(found) == len(re.findall(rf"\b(?:{any_of(list(colours))})\b", caption, re.I)), caption
-    return found
+    pairs = [(colours[colour.lower()], noun) for colour, noun in named.findall(caption)]
+    assert len(pairs) == len(re.findall(rf"\b(?:{any_of(list(colours))})\b", caption, re.I)), caption
+    return pairs
 
 
 @given(people, views, rngs)
 @settings(max_examples=300)
-def test_captions_never_name_a_colour_that_contradicts(person: Attributes, view: str, rng: np.random.Generator) -> None:
+def test_captions_never_name_a_wrong_colour(person: Attributes, view: str, rng: np.random.Generator) -> None:
     true = {("hair", person.hair_colour)}
     for kind, colour in (
         (person.upper_kind, person.upper_colour),
@@ -250,7 +252,7 @@ def test_captions_never_name_a_colour_that_contradicts(person: Attributes, view:
 
 @given(people, views, rngs)
 @settings(max_examples=200)
-def test_captions_name_no_other_gender_and_nothing_that_is_not_there(
+def test_captions_name_no_other_gender_and_no_missing_thing(
     person: Attributes, view: str, rng: np.random.Generator
 ) -> None:
     words = set(re.findall(r"[a-z]+", describe(person, view, rng).lower()))
@@ -283,7 +285,7 @@ def test_captions_vary_and_leave_things_out() -> None:
 
 
 def figure(person: Attributes, view: str = "front") -> np.ndarray:
-    """The person alone on grey, 5 pixels per figure unit, the crown in row 20: uint8 [540, 300, 3]."""
+    """Picture of a person on grey, 5 pixels per figure unit, the crown in row 20: uint8 [540, 300, 3]."""
     image = Image.new("RGB", (300, 540), (128, 128, 128))
     canvas = Canvas(image, 5.0, 150.0, 20.0, mirrored=view == "left")
     draw_figure(canvas, person, Body((234, 190, 158), 1.0), Pose(view, 0.5))
@@ -291,19 +293,19 @@ def figure(person: Attributes, view: str = "front") -> np.ndarray:
 
 
 def region(picture: np.ndarray, rows: tuple[int, int]) -> np.ndarray:
-    """Mean colour on the body's axis between two rows of the figure."""
+    """Mean colour on the body's axis between two rows of the figure: [3]."""
     return picture[20 + rows[0] * 5 : 20 + rows[1] * 5, 135:166].reshape(-1, 3).mean(axis=0)
 
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("colour", ["red", "blue", "green", "yellow", "purple"])
-def test_the_colour_of_a_garment_is_seen_from_every_side(colour: str, view: str) -> None:
+def test_the_colour_of_a_garment_is_visible_from_every_side(colour: str, view: str) -> None:
     seen = region(figure(replace(PLAIN, upper_colour=colour, carried="none"), view), (24, 46))
     nearest = min(CLOTH_COLOURS, key=lambda name: float(np.abs(seen - CLOTH_COLOURS[name]).sum()))
     assert nearest == colour
 
 
-def test_colours_are_told_apart_in_finished_images(tmp_path: Path) -> None:
+def test_colours_can_be_distinguished_in_finished_images(tmp_path: Path) -> None:
     draw_dataset(tmp_path, identities=40, images_per_identity=1, lookalike_share=0, workers=1)
     means: dict[str, list[np.ndarray]] = {"red": [], "blue": [], "green": []}
     for image in json.loads((tmp_path / "attributes.json").read_text())["images"]:
@@ -313,9 +315,11 @@ def test_colours_are_told_apart_in_finished_images(tmp_path: Path) -> None:
                 small = np.asarray(opened.resize((64, 128)), float)
             means[colour].append(small[36:58, 27:38].reshape(-1, 3).mean(axis=0))
     strongest = {"red": 0, "green": 1, "blue": 2}
-    judged = [np.argmax(mean - np.mean(mean)) == strongest[colour] for colour, found in means.items() for mean in found]
+    judged = [
+        np.argmax(mean - np.mean(mean)) == strongest[colour] for colour, values in means.items() for mean in values
+    ]
     assert len(judged) >= 3
-    assert np.mean(judged) >= 0.75  # the rest stand behind a pole or a backpack
+    assert np.mean(judged) >= 0.75  # the others are hidden by a pole or a backpack strap
 
 
 @pytest.mark.parametrize(
@@ -337,10 +341,10 @@ def test_colours_are_told_apart_in_finished_images(tmp_path: Path) -> None:
     ids=lambda change: " ".join(change.values()),
 )
 @pytest.mark.parametrize("view", VIEWS)
-def test_every_kind_of_difference_changes_what_is_seen(change: dict[str, str], view: str) -> None:
+def test_every_kind_of_difference_is_visible(change: dict[str, str], view: str) -> None:
     before, after = figure(PLAIN, view), figure(replace(PLAIN, **change), view)
     changed = (np.abs(before.astype(int) - after).sum(axis=2) > 60).sum()
-    assert changed > 250  # of about 35,000 pixels of the person
+    assert changed > 250  # the person has about 35,000 pixels
 
 
 def test_the_four_views_are_different_pictures() -> None:

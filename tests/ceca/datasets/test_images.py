@@ -1,4 +1,4 @@
-"""Encoded images: every kind of broken bytes has its reason, whole ones decode to the size asked for."""
+"""Encoded images: valid ones decode to the requested size, and each kind of damage has its own reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def encoded(format: str, mode: str = "RGB", size: tuple[int, int] = (20, 40)) ->
         ("BMP", "RGB", "image/bmp"),
     ],
 )
-def test_every_accepted_format_and_mode_becomes_rgb_of_the_size_asked_for(format: str, mode: str, mime: str):
+def test_every_accepted_format_and_mode_decodes_to_rgb_of_the_requested_size(format: str, mode: str, mime: str):
     content = encoded(format, mode)
     assert check_image(content) == (20, 40)
     pixels = decode_image(content, height=64, width=32)
@@ -51,7 +51,7 @@ def test_every_accepted_format_and_mode_becomes_rgb_of_the_size_asked_for(format
         (encoded("PNG", "1", (8000, 8000)), "image_too_large"),
     ],
 )
-def test_bytes_that_cannot_be_used_say_why(content: bytes, reason: str):
+def test_unusable_bytes_have_a_reason(content: bytes, reason: str):
     with pytest.raises(ImageError) as caught:
         check_image(content)
     assert caught.value.reason == reason
@@ -61,7 +61,7 @@ WHOLE = encoded("JPEG")
 
 
 @given(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=40))
-def test_damage_anywhere_is_an_image_or_an_image_error(position: int, damage: bytes):
+def test_damaged_bytes_decode_or_raise_an_image_error(position: int, damage: bytes):
     content = WHOLE[:position] + damage + WHOLE[position + len(damage) :]
     try:
         shape = decode_image(content, 16, 8).shape

@@ -1,4 +1,4 @@
-"""The published layouts: what is read, what is a reject and why, and the statistics check."""
+"""Published layouts: reading of records, rejects with their reasons, and comparison with the published statistics."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_each_layout_is_found_by_its_annotation_file(tmp_path: Path, name: str, 
     layout = LAYOUTS[name]
     item = {"id": 5, "split": "test", "captions": [" a woman in red "], layout.image_key: path, "processed_tokens": []}
     (tmp_path / layout.annotation).write_text(json.dumps([item]))
-    found = read_annotations(str(tmp_path))
-    assert (found.layout.name, found.rejects, found.attributes) == (name, (), None)
-    (read,) = found.records
-    assert (read.source_path, read.identity, read.split, read.camera) == (path, 5, "test", camera)
-    assert read.captions == ((0, "a woman in red"),)
-    assert read.image_id == image_id(path)
+    annotations = read_annotations(str(tmp_path))
+    assert (annotations.layout.name, annotations.rejects, annotations.attributes) == (name, (), None)
+    (kept,) = annotations.records
+    assert (kept.source_path, kept.identity, kept.split, kept.camera) == (path, 5, "test", camera)
+    assert kept.captions == ((0, "a woman in red"),)
+    assert kept.image_id == image_id(path)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_each_layout_is_found_by_its_annotation_file(tmp_path: Path, name: str, 
 )
 def test_an_unusable_record_is_a_reject_with_its_reason(item: Any, reason: str, says: str):
     records, rejects = read_records([record(1), item], CUHK)
-    assert [found.identity for found in records] == [1]
+    assert [kept.identity for kept in records] == [1]
     (reject,) = rejects
     assert reject.reason == reason
     assert says in reject.detail
@@ -78,9 +78,9 @@ def test_an_empty_caption_is_a_reject_and_the_others_keep_their_positions():
     assert {reject.reason for reject in rejects} == {"empty_caption"}
 
 
-def test_of_duplicated_records_the_first_is_kept():
+def test_the_first_of_duplicated_records_is_kept():
     records, rejects = read_records([record(1), record(2, file_path="cam/1.jpg")], CUHK)
-    assert [found.identity for found in records] == [1]
+    assert [kept.identity for kept in records] == [1]
     assert (rejects[0].key, rejects[0].reason) == ("cam/1.jpg", "duplicated_record")
 
 
@@ -93,10 +93,10 @@ FIELDS = st.sampled_from(["id", "split", "captions", "file_path"])
 
 
 @given(st.lists(JSON | st.dictionaries(FIELDS, JSON) | st.just(record(3)), max_size=6))
-def test_whatever_a_list_holds_each_entry_is_a_record_or_a_reject(found: list[Any]):
-    records, rejects = read_records(found, CUHK)
+def test_each_item_of_any_list_is_a_record_or_a_reject(items: list[Any]):
+    records, rejects = read_records(items, CUHK)
     of_records = [reject for reject in rejects if reject.reason != "empty_caption"]
-    assert len(records) + len(of_records) == len(found)
+    assert len(records) + len(of_records) == len(items)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_an_unusable_annotation_file_is_one_error(tmp_path: Path, content: bytes
         read_annotations(str(tmp_path))
 
 
-def test_a_folder_without_or_with_several_annotation_files_says_what_to_pass(tmp_path: Path):
+def test_a_folder_with_no_or_several_annotation_files_is_an_error_with_advice(tmp_path: Path):
     with pytest.raises(DatasetError, match=r"looked for reid_raw.json, ICFG-PEDES.json, data_captions.json"):
         read_annotations(str(tmp_path))
     for name in ("cuhk_pedes", "rstpreid"):
@@ -123,7 +123,7 @@ def test_a_folder_without_or_with_several_annotation_files_says_what_to_pass(tmp
         read_annotations(str(tmp_path))
 
 
-def test_a_difference_to_the_published_statistics_names_the_number():
+def test_differences_from_the_published_statistics_name_both_numbers():
     counts = dict(LAYOUTS["rstpreid"].statistics)
     assert differences(LAYOUTS["rstpreid"], counts) == []
     counts["val"] = Count(999, 200, 2_000)
@@ -133,5 +133,5 @@ def test_a_difference_to_the_published_statistics_names_the_number():
 
 
 def test_splits_are_counted_by_image_identity_and_caption():
-    found, _ = read_records([record(n, id=n // 2, split="test" if n > 3 else "train") for n in range(5)], CUHK)
-    assert count_splits(found) == {"train": Count(4, 2, 8), "test": Count(1, 1, 2)}
+    records, _ = read_records([record(n, id=n // 2, split="test" if n > 3 else "train") for n in range(5)], CUHK)
+    assert count_splits(records) == {"train": Count(4, 2, 8), "test": Count(1, 1, 2)}

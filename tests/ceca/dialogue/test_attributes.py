@@ -1,4 +1,4 @@
-"""Structured answers: the schema that decoding follows, and what is read of an answer and of free text."""
+"""Attributes: the schema of structured answers, reading of structured answers and of free text."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ceca.dialogue.oracle import OracleEngine
 CHOICES = {"gender": ("woman", "man"), "hat": ("none", "cap")}
 
 
-def test_the_schema_allows_each_value_and_unknown_and_nothing_else():
+def test_the_schema_allows_only_the_values_and_unknown():
     schema = json_schema(CHOICES)
     assert schema["required"] == ["gender", "hat"]
     assert schema["additionalProperties"] is False
     assert schema["properties"]["hat"]["enum"] == ["none", "cap", UNKNOWN]
 
 
-def test_what_is_unknown_is_left_out():
+def test_unknown_attributes_are_left_out():
     assert read_attributes('{"gender": "unknown", "hat": "cap"}', CHOICES) == {"hat": "cap"}
 
 
@@ -37,7 +37,7 @@ def test_what_is_unknown_is_left_out():
     ['{"gender": "man"', '["man", "cap"]', '{"gender": "man"}', '{"gender": "man", "hat": "crown"}', "", "a man",
      '{"gender": "man", "hat": "cap", "age": "old"}', '{"gender": ["man"], "hat": "cap"}'],
 )  # fmt: skip
-def test_what_does_not_follow_the_schema_is_no_answer(text: str):
+def test_text_that_does_not_follow_the_schema_is_not_an_answer(text: str):
     assert read_attributes(text, CHOICES) is None
 
 
@@ -47,7 +47,7 @@ def test_every_answer_within_the_vocabulary_is_read(answer: dict[str, str]):
     assert read_attributes(json.dumps(answer), PERSON) == expected
 
 
-def told(*answers: tuple[int, str]) -> dict[str, str]:
+def read(*answers: tuple[int, str]) -> dict[str, str]:
     return attributes_of([(QUESTIONS[number], answer) for number, answer in answers], PERSON)
 
 
@@ -73,14 +73,14 @@ def told(*answers: tuple[int, str]) -> dict[str, str]:
         (4, "The person holds a black handbag in the right hand.", {"carried": "handbag"}),
     ],
 )  # fmt: skip
-def test_attributes_are_read_of_free_text(number: int, answer: str, expected: dict[str, str]):
-    assert told((number, answer)) == expected
+def test_attributes_are_read_from_free_text(number: int, answer: str, expected: dict[str, str]):
+    assert read((number, answer)) == expected
 
 
 @pytest.mark.parametrize(
     ("number", "answer", "expected"),
     [
-        (1, "A black jacket over a white shirt. No hat.", {"hat": "none"}),  # which of the two is asked for?
+        (1, "A black jacket over a white shirt. No hat.", {"hat": "none"}),  # unclear which garment is meant
         (1, "A black coat. It is not possible to tell whether there is a hat.",
          {"upper_kind": "coat", "upper_colour": "black"}),
         (1, "A blue and white striped shirt.", {"upper_kind": "shirt", "upper_pattern": "striped"}),
@@ -92,18 +92,18 @@ def test_attributes_are_read_of_free_text(number: int, answer: str, expected: di
         (4, "A phone and a red umbrella.", {}),
     ],
 )  # fmt: skip
-def test_what_is_ambiguous_is_not_taken(number: int, answer: str, expected: dict[str, str]):
-    assert told((number, answer)) == expected
+def test_ambiguous_text_is_not_read(number: int, answer: str, expected: dict[str, str]):
+    assert read((number, answer)) == expected
 
 
-def test_a_thing_is_read_in_the_answer_about_it():
-    assert told((2, "Black jeans, and red boots."), (3, "White sneakers.")) == {
+def test_a_thing_is_read_only_from_the_answer_about_it():
+    assert read((2, "Black jeans, and red boots."), (3, "White sneakers.")) == {
         "lower_kind": "jeans", "lower_colour": "black", "shoes_kind": "sneakers", "shoes_colour": "white"
     }  # fmt: skip
     assert attributes_of([("What is in the background?", "A man in red boots.")], PERSON) == {}
 
 
-def test_a_vocabulary_of_its_own_is_read_in_its_words():
+def test_another_vocabulary_is_read_in_its_own_words():
     choices = {"hat": ("none", "sun hat", "cap"), "hat_colour": ("none", "navy", "blue"), "shoes_kind": ("trainers",)}
     assert attributes_of([(QUESTIONS[1], "A navy sun hat."), (QUESTIONS[3], "Blue trainers.")], choices) == {
         "hat": "sun hat", "hat_colour": "navy", "shoes_kind": "trainers"
@@ -112,15 +112,15 @@ def test_a_vocabulary_of_its_own_is_read_in_its_words():
 
 
 @given(st.integers(0, 2**32))
-def test_what_the_oracle_means_is_read_of_its_answers(seed: int):
+def test_the_oracles_attributes_are_read_from_its_answers(seed: int):
     truth = asdict(sample_person(np.random.default_rng(seed)))
     engine = OracleEngine(OracleConfig(error_rate=0.0), VOCABULARY)
     answers = [asyncio.run(engine.answer(Subject("one", b"", truth), (), question, 48)).text for question in QUESTIONS]
-    found = attributes_of(list(zip(QUESTIONS, answers, strict=True)), VOCABULARY)
-    assert found == {name: truth[name] for name in VOCABULARY if truth[name] != "plain"}
+    attributes = attributes_of(list(zip(QUESTIONS, answers, strict=True)), VOCABULARY)
+    assert attributes == {name: truth[name] for name in VOCABULARY if truth[name] != "plain"}
 
 
 @given(st.text(max_size=200))
 def test_only_values_of_the_vocabulary_are_read(text: str):
-    found = attributes_of([(question, text) for question in QUESTIONS], PERSON)
-    assert all(value in PERSON[name] for name, value in found.items())
+    attributes = attributes_of([(question, text) for question in QUESTIONS], PERSON)
+    assert all(value in PERSON[name] for name, value in attributes.items())

@@ -1,4 +1,4 @@
-"""Import of the dialogues that the authors publish."""
+"""Reader of the dialogues that the authors publish."""
 
 import json
 
@@ -17,55 +17,60 @@ def read(content):
 def reject_of(content):
     good = {"file_path": "good.jpg", "dialogue": [*ASKED, {"summary": "s"}]}
     dialogues, rejects = read([good, content])
-    assert [made.path for made in dialogues] == ["good.jpg"]
+    assert [dialogue.path for dialogue in dialogues] == ["good.jpg"]
     return rejects[0]
 
 
 @pytest.mark.parametrize("key", ["file_path", "img_path", "image_path", "path"])
 def test_a_list_of_dialogues_names_its_images_by_any_of_four_keys(key):
-    found = read([{key: "a/1.jpg", "dialogue": [*ASKED, {"summary": "A man."}]}])
-    assert found == ([PublishedDialogue("a/1.jpg", TURNS, "A man.")], [])
+    result = read([{key: "a/1.jpg", "dialogue": [*ASKED, {"summary": "A man."}]}])
+    assert result == ([PublishedDialogue("a/1.jpg", TURNS, "A man.")], [])
 
 
 @pytest.mark.parametrize("inside", [lambda turns: turns, lambda turns: {"dialogue": turns}], ids=["turns", "dialogue"])
 def test_an_object_names_its_images_by_its_keys(inside):
     one, two = [*ASKED, {"summary": "A man."}], [*ASKED, {"text": "Another."}]
-    found, _ = read({"a/1.jpg": inside(one), "a/2.jpg": inside(two)})
-    assert [(made.path, made.summary) for made in found] == [("a/1.jpg", "A man."), ("a/2.jpg", "Another.")]
+    dialogues, _ = read({"a/1.jpg": inside(one), "a/2.jpg": inside(two)})
+    assert [(dialogue.path, dialogue.summary) for dialogue in dialogues] == [
+        ("a/1.jpg", "A man."),
+        ("a/2.jpg", "Another."),
+    ]
 
 
 @pytest.mark.parametrize("key", ["summary", "text", "answer"])
-def test_the_summary_stands_under_any_of_three_keys(key):
-    (made,), _ = read({"1.jpg": [*ASKED, {"question": "summarise", key: " A man\nin black. "}]})
-    assert made == PublishedDialogue("1.jpg", TURNS, "A man in black.")
+def test_the_summary_has_any_of_three_keys(key):
+    (dialogue,), _ = read({"1.jpg": [*ASKED, {"question": "summarise", key: " A man\nin black. "}]})
+    assert dialogue == PublishedDialogue("1.jpg", TURNS, "A man in black.")
 
 
 def test_the_fifth_turn_may_carry_the_summary():
-    (made,), _ = read({"1.jpg": [*ASKED[:4], {"summary": "A man."}]})
-    assert made == PublishedDialogue("1.jpg", TURNS[:4], "A man.")
+    (dialogue,), _ = read({"1.jpg": [*ASKED[:4], {"summary": "A man."}]})
+    assert dialogue == PublishedDialogue("1.jpg", TURNS[:4], "A man.")
 
 
-def test_a_summary_named_so_goes_before_a_later_text():
-    (made,), _ = read({"1.jpg": [*ASKED, {"summary": "A man."}, {"text": "You are welcome."}]})
-    assert made.summary == "A man."
+def test_the_key_summary_is_preferred_to_a_later_text():
+    (dialogue,), _ = read({"1.jpg": [*ASKED, {"summary": "A man."}, {"text": "You are welcome."}]})
+    assert dialogue.summary == "A man."
 
 
 def test_turns_without_an_answer_are_left_out():
-    (made,), _ = read({"1.jpg": [{"text": "Hello."}, {"question": None, "answer": "a"}, *ASKED[2:], {"summary": "s"}]})
-    assert made.turns == (("", "a"), *TURNS[2:])
+    (dialogue,), _ = read(
+        {"1.jpg": [{"text": "Hello."}, {"question": None, "answer": "a"}, *ASKED[2:], {"summary": "s"}]}
+    )
+    assert dialogue.turns == (("", "a"), *TURNS[2:])
 
 
-def test_other_keys_and_a_byte_order_mark_do_no_harm():
+def test_other_keys_and_a_byte_order_mark_are_ignored():
     content = json.dumps([{"id": 3, "file_path": "1.jpg", "dialogue": [*ASKED, {"summary": "s", "score": 1}]}])
     dialogues, rejects = read_published(b"\xef\xbb\xbf" + content.encode())
     assert (len(dialogues), rejects) == (1, [])
 
 
-def test_an_empty_file_of_dialogues_is_empty():
+def test_an_empty_list_gives_no_dialogues():
     assert read([]) == ([], [])
 
 
-# --- entries that cannot be used --------------------------------------------------------------------------
+# --- unusable entries -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,11 +92,11 @@ def test_an_unusable_entry_is_rejected_with_its_key_and_the_rest_is_read(entry, 
     assert reject.detail
 
 
-# --- files that are no dialogues at all -------------------------------------------------------------------
+# --- unusable files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "problem"),
     [
         (b"", "not valid JSON"),
         (b"\xff\xd8\xff\xe0 a picture", "not valid JSON"),
@@ -102,7 +107,7 @@ def test_an_unusable_entry_is_rejected_with_its_key_and_the_rest_is_read(entry, 
         (b'{"images": [1, 2], "info": {"year": 2026}}', "none of its 2 entries is a dialogue"),
     ],
 )
-def test_a_file_of_something_else_is_one_clear_error(content, found):
-    with pytest.raises(DialogueFormatError, match=found) as caught:
+def test_a_file_of_something_else_is_one_clear_error(content, problem):
+    with pytest.raises(DialogueFormatError, match=problem) as caught:
         read_published(content)
     assert "expected" in str(caught.value)

@@ -1,4 +1,4 @@
-"""The openai engine against a real HTTP server that misbehaves on demand."""
+"""OpenAI engine against a real HTTP server that fails on request."""
 
 import asyncio
 import base64
@@ -37,7 +37,7 @@ def refusal(status: int, message: str = "no", **headers: str) -> JSONResponse:
 
 
 class Endpoint(ChatServer):
-    """`replies` are given in turn, the last one for ever."""
+    """Server that gives `replies` in order and repeats the last one. It records bodies and keys."""
 
     def __init__(self) -> None:
         self.replies: list[Response | Callable[[dict[str, Any]], Any]] = []
@@ -67,7 +67,7 @@ def endpoint(server: Endpoint) -> Endpoint:
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the engine would have waited between its attempts; it does not wait here."""
+    """Waits between the attempts in seconds. The engine does not really wait."""
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -98,15 +98,15 @@ def ask(engine: OpenAIEngine, subject: Subject = SUBJECT) -> Answer:
     return use(engine, lambda engine: engine.answer(subject, (), "Who?", 48))
 
 
-# --- what is asked ----------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------
 
 
 def test_a_conversation_sends_the_image_once_and_every_earlier_turn(endpoint):
     endpoint.replies = [completion(f"a{n}") for n in range(6)]
     limits = {"questions": 5, "answer_tokens": 48, "summary_tokens": 128}
-    made = use(make(endpoint), lambda engine: converse(engine, SUBJECT, **limits))
-    assert [turn.answer for turn in made.turns] == ["a0", "a1", "a2", "a3", "a4"]
-    assert made.summary == "a5"
+    dialogue = use(make(endpoint), lambda engine: converse(engine, SUBJECT, **limits))
+    assert [turn.answer for turn in dialogue.turns] == ["a0", "a1", "a2", "a3", "a4"]
+    assert dialogue.summary == "a5"
     for position, body in enumerate(endpoint.bodies):
         roles = [message["role"] for message in body["messages"]]
         assert roles == ["user", "assistant"] * position + ["user"]
@@ -118,14 +118,14 @@ def test_a_conversation_sends_the_image_once_and_every_earlier_turn(endpoint):
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_the_image_travels_as_it_came(endpoint, form):
+def test_the_image_is_sent_unchanged(endpoint, form):
     content = encode(form)
     ask(make(endpoint), Subject("one", content))
     url = endpoint.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]
     assert url == f"data:image/{form.lower()};base64,{base64.b64encode(content).decode()}"
 
 
-def test_model_length_temperature_and_seed_are_named(endpoint):
+def test_model_length_temperature_and_seed_are_sent(endpoint):
     ask(make(endpoint))
     sent = {name: endpoint.bodies[0][name] for name in ("model", "max_tokens", "temperature", "seed")}
     assert sent == {"model": "tiny", "max_tokens": 48, "temperature": 0.0, "seed": 7}
@@ -138,10 +138,10 @@ def test_an_undecodable_image_is_rejected_and_not_sent(endpoint):
     assert endpoint.bodies == []
 
 
-# --- what is answered -------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------------------
 
 
-def test_tokens_come_from_the_usage_and_a_length_limit_is_seen(endpoint):
+def test_tokens_come_from_the_usage_and_the_length_limit_is_reported(endpoint):
     details = {"cached_tokens": 64}
     endpoint.replies = [
         completion("a man", "length", prompt_tokens=100, completion_tokens=48, prompt_tokens_details=details)
@@ -169,17 +169,17 @@ def test_something_other_than_a_completion_rejects_the_image(endpoint, reply):
     assert caught.value.reason == "endpoint_error"
 
 
-# --- faults that pass -------------------------------------------------------------------------------------
+# --- temporary failures -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_passing_fault_is_tried_again(endpoint, waits, status):
+def test_a_temporary_failure_is_retried(endpoint, waits, status):
     endpoint.replies = [refusal(status), refusal(status), completion()]
     assert ask(make(endpoint)).text == "a man"
     assert len(waits) == 2
 
 
-def test_waits_double_with_jitter_and_end(endpoint, waits):
+def test_waits_double_with_jitter_up_to_a_limit(endpoint, waits):
     endpoint.replies = [*(refusal(503) for _ in range(9)), completion()]
     ask(make(endpoint, retries=9))
     for attempt, seconds in enumerate(waits):
@@ -204,11 +204,11 @@ def test_retry_after_as_a_date_is_honoured(endpoint, waits):
     ("value", "seconds"),
     [(None, None), ("soon", None), ("-3", 0.0), ("86400", LONGEST_WAIT_S), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)],
 )
-def test_a_retry_after_is_never_negative_nor_endless(value, seconds):
+def test_a_retry_after_is_never_negative_or_too_long(value, seconds):
     assert _retry_after(value) == seconds
 
 
-def test_a_slow_answer_is_tried_again(endpoint):
+def test_a_slow_answer_is_retried(endpoint):
     async def slow(_: dict[str, Any]) -> Response:
         await asyncio.sleep(0.5)
         return completion("too late")
@@ -217,18 +217,18 @@ def test_a_slow_answer_is_tried_again(endpoint):
     assert ask(make(endpoint, timeout_s=0.2)).text == "in time"
 
 
-# --- faults that stay -------------------------------------------------------------------------------------
+# --- permanent failures -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_an_endpoint_that_keeps_failing_ends_the_run(endpoint, status):
     endpoint.replies = [refusal(status, "overloaded")]
-    with pytest.raises(EngineError, match=rf"failed 3 times, last with HTTP {status}.*overloaded.*finished images"):
+    with pytest.raises(EngineError, match=rf"failed 3 times; last failure: HTTP {status}.*overloaded.*finished images"):
         ask(make(endpoint, retries=2))
     assert len(endpoint.bodies) == 3
 
 
-def test_an_image_that_alone_makes_it_fail_is_rejected_alone(endpoint):
+def test_only_the_image_that_causes_failures_is_rejected(endpoint):
     other_is_answered = asyncio.Event()
 
     async def reply(body: dict[str, Any]) -> Response:
@@ -275,7 +275,7 @@ def test_a_refused_request_rejects_its_image_at_once(endpoint, status):
     assert len(endpoint.bodies) == 1
 
 
-def test_a_conversation_over_the_context_length_is_named_so(endpoint):
+def test_a_conversation_over_the_context_length_has_its_own_reason(endpoint):
     endpoint.replies = [refusal(400, "This model's maximum context length is 1024 tokens.")]
     with pytest.raises(DialogueError) as caught:
         ask(make(endpoint))
@@ -283,7 +283,7 @@ def test_a_conversation_over_the_context_length_is_named_so(endpoint):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "127.0.0.1:9/v1", "http://[::1/v1"])
-def test_an_endpoint_that_is_not_there_is_an_error_at_the_start(url):
+def test_a_missing_endpoint_is_an_error_at_the_start(url):
     engine = OpenAIEngine(OpenAIConfig(base_url=url, model="tiny"), temperature=0.0, seed=0)
     with pytest.raises(EngineError, match=r"nothing answers at .*--openai\.base-url"):
         asyncio.run(engine.start())
@@ -298,14 +298,14 @@ def test_the_key_comes_from_the_named_variable(endpoint, monkeypatch):
     assert endpoint.keys == [f"Bearer {KEY}-mine"]
 
 
-def test_an_endpoint_may_do_without_a_key(endpoint, monkeypatch):
+def test_a_key_is_optional(endpoint, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     ask(make(endpoint))
     assert endpoint.keys == [None]
 
 
 @pytest.mark.parametrize("status", [400, 401, 500])
-def test_the_key_is_in_no_message_even_where_the_endpoint_repeats_it(endpoint, caplog, status):
+def test_the_key_is_in_no_message_even_if_the_endpoint_repeats_it(endpoint, caplog, status):
     endpoint.replies = [refusal(status, f"bad key {KEY}")]
     with caplog.at_level(logging.DEBUG), pytest.raises((DialogueError, EngineError)) as caught:
         ask(make(endpoint, retries=0))
@@ -314,7 +314,7 @@ def test_the_key_is_in_no_message_even_where_the_endpoint_repeats_it(endpoint, c
     assert caught.value.__cause__ is None
 
 
-def test_a_mangled_key_is_refused_without_repeating_it(endpoint, monkeypatch):
+def test_an_invalid_key_is_refused_without_repeating_it(endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}…")
     with pytest.raises(EngineError, match=r"\$OPENAI_API_KEY") as caught:
         ask(make(endpoint))

@@ -1,4 +1,4 @@
-"""The oracle: a simulated annotator that answers like one, errs at its rate, and says what it is."""
+"""Oracle: a simulated annotator with the configured error rate, which says that it is simulated."""
 
 import asyncio
 import logging
@@ -46,13 +46,13 @@ def talk(attributes: dict[str, str], image_id: str = "one", *, error_rate: float
 
 
 def talk_of_view(view: str | None, questions: int = 5) -> Dialogue:
-    """A dialogue about WOMAN by an annotator that is wrong in all that her view hides and right elsewhere."""
+    """Dialogue about WOMAN. The annotator is wrong in every attribute that the view hides, and right otherwise."""
     engine = OracleEngine(OracleConfig(error_rate=0.0, hidden_error_rate=1.0), VOCABULARY)
     subject = Subject("one", b"", WOMAN, view)
     return asyncio.run(converse(engine, subject, questions=questions, answer_tokens=48, summary_tokens=128))
 
 
-def test_what_a_view_hides_is_reported_wrongly_at_a_rate_of_its_own():
+def test_attributes_hidden_in_a_view_have_their_own_error_rate():
     truth = reported(talk(WOMAN))
     assert reported(talk_of_view(None)) == truth
     back, right = reported(talk_of_view("back")), reported(talk_of_view("right"))
@@ -66,20 +66,20 @@ def test_every_view_hides_something_that_another_shows():
     assert not set.intersection(*map(set, HIDDEN.values()))
 
 
-def test_with_fewer_questions_a_summary_holds_no_more_than_was_asked():
-    made = talk_of_view(None, questions=2)
-    assert made.summary == " ".join(turn.answer for turn in made.turns)
-    assert "shoes" not in made.summary
+def test_a_summary_holds_only_the_answers_if_questions_were_left_out():
+    dialogue = talk_of_view(None, questions=2)
+    assert dialogue.summary == " ".join(turn.answer for turn in dialogue.turns)
+    assert "shoes" not in dialogue.summary
 
 
-def said(made: Dialogue) -> str:
-    return " ".join([*(turn.answer for turn in made.turns), made.summary])
+def text_of(dialogue: Dialogue) -> str:
+    return " ".join([*(turn.answer for turn in dialogue.turns), dialogue.summary])
 
 
-def reported(made: Dialogue) -> dict[str, str]:
-    """What the answers say of some attributes whose words cannot be mistaken for others."""
-    gender, upper, _, shoes, _ = (turn.answer for turn in made.turns)
-    kinds = sorted(VOCABULARY["upper_kind"], key=len, reverse=True)  # a t-shirt is no shirt
+def reported(dialogue: Dialogue) -> dict[str, str]:
+    """Values that the answers report, for attributes with unambiguous words."""
+    gender, upper, _, shoes, _ = (turn.answer for turn in dialogue.turns)
+    kinds = sorted(VOCABULARY["upper_kind"], key=len, reverse=True)  # longest first: a t-shirt is not a shirt
     return {
         "gender": "woman" if "a woman" in gender else "man",
         "upper_kind": next(kind for kind in kinds if f"{kind} and" in upper),
@@ -98,7 +98,7 @@ def test_each_question_gets_its_answer():
     ]
 
 
-def test_what_a_person_does_not_have_is_said_too():
+def test_answers_mention_missing_things_too():
     assert [turn.answer for turn in talk(DRESS).turns][1:] == [
         "The person is wearing a red striped dress and no hat.",
         "The person is wearing no separate lower-body garment.",
@@ -141,14 +141,14 @@ def test_without_errors_every_answer_is_true():
         assert seen == {name: person[name] for name in seen}
 
 
-def test_a_rerun_says_the_same():
+def test_a_second_run_gives_the_same_dialogue():
     assert talk(WOMAN, error_rate=0.5) == talk(WOMAN, error_rate=0.5)
 
 
-def test_another_seed_or_image_errs_elsewhere():
-    first = said(talk(WOMAN, error_rate=0.5))
-    assert first != said(talk(WOMAN, error_rate=0.5, seed=1))
-    assert first != said(talk(WOMAN, "two", error_rate=0.5))
+def test_another_seed_or_image_gives_other_errors():
+    first = text_of(talk(WOMAN, error_rate=0.5))
+    assert first != text_of(talk(WOMAN, error_rate=0.5, seed=1))
+    assert first != text_of(talk(WOMAN, "two", error_rate=0.5))
 
 
 def test_attributes_err_at_the_configured_rate():
@@ -156,30 +156,30 @@ def test_attributes_err_at_the_configured_rate():
     for number in range(200):
         for name, value in reported(talk(WOMAN, f"image {number}", error_rate=0.2)).items():
             wrong[name] += value != WOMAN[name]
-    # 200 draws at 0.2: 40 expected, standard deviation 5.7
+    # 200 draws at rate 0.2: mean 40, standard deviation 5.7
     assert all(18 <= count <= 62 for count in wrong.values()), wrong
 
 
 @given(person=people, image_id=st.text(min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
-def test_answers_and_summary_agree_even_where_they_are_wrong(person, image_id):
-    made = talk(person, image_id, error_rate=0.5)
+def test_answers_and_summary_agree_even_if_they_are_wrong(person, image_id):
+    dialogue = talk(person, image_id, error_rate=0.5)
     stock = {"The", "person", "is", "wearing", "carrying", "a", "an", "and", "with", "no"}
-    stock |= {"separate", "lower-body", "garment"}  # under a dress
-    told = {word.strip(".") for turn in made.turns for word in turn.answer.split()} - stock
-    assert told <= {word.strip(".,") for word in made.summary.split()}
+    stock |= {"separate", "lower-body", "garment"}  # answer for a dress
+    answered = {word.strip(".") for turn in dialogue.turns for word in turn.answer.split()} - stock
+    assert answered <= {word.strip(".,") for word in dialogue.summary.split()}
 
 
 @given(person=people)
 @settings(max_examples=50, deadline=None)
-def test_a_thing_that_is_only_imagined_has_a_colour(person):
-    assert "none" not in said(talk(person, error_rate=1.0))
+def test_a_wrongly_reported_thing_has_a_colour(person):
+    assert "none" not in text_of(talk(person, error_rate=1.0))
 
 
-# --- what it is and what it needs -------------------------------------------------------------------------
+# --- start and missing attributes -------------------------------------------------------------------------
 
 
-def test_it_says_that_it_is_a_simulation(caplog):
+def test_the_oracle_says_that_it_is_simulated(caplog):
     engine = OracleEngine(OracleConfig(error_rate=0.05), VOCABULARY)
     with caplog.at_level(logging.INFO):
         asyncio.run(engine.start())
@@ -193,7 +193,7 @@ def test_a_dataset_without_attributes_is_refused_at_the_start():
         asyncio.run(OracleEngine(OracleConfig(), {}).start())
 
 
-def test_an_image_without_attributes_is_rejected_alone():
+def test_only_the_image_without_attributes_is_rejected():
     engine = OracleEngine(OracleConfig(), VOCABULARY)
     for question in (QUESTIONS[0], SUMMARY_REQUEST):
         with pytest.raises(DialogueError) as caught:

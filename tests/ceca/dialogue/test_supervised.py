@@ -1,4 +1,4 @@
-"""An engine that dies or falls silent is replaced, and no conversation notices."""
+"""Supervision: an engine that dies or stops answering is replaced, and conversations continue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ SUBJECT = Subject("one", b"image")
 
 
 class Flawed:
-    """Answers `lasts` questions well; then it does what `then` says: "die", "hang", or nothing special."""
+    """Engine with a fault.
+
+    Args:
+        lasts: number of questions that it answers before the fault.
+        then: the fault: "die", "hang", "no start" (it cannot start at all), or "" for none.
+    """
 
     model = "flawed"
 
@@ -45,7 +50,7 @@ class Flawed:
 
 
 def use(engines: list[Flawed], act: Callable[[Supervised], object], restarts: int = 2, stall_s: float = 0.1):
-    """Act on a supervised engine that is replaced by the next of these."""
+    """Run `act` with a supervised engine that uses these engines one after the other."""
     waiting = iter(engines)
 
     async def run():
@@ -60,8 +65,8 @@ def use(engines: list[Flawed], act: Callable[[Supervised], object], restarts: in
 
 
 async def ask_many(engine: Supervised, number: int = 12) -> list[str]:
-    asked = (engine.answer(Subject(f"image-{n}", b"image"), (), "who?", 9) for n in range(number))
-    return [answer.text for answer in await asyncio.gather(*asked)]
+    questions = (engine.answer(Subject(f"image-{n}", b"image"), (), "who?", 9) for n in range(number))
+    return [answer.text for answer in await asyncio.gather(*questions)]
 
 
 EXPECTED = [f"image-{n}: who?" for n in range(12)]
@@ -80,30 +85,30 @@ def test_an_engine_that_is_lost_too_often_ends_the_run(fault: str):
         use([Flawed(5, fault), Flawed(3, fault)], ask_many, restarts=1)
 
 
-def test_a_replacement_that_cannot_start_ends_the_run_for_all_who_wait():
+def test_a_replacement_that_cannot_start_fails_all_open_questions():
     async def act(engine: Supervised) -> list[object]:
-        asked = (engine.answer(SUBJECT, (), "who?", 9) for _ in range(4))
-        return await asyncio.gather(*asked, return_exceptions=True)
+        questions = (engine.answer(SUBJECT, (), "who?", 9) for _ in range(4))
+        return await asyncio.gather(*questions, return_exceptions=True)
 
     results = use([Flawed(2, "die"), Flawed(0, "no start")], act)
     assert [str(result) for result in results if isinstance(result, EngineError)] == ["cannot start"] * 2
     assert sum(isinstance(result, Answer) for result in results) == 2
 
 
-def test_a_slow_engine_that_goes_on_answering_is_left_alone():
+def test_a_slow_engine_that_still_answers_is_not_replaced():
     class Slow(Flawed):
         async def answer(self, *arguments, **named):
             async with turn:
                 await asyncio.sleep(0.06)
                 return await super().answer(*arguments, **named)
 
-    turn = asyncio.Lock()  # one answer each 60 ms: a question may wait longer than the engine may be silent
+    turn = asyncio.Lock()  # one answer per 60 ms: a question waits longer than the allowed silence
     engine = Slow(99, "")
-    assert use([engine], lambda watched: ask_many(watched, 5), stall_s=0.15) == EXPECTED[:5]
+    assert use([engine], lambda supervised: ask_many(supervised, 5), stall_s=0.15) == EXPECTED[:5]
     assert not engine.abandoned
 
 
-def test_one_images_error_is_that_images_alone():
+def test_an_error_of_one_image_does_not_affect_others():
     async def act(engine: Supervised) -> Answer:
         with pytest.raises(DialogueError, match="not_an_image"):
             await engine.answer(Subject("broken", b"bad"), (), "who?", 9)
@@ -114,7 +119,7 @@ def test_one_images_error_is_that_images_alone():
     assert not engine.abandoned
 
 
-def test_an_asker_who_is_cancelled_takes_nobody_along():
+def test_a_cancelled_question_does_not_affect_the_engine():
     async def act(engine: Supervised) -> str:
         hanging = asyncio.ensure_future(engine.answer(SUBJECT, (), "who?", 9))
         await asyncio.sleep(0.02)

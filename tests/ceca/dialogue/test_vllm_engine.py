@@ -1,6 +1,6 @@
-"""The real vLLM on CPU, with a tiny model of random weights: its answers are noise, the plumbing is real.
+"""Real vLLM on CPU, with a tiny model of random weights. Its answers are noise.
 
-The engine starts once (20-40 s), holds every conversation below and closes; the tests then read the record.
+The engine starts once (20-40 s), holds all conversations and closes. The tests then read the record.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from ceca.dialogue.vllm import CPU_BLOCK, VLLMEngine, end_with_this_process, fit
 ANSWER_TOKENS, SUMMARY_TOKENS, MAX_MODEL_LEN = 16, 24, 1024
 MAX_PIXELS = 64 * 28 * 28
 CHOICES = {"gender": ("woman", "man"), "hat": ("none", "cap")}
-SIZES = ((64, 160), (64, 160), (48, 128), (96, 200), (30, 75), (500, 1200))  # the last is over the pixel budget
+SIZES = ((64, 160), (64, 160), (48, 128), (96, 200), (30, 75), (500, 1200))  # the last one exceeds the pixel budget
 
 
 def draw(number: int, size: tuple[int, int] = (64, 160)) -> bytes:
@@ -49,10 +49,10 @@ SUBJECTS = tuple(Subject(f"image-{number}", draw(number, size)) for number, size
 
 @dataclass
 class Record:
-    """What the engine said and left behind."""
+    """Answers of the engine, and the processes it started."""
 
     dialogues: list[Dialogue] = field(default_factory=list)
-    again: list[Dialogue] = field(default_factory=list)  # the same images under other names: nothing is cached
+    again: list[Dialogue] = field(default_factory=list)  # same images, other ids: nothing is in the cache
     turn_by_turn: list[Answer] = field(default_factory=list)
     structured: Dialogue | None = None
     failures: dict[str, DialogueError] = field(default_factory=dict)
@@ -101,46 +101,46 @@ def record(tiny: Path) -> Record:
     config = VLLMConfig(
         model=str(tiny), gpus=0, dtype="float32", max_model_len=MAX_MODEL_LEN, max_pixels=MAX_PIXELS, enforce_eager=True
     )
-    engine, made, here = VLLMEngine(config, temperature=0.0, seed=0), Record(), psutil.Process()
+    engine, record, here = VLLMEngine(config, temperature=0.0, seed=0), Record(), psutil.Process()
     before = set(here.children(recursive=True))
 
     async def run() -> None:
         await engine.start()
         try:
-            made.processes = [child for child in here.children(recursive=True) if child not in before]
-            await hold_all(engine, made)
+            record.processes = [child for child in here.children(recursive=True) if child not in before]
+            await hold_all(engine, record)
         finally:
             await engine.close()
         assert engine.guard is not None
-        made.guard_exit = engine.guard.returncode
-        await engine.close()  # a second time does nothing
+        record.guard_exit = engine.guard.returncode
+        await engine.close()  # the second call does nothing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # start() sets it; this puts back what was there
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # start() sets it; the context restores the old value
         asyncio.run(run())
-    return made
+    return record
 
 
-def test_every_conversation_is_whole(record):
+def test_every_conversation_is_complete(record):
     assert len(record.dialogues) == len(SUBJECTS)
-    for made in record.dialogues:
-        assert [turn.question for turn in made.turns] == list(QUESTIONS)
-        assert all(turn.answer for turn in made.turns)
-        assert made.summary
+    for dialogue in record.dialogues:
+        assert [turn.question for turn in dialogue.turns] == list(QUESTIONS)
+        assert all(turn.answer for turn in dialogue.turns)
+        assert dialogue.summary
 
 
 def test_tokens_are_counted(record):
-    for made in record.dialogues:
-        assert made.completion_tokens == 5 * ANSWER_TOKENS + SUMMARY_TOKENS
-        assert made.prompt_tokens > made.cached_tokens > 0
+    for dialogue in record.dialogues:
+        assert dialogue.completion_tokens == 5 * ANSWER_TOKENS + SUMMARY_TOKENS
+        assert dialogue.prompt_tokens > dialogue.cached_tokens > 0
     prompts = [answer.prompt_tokens for answer in record.turn_by_turn]
-    assert prompts == sorted(set(prompts))  # each turn reads all earlier ones
+    assert prompts == sorted(set(prompts))  # each turn contains all earlier ones
 
 
 def test_answers_at_the_length_limit_are_cut_off(record):
-    """The tiny model never ends an answer by itself."""
+    """The tiny model never ends an answer before the limit."""
     assert all(answer.cut_off for answer in record.turn_by_turn)
-    assert {made.flags for made in record.dialogues} == {("answer_cut_off", "summary_cut_off")}
+    assert {dialogue.flags for dialogue in record.dialogues} == {("answer_cut_off", "summary_cut_off")}
 
 
 def test_later_turns_come_from_the_prefix_cache(record):
@@ -150,23 +150,23 @@ def test_later_turns_come_from_the_prefix_cache(record):
     assert cached == sorted(cached)
 
 
-def test_all_that_a_turn_can_reuse_comes_from_the_prefix_cache(record):
+def test_all_reusable_tokens_come_from_the_prefix_cache(record):
     before = record.turn_by_turn[0]
     for answer in record.turn_by_turn[1:]:
         reusable = (before.prompt_tokens + before.completion_tokens) // CPU_BLOCK * CPU_BLOCK
         assert answer.reusable_tokens == reusable
-        assert answer.cached_tokens >= reusable - CPU_BLOCK  # the last token's key and value are not computed
+        assert answer.cached_tokens >= reusable - CPU_BLOCK  # the key and value of the last token are not computed
         before = answer
 
 
-def test_a_structured_answer_follows_the_schema_whatever_the_weights(record):
+def test_a_structured_answer_follows_the_schema_with_any_weights(record):
     assert record.structured.attributes.keys() <= CHOICES.keys()
     assert all(value in CHOICES[name] for name, value in record.structured.attributes.items())
     assert "no_attributes" not in record.structured.flags
 
 
 def test_greedy_answers_are_repeatable(record):
-    """Together or one after the other, from the cache or computed anew."""
+    """Answers are equal in parallel and in sequence, with and without the cache."""
     assert record.again == record.dialogues
 
 
@@ -185,27 +185,27 @@ def test_undecodable_bytes_reject_their_image(record):
     assert record.failures["not an image"].reason == "not_an_image"
 
 
-def test_an_image_that_the_model_refuses_is_rejected_with_the_cause(record):
+def test_an_image_that_the_model_refuses_is_rejected_with_its_cause(record):
     assert record.failures["refused shape"].reason == "refused_prompt"
     assert "ValueError" in record.failures["refused shape"].detail
 
 
-def test_the_engine_goes_on_after_a_rejected_image(record):
+def test_the_engine_continues_after_a_rejected_image(record):
     assert record.after_failures.text == record.turn_by_turn[0].text
 
 
 def test_closing_leaves_no_process(record):
     names = [" ".join(process.cmdline()) for process in record.processes if process.is_running()]
     assert record.processes
-    assert [name for name in names if "resource_tracker" not in name] == []  # Python's own, ends with this process
+    assert [name for name in names if "resource_tracker" not in name] == []  # Python's tracker ends with this process
     assert record.guard_exit == 0
 
 
 # --- without starting the engine --------------------------------------------------------------------------
 
 
-def test_a_killed_worker_takes_its_engine_along():
-    """SIGKILL leaves no time to close: the guard ends what the worker started."""
+def test_a_killed_workers_engine_is_ended():
+    """After SIGKILL, the guard ends the processes that the worker started."""
     script = """
 import os, signal, subprocess
 from ceca.dialogue.vllm import end_with_this_process
@@ -240,7 +240,7 @@ def wait_for_end(pid: int) -> bool:
     return False
 
 
-def test_a_model_that_is_not_there_is_an_error_that_says_what_to_name(tmp_path):
+def test_a_missing_model_is_an_error_with_advice(tmp_path):
     engine = VLLMEngine(VLLMConfig(model=str(tmp_path / "missing"), gpus=0), temperature=0.0, seed=0)
     with pytest.raises(EngineError, match=r"missing.*a model of the hub.*or a local folder"):
         asyncio.run(engine.start())
@@ -260,17 +260,17 @@ def test_a_model_without_a_chat_template_is_an_error_at_the_start(tmp_path):
     [
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         ValueError("No available memory for the cache blocks."),
-        RuntimeError("Engine core initialization failed. See root cause above."),  # its cause stays in the child
+        RuntimeError("Engine core initialization failed. See root cause above."),  # the child process has the cause
     ],
 )
-def test_an_engine_that_cannot_start_says_how_to_need_less_memory(error):
+def test_a_failed_start_says_how_to_use_less_memory(error):
     text = VLLMEngine(VLLMConfig(model="some/model"), temperature=0.0, seed=0)._explain(error)
     assert str(error) in text
     assert "some/model" in text
     assert "--vllm.max-model-len" in text
 
 
-def test_without_vllm_the_error_says_what_to_install(monkeypatch):
+def test_without_vllm_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     engine = VLLMEngine(VLLMConfig(gpus=0), temperature=0.0, seed=0)
     with pytest.raises(EngineError, match=r"requirements/gpu\.txt.*requirements/cpu\.txt"):
@@ -278,13 +278,13 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(64, 160), (28, 28), (1, 1)])
-def test_an_image_within_the_budget_is_left_alone(size):
+def test_an_image_within_the_budget_is_unchanged(size):
     image = Image.new("RGB", size)
     assert fit_pixels(image, MAX_PIXELS) is image
 
 
 @pytest.mark.parametrize("size", [(500, 1200), (4000, 3000), (100_000, 1)])
-def test_an_image_over_the_budget_is_scaled_with_its_aspect_kept(size):
+def test_an_image_over_the_budget_is_scaled_and_keeps_its_aspect_ratio(size):
     image = fit_pixels(Image.new("RGB", size), MAX_PIXELS)
     assert image.width * image.height <= MAX_PIXELS
     assert min(image.size) == 1 or image.width / image.height == pytest.approx(size[0] / size[1], rel=0.02)

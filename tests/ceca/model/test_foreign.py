@@ -1,4 +1,4 @@
-"""Checkpoints of IRRA and RDE come in, CLIP's part goes out to open_clip; code in a file is never run."""
+"""Checkpoints of IRRA and RDE are imported, CLIP's part is exported for open_clip, and code in a file never runs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TINY = ModelConfig(backbone="ceca-tiny", image_height=128, image_width=64)
 
 
 def clip_part(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights of the two towers under the names that IRRA and RDE have for them, in their fp16."""
+    """Weights of the two towers in fp16, under the names that IRRA and RDE use."""
     torch.manual_seed(seed)
     clip = CECA(dataclasses.replace(TINY, local_branch=False)).backbone.clip
     return {f"base_model.{name}": value.half() for name, value in clip.state_dict().items() if name != "attn_mask"}
 
 
 class RDEEmbedding(nn.Module):
-    """RDE's token embedding, written from its description: the names are those of its checkpoints."""
+    """RDE's token embedding, written from its description, with the names of its checkpoints."""
 
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -40,7 +40,7 @@ class RDEEmbedding(nn.Module):
         self.mlp.bns = nn.ModuleList([nn.BatchNorm1d(out // 2), nn.BatchNorm1d(out)])
 
     def forward(self, tokens: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
-        """[N, D] selected tokens of one sample → [E]."""
+        """Embed the selected tokens of one sample: [N, D] → [E]."""
         tokens = F.normalize(tokens, dim=-1)
         hidden = F.relu(self.mlp.bns[0](self.mlp.layers[0](tokens)))
         return (projection(tokens) + self.mlp.layers[1](hidden)).max(dim=0).values
@@ -48,14 +48,14 @@ class RDEEmbedding(nn.Module):
 
 @pytest.fixture
 def rde(tmp_path):
-    """An RDE checkpoint of random weights, and its two embeddings."""
+    """An RDE checkpoint with random weights, and its two token embeddings."""
     state = clip_part()
     embeddings = {}
     for name in ("visul_emb_layer", "texual_emb_layer"):
-        made = embeddings[name] = RDEEmbedding(128, 256).eval()
-        made.mlp.bns[0].running_mean.uniform_(-1, 1)
-        made.mlp.bns[0].running_var.uniform_(0.5, 2)
-        state |= {f"{name}.{key}": value for key, value in made.state_dict().items()}
+        embedding = embeddings[name] = RDEEmbedding(128, 256).eval()
+        embedding.mlp.bns[0].running_mean.uniform_(-1, 1)
+        embedding.mlp.bns[0].running_var.uniform_(0.5, 2)
+        state |= {f"{name}.{key}": value for key, value in embedding.state_dict().items()}
     del state["texual_emb_layer.fc.weight"], state["texual_emb_layer.fc.bias"]
     torch.save({"model": state, "epoch": 3, "optimizer": {"lr": 1e-5}}, tmp_path / "rde.pth")
     return tmp_path / "rde.pth", embeddings
@@ -92,8 +92,8 @@ def test_a_checkpoint_of_rde_embeds_as_rde_does(rde):
     image = model.backbone.encode_images(torch.randn(1, 3, 128, 64))
     best = image.importance[0].argsort(descending=True)[: 3 * 32 // 10]
     expected = embeddings["visul_emb_layer"](image.tokens[0, best], embeddings["visul_emb_layer"].fc)
-    found = model.visual_embedding(*model._mix(None, image))[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    embedded = model.visual_embedding(*model._mix(None, image))[0]
+    torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused_by_name(rde, tmp_path):
@@ -123,8 +123,8 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 def test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip(rde, tmp_path):
     data = str(tmp_path / "data")
     settings = {"backbone": "ceca-tiny", "image_height": 128, "image_width": 64}
-    made = import_weights(data, checkpoint=str(rde[0]), name="rde-published", **settings)
-    assert made == import_weights(data, checkpoint=str(rde[0]), name="rde-published", **settings)
+    first = import_weights(data, checkpoint=str(rde[0]), name="rde-published", **settings)
+    assert first == import_weights(data, checkpoint=str(rde[0]), name="rde-published", **settings)
     model, published = load_model(Store(data), "rde-published")
     assert (published.global_dim, published.local_dim) == (128, 256)
 

@@ -1,11 +1,11 @@
-"""Pictures of results: text is wrapped by its real width, and every image is there."""
+"""Figures of a report: text is wrapped by its real width, and no image is missing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -14,6 +14,7 @@ from ceca.report.figures import SCALE, TEXT, Described, _font, draw_dialogues, w
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=30)
 
 
+@settings(deadline=None)
 @given(st.lists(WORDS, max_size=12), st.integers(30, 300))
 def test_no_line_is_wider_than_asked_and_no_word_is_lost(words: list[str], width: int):
     text = " ".join(words)

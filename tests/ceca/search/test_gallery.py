@@ -27,8 +27,8 @@ def unit(*rows: list[float]) -> torch.Tensor:
 def test_an_image_takes_half_of_its_nearest_by_the_fused_similarity():
     whole = unit([1, 0], [1, 0.1], [0, 1], [0.1, 1])
     local = unit([1, 0, 0], [1, 0, 0.1], [0, 1, 0], [0, 1, 0.1])
-    found = agree_with_neighbours((whole, local), 1, 0.3)
-    for part, new in zip((whole, local), found, strict=True):
+    averaged = agree_with_neighbours((whole, local), 1, 0.3)
+    for part, new in zip((whole, local), averaged, strict=True):
         expected = F.normalize(part + 0.5 * part[[1, 0, 3, 2]], dim=1)
         torch.testing.assert_close(new, expected)
 
@@ -42,17 +42,19 @@ def test_the_local_similarity_decides_as_much_as_omega_says():
 
 def test_nearer_neighbours_give_more_by_the_softmax_of_their_similarity():
     whole = unit([1, 0], [3, 4], [4, 3])  # cosines 0.6 and 0.8 to the first
-    found, _ = agree_with_neighbours((whole, whole), 2, 0.3, weight=0.5, temperature=0.1)
+    averaged, _ = agree_with_neighbours((whole, whole), 2, 0.3, weight=0.5, temperature=0.1)
     near = 1 / (1 + math.exp(-2))  # exp(8) / (exp(8) + exp(6))
-    torch.testing.assert_close(found[0], F.normalize(whole[0] + 0.5 * (near * whole[2] + (1 - near) * whole[1]), dim=0))
+    torch.testing.assert_close(
+        averaged[0], F.normalize(whole[0] + 0.5 * (near * whole[2] + (1 - near) * whole[1]), dim=0)
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunks_change_nothing_and_embeddings_stay_normalised(chunk: int):
     source = torch.Generator().manual_seed(0)
     gallery = tuple(F.normalize(torch.randn(10, width, generator=source), dim=1) for width in (4, 6))
-    found = agree_with_neighbours(gallery, 3, 0.3, chunk=chunk)
-    for new, whole in zip(found, agree_with_neighbours(gallery, 3, 0.3), strict=True):
+    averaged = agree_with_neighbours(gallery, 3, 0.3, chunk=chunk)
+    for new, whole in zip(averaged, agree_with_neighbours(gallery, 3, 0.3), strict=True):
         torch.testing.assert_close(new, whole)
         torch.testing.assert_close(new.norm(dim=1), torch.ones(10))
 
@@ -75,15 +77,17 @@ def test_every_query_of_a_batch_has_its_own_omega_and_its_parts_make_its_similar
     whole, local = random_pairs(50, 0)
     rows = torch.cat([whole, local], dim=1).half()
     gallery = Gallery([f"{n:03d}" for n in range(50)], range(50), rows.split(20), 8)
-    asked, omegas = random_pairs(3, 1), [0.0, 0.3, 1.0]
-    for q, hits in enumerate(gallery.search(*asked, omega=omegas, top_k=5)):
-        parts = [rows[:, :8].float() @ asked[0][q], rows[:, 8:].float() @ asked[1][q]]
+    queries, omegas = random_pairs(3, 1), [0.0, 0.3, 1.0]
+    for q, hits in enumerate(gallery.search(*queries, omega=omegas, top_k=5)):
+        parts = [rows[:, :8].float() @ queries[0][q], rows[:, 8:].float() @ queries[1][q]]
         fused = (1 - omegas[q]) * parts[0] + omegas[q] * parts[1]
         best = fused.argsort(descending=True)[:5].tolist()
         assert [hit.identity for hit in hits] == best
         for hit, row in zip(hits, best, strict=True):
-            found = (hit.similarity, hit.global_similarity, hit.local_similarity)
-            assert found == pytest.approx((float(fused[row]), float(parts[0][row]), float(parts[1][row])), abs=1e-5)
+            similarities = (hit.similarity, hit.global_similarity, hit.local_similarity)
+            assert similarities == pytest.approx(
+                (float(fused[row]), float(parts[0][row]), float(parts[1][row])), abs=1e-5
+            )
 
 
 def test_a_filter_applies_before_the_best_are_taken():
@@ -95,20 +99,20 @@ def test_a_filter_applies_before_the_best_are_taken():
 
 
 def test_a_search_ranks_again_as_an_evaluation_does():
-    gallery_pair, asked = random_pairs(60, 0), random_pairs(4, 1)
+    gallery_pair, queries = random_pairs(60, 0), random_pairs(4, 1)
     rows = torch.cat(gallery_pair, dim=1).half()
     halves = tuple(part.float() for part in rows.split([8, 16], dim=1))
     gallery = Gallery([f"{n:03d}" for n in range(60)], range(60), rows.split(20), 8)
     matches = Matches(np.arange(4), np.arange(60))
-    firsts = rank_embeddings(asked, halves, matches, [0.3], rerank_first=20)[0.3][:, PER_QUERY.index("first")]
-    answers = gallery.search(*asked, omega=0.3, top_k=60, rerank_first=20)
+    firsts = rank_embeddings(queries, halves, matches, [0.3], rerank_first=20)[0.3][:, PER_QUERY.index("first")]
+    answers = gallery.search(*queries, omega=0.3, top_k=60, rerank_first=20)
     for q, hits in enumerate(answers):
         assert [hit.identity for hit in hits].index(q) + 1 == firsts[q]
-    plain = gallery.search(*asked, omega=0.3, top_k=60)
+    plain = gallery.search(*queries, omega=0.3, top_k=60)
     assert {hit.image_id for hit in answers[0][:20]} == {hit.image_id for hit in plain[0][:20]}
     assert [hit.image_id for hit in answers[0][20:]] == [hit.image_id for hit in plain[0][20:]]
     assert [hit.image_id for hit in answers[0][:20]] != [hit.image_id for hit in plain[0][:20]]
-    few = gallery.search(*asked, omega=0.3, top_k=3, rerank_first=20)
+    few = gallery.search(*queries, omega=0.3, top_k=3, rerank_first=20)
     assert few == [hits[:3] for hits in answers]
 
 

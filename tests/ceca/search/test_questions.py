@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceca.search.questions import LEAST_GAIN, WORDING, beliefs, next_question, wording
@@ -39,15 +39,15 @@ def likelihood(answer: int, value: int, many: int, error_rate: float) -> float:
     return 1 - error_rate if answer == value else error_rate / (many - 1)
 
 
-def gain_by_loops(belief: np.ndarray, found: np.ndarray, many: int, error_rate: float) -> float:
+def gain_by_loops(belief: np.ndarray, codes: np.ndarray, many: int, error_rate: float) -> float:
     """H(answer) - Σ_k P(k)·H(answer | k), an image without a value answering as those with one do on average."""
-    known = [k for k in range(len(belief)) if found[k] >= 0]
+    known = [k for k in range(len(belief)) if codes[k] >= 0]
     total = sum(belief[k] for k in known)
     if not total:
         return 0.0
-    mean = [sum(belief[k] * likelihood(a, found[k], many, error_rate) for k in known) / total for a in range(many)]
+    mean = [sum(belief[k] * likelihood(a, codes[k], many, error_rate) for k in known) / total for a in range(many)]
     rows = [
-        [likelihood(a, found[k], many, error_rate) for a in range(many)] if found[k] >= 0 else mean
+        [likelihood(a, codes[k], many, error_rate) for a in range(many)] if codes[k] >= 0 else mean
         for k in range(len(belief))
     ]
     answer = [sum(belief[k] * rows[k][a] for k in range(len(belief))) for a in range(many)]
@@ -56,47 +56,49 @@ def gain_by_loops(belief: np.ndarray, found: np.ndarray, many: int, error_rate: 
 
 def test_an_answer_by_hand():
     codes = {"shoes_colour": np.array([0, 1, 2])}
-    found = beliefs(np.zeros(3), codes, {"shoes_colour": 3}, {"shoes_colour": 2}, error_rate=0.1)
-    np.testing.assert_allclose(found, [0.05, 0.05, 0.9])
+    belief = beliefs(np.zeros(3), codes, {"shoes_colour": 3}, {"shoes_colour": 2}, error_rate=0.1)
+    np.testing.assert_allclose(belief, [0.05, 0.05, 0.9])
 
 
 def test_similarity_and_answer_by_hand():
     # Similarity makes the first image 4 times as probable, the answer the second 9 times: 4:9.
     similarity = np.array([0.2 * math.log(4), 0.0])
-    found = beliefs(similarity, {"hat": np.array([0, 1])}, {"hat": 2}, {"hat": 1}, temperature=0.2, error_rate=0.1)
-    np.testing.assert_allclose(found, [4 / 13, 9 / 13])
+    belief = beliefs(similarity, {"hat": np.array([0, 1])}, {"hat": 2}, {"hat": 1}, temperature=0.2, error_rate=0.1)
+    np.testing.assert_allclose(belief, [4 / 13, 9 / 13])
 
 
 def test_an_image_without_a_value_answers_as_the_others_do_on_average():
     # Of the known three of four fit, each 0.9, and one does not, 0.1: the mean is 0.7, and so is the unknown one's.
     codes = {"hat": np.array([0, 0, 0, 1, -1])}
-    found = beliefs(np.zeros(5), codes, {"hat": 2}, {"hat": 0}, error_rate=0.1)
-    np.testing.assert_allclose(found, np.array([0.9, 0.9, 0.9, 0.1, 0.7]) / 3.5)
-    found = beliefs(np.zeros(5), codes, {"hat": 2}, {"hat": 1}, error_rate=0.1)
-    np.testing.assert_allclose(found, np.array([0.1, 0.1, 0.1, 0.9, 0.3]) / 1.5)
+    belief = beliefs(np.zeros(5), codes, {"hat": 2}, {"hat": 0}, error_rate=0.1)
+    np.testing.assert_allclose(belief, np.array([0.9, 0.9, 0.9, 0.1, 0.7]) / 3.5)
+    belief = beliefs(np.zeros(5), codes, {"hat": 2}, {"hat": 1}, error_rate=0.1)
+    np.testing.assert_allclose(belief, np.array([0.1, 0.1, 0.1, 0.9, 0.3]) / 1.5)
 
 
 def test_an_image_that_contradicts_an_answer_falls_and_can_come_back():
     similarity, hats = np.array([1.0, 0.2]), np.array([0, 1])
-    found = beliefs(similarity, {"hat": hats}, {"hat": 2}, {"hat": 1}, temperature=0.1, error_rate=0.05)
-    assert 0.5 < found[0] < beliefs(similarity, {}, {}, {}, temperature=0.1)[0]
+    belief = beliefs(similarity, {"hat": hats}, {"hat": 2}, {"hat": 1}, temperature=0.1, error_rate=0.05)
+    assert 0.5 < belief[0] < beliefs(similarity, {}, {}, {}, temperature=0.1)[0]
 
 
+@settings(deadline=None)
 @given(searches)
 def test_beliefs_are_probabilities(search: Search):
     similarity, codes, values, answers = search
-    found = beliefs(similarity, codes, values, answers)
-    assert found.shape == similarity.shape
-    assert (found >= 0).all()
-    assert found.sum() == pytest.approx(1)
+    belief = beliefs(similarity, codes, values, answers)
+    assert belief.shape == similarity.shape
+    assert (belief >= 0).all()
+    assert belief.sum() == pytest.approx(1)
 
 
+@settings(deadline=None)
 @given(searches, st.randoms(use_true_random=False))
 def test_the_order_of_candidates_does_not_matter(search: Search, random: Random):
     similarity, codes, values, answers = search
     order = list(range(len(similarity)))
     random.shuffle(order)
-    other = {facet: found[order] for facet, found in codes.items()}
+    other = {facet: facet_codes[order] for facet, facet_codes in codes.items()}
     before, after = beliefs(similarity, codes, values, answers), beliefs(similarity[order], other, values, answers)
     np.testing.assert_allclose(after, before[order], atol=1e-12)
     first, second = next_question(before, codes, values), next_question(before[order], other, values)
@@ -105,21 +107,23 @@ def test_the_order_of_candidates_does_not_matter(search: Search, random: Random)
         assert first.gain == pytest.approx(second.gain)
 
 
+@settings(deadline=None)
 @given(searches)
 def test_what_the_user_does_not_know_and_what_no_image_has_change_nothing(search: Search):
     similarity, codes, values, answers = search
     said = {facet: answer for facet, answer in answers.items() if answer is not None}
     unknown = {**codes, "hair_colour": np.full(len(similarity), -1)}
-    found = beliefs(similarity, unknown, {**values, "hair_colour": 3}, {**answers, "hair_colour": 1})
-    np.testing.assert_allclose(found, beliefs(similarity, codes, values, said), atol=1e-12)
+    belief = beliefs(similarity, unknown, {**values, "hair_colour": 3}, {**answers, "hair_colour": 1})
+    np.testing.assert_allclose(belief, beliefs(similarity, codes, values, said), atol=1e-12)
 
 
+@settings(deadline=None)
 @given(searches)
 def test_answers_count_in_any_order(search: Search):
     similarity, codes, values, answers = search
     backwards = dict(reversed(answers.items()))
-    found = beliefs(similarity, codes, values, backwards)
-    np.testing.assert_allclose(found, beliefs(similarity, codes, values, answers), atol=1e-12)
+    belief = beliefs(similarity, codes, values, backwards)
+    np.testing.assert_allclose(belief, beliefs(similarity, codes, values, answers), atol=1e-12)
 
 
 def test_no_candidates():
@@ -167,6 +171,7 @@ def test_what_splits_the_candidates_is_asked_and_not_what_splits_others():
     np.testing.assert_allclose(question.shares, [0.55, 0.45])
 
 
+@settings(deadline=None)
 @given(searches, st.floats(0.01, 0.4))
 def test_the_gain_is_that_of_plain_loops_and_the_greatest(search: Search, error_rate: float):
     similarity, codes, values, answers = search
@@ -183,6 +188,7 @@ def test_the_gain_is_that_of_plain_loops_and_the_greatest(search: Search, error_
         assert question.shares.sum() == pytest.approx(1)
 
 
+@settings(deadline=None)
 @given(searches)
 def test_a_facet_that_all_share_is_never_asked(search: Search):
     similarity, _, _, _ = search

@@ -22,11 +22,11 @@ def by_hand(rows: torch.Tensor, queries: torch.Tensor, k: int, allowed: torch.Te
     return similarity.gather(1, order), order
 
 
-def made(rows: int, queries: int, width: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def make_rows(rows: int, queries: int, width: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     source = torch.Generator().manual_seed(seed)
     centre = torch.randn(1, width, generator=source)
-    made = [centre + spread * torch.randn(count, width, generator=source) for count in (rows, queries)]
-    rows_, queries_ = (torch.nn.functional.normalize(part, dim=1) for part in made)
+    drawn = [centre + spread * torch.randn(count, width, generator=source) for count in (rows, queries)]
+    rows_, queries_ = (torch.nn.functional.normalize(part, dim=1) for part in drawn)
     return rows_.half(), queries_
 
 
@@ -39,12 +39,12 @@ def matrix_precision(request, monkeypatch):
 @pytest.mark.parametrize("queries", [1, 3, 4, 70])
 @pytest.mark.parametrize("spread", [1.0, 0.02])  # rows far apart, and so alike that rounding would reorder them
 def test_the_best_rows_are_those_of_fp32(queries: int, spread: float):
-    rows, asked = made(3000, queries, 48, seed=queries, spread=spread)
-    found = top_k([rows[:1000], rows[1000:1001], rows[1001:]], asked, 10, row_norm=1.001)
-    similarity, order = by_hand(rows, asked, 10)
-    torch.testing.assert_close(found.similarity, similarity, rtol=0, atol=1e-6)
-    differs = found.row != order  # only where fp32 itself, summed in another order, does not tell two rows apart
-    assert (found.similarity[differs] - similarity[differs]).abs().max() < 1e-6 if differs.any() else True
+    rows, vectors = make_rows(3000, queries, 48, seed=queries, spread=spread)
+    best = top_k([rows[:1000], rows[1000:1001], rows[1001:]], vectors, 10, row_norm=1.001)
+    similarity, order = by_hand(rows, vectors, 10)
+    torch.testing.assert_close(best.similarity, similarity, rtol=0, atol=1e-6)
+    differs = best.row != order  # only where fp32 itself, summed in another order, does not tell two rows apart
+    assert (best.similarity[differs] - similarity[differs]).abs().max() < 1e-6 if differs.any() else True
     assert differs.float().mean() < 0.05
 
 
@@ -54,35 +54,35 @@ def test_ties_come_in_the_order_of_rows_and_filters_before_the_top_k(seed: int, 
     source = torch.Generator().manual_seed(seed)
     # Multiples of a quarter: every sum is exact, and many are equal.
     matrix = torch.randint(-2, 3, (rows, 8), generator=source) / 4
-    asked = torch.randint(-2, 3, (queries, 8), generator=source) / 4
+    vectors = torch.randint(-2, 3, (queries, 8), generator=source) / 4
     allowed = torch.rand(rows, generator=source) < 0.5
-    found = top_k([matrix.half()], asked, k, row_norm=2.0, allowed=allowed)
-    similarity, order = by_hand(matrix, asked, min(k, rows), allowed)
-    assert torch.equal(found.similarity, similarity)
-    assert torch.equal(found.row, torch.where(similarity == -torch.inf, -1, order))
+    best = top_k([matrix.half()], vectors, k, row_norm=2.0, allowed=allowed)
+    similarity, order = by_hand(matrix, vectors, min(k, rows), allowed)
+    assert torch.equal(best.similarity, similarity)
+    assert torch.equal(best.row, torch.where(similarity == -torch.inf, -1, order))
 
 
 def test_rows_that_are_all_alike_are_all_compared_again():
     rows = torch.full((40_000, 4), 0.5).half()
     rows[39_999] = torch.tensor([0.5, 0.5, 0.5, 0.50048828125])
-    found = top_k([rows], torch.full((5, 4), 0.5), 2, row_norm=1.01)
-    assert found.row.tolist() == [[39_999, 0]] * 5
+    best = top_k([rows], torch.full((5, 4), 0.5), 2, row_norm=1.01)
+    assert best.row.tolist() == [[39_999, 0]] * 5
 
 
 def test_fp16_becomes_bf16_within_the_bound_that_is_counted_on():
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = every[every.isfinite() & (every.abs() < 65_280)][None]
-    made = topk._convert(finite, torch.empty(finite.shape, dtype=torch.bfloat16)).float()
+    converted = topk._convert(finite, torch.empty(finite.shape, dtype=torch.bfloat16)).float()
     normal = finite.abs() >= 2.0**-14
-    relative = (made - finite.float()).abs() / finite.float().abs().clamp_min(2.0**-14)
+    relative = (converted - finite.float()).abs() / finite.float().abs().clamp_min(2.0**-14)
     assert relative[normal].max() <= topk.ROUNDING[torch.bfloat16]
-    assert (made - finite.float()).abs()[~normal].max() <= 2.0**-15
+    assert (converted - finite.float()).abs()[~normal].max() <= 2.0**-15
 
 
 def test_the_threads_of_a_search_leave_torchs_own_number_alone():
     before = torch.get_num_threads()
-    rows, asked = made(2000, 8, 16, seed=1)
-    top_k([rows], asked, 3, row_norm=1.001)
+    rows, vectors = make_rows(2000, 8, 16, seed=1)
+    top_k([rows], vectors, 3, row_norm=1.001)
     with ThreadPoolExecutor(1) as other:
         assert other.submit(torch.get_num_threads).result() == before
     assert torch.get_num_threads() == before

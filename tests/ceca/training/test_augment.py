@@ -1,4 +1,4 @@
-"""Augmentation of pixels and words: what each change does, and that workers share one stream of random numbers."""
+"""Augmentation of pixels and words: each change does what it says, and workers share one stream of random numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomErasing
 
@@ -23,10 +23,10 @@ IMAGES = torch.randint(0, 256, (6, 12, 8, 3), dtype=torch.uint8, generator=torch
 
 def test_normalisation_is_clips():
     pixel = torch.tensor([10, 128, 250], dtype=torch.uint8)
-    found = normalize(pixel.expand(1, 2, 2, 3))
-    assert found.shape == (1, 3, 2, 2)
+    pixels = normalize(pixel.expand(1, 2, 2, 3))
+    assert pixels.shape == (1, 3, 2, 2)
     expected = [(value / 255 - m) / s for value, m, s in zip(pixel.tolist(), MEAN, STD, strict=True)]
-    assert found[0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert pixels[0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_without_augmentation_pixels_are_only_normalised():
@@ -41,26 +41,27 @@ def test_a_flip_mirrors_left_and_right():
 def test_a_crop_shifts_the_image_over_a_black_frame():
     draws = draw(1, 5, generator(1))
     draws = dataclasses.replace(draws, shift=torch.tensor([[0.99, 0.0]]))  # pad 2: two down, two to the left
-    (found,) = augment_images(IMAGES[:1], draws, dataclasses.replace(NONE, pad=2))
+    (shifted,) = augment_images(IMAGES[:1], draws, dataclasses.replace(NONE, pad=2))
     whole = normalize(IMAGES[:1])[0]
     black = normalize(torch.zeros(1, 12, 8, 3, dtype=torch.uint8))[0]
-    torch.testing.assert_close(found[:, :10, 2:], whole[:, 2:, :6])
-    torch.testing.assert_close(found[:, 10:, :], black[:, 10:, :])
-    torch.testing.assert_close(found[:, :, :2], black[:, :, :2])
+    torch.testing.assert_close(shifted[:, :10, 2:], whole[:, 2:, :6])
+    torch.testing.assert_close(shifted[:, 10:, :], black[:, 10:, :])
+    torch.testing.assert_close(shifted[:, :, :2], black[:, :, :2])
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), low=st.floats(0.02, 0.4), extra=st.floats(0, 0.3))
 def test_an_erased_area_is_one_rectangle_of_the_size_asked_for(seed: int, low: float, extra: float):
     config = dataclasses.replace(NONE, erase=1, erase_area=(low, low + extra))
     white = torch.full((4, 64, 32, 3), 255, dtype=torch.uint8)
     erased = (augment_images(white, draw(4, 5, generator(seed)), config) == 0).all(dim=1)
     for mask in erased:
-        if not mask.any():  # none of ten rectangles was inside
+        if not mask.any():  # none of ten rectangles fits
             continue
         rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
         tall, wide = int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
         assert int(mask.sum()) == tall * wide
-        rounding = (tall + wide) / 2 + 1  # half a pixel of each side
+        rounding = (tall + wide) / 2 + 1  # half a pixel per side
         assert low * 64 * 32 - rounding <= tall * wide <= (low + extra) * 64 * 32 + rounding
         assert tall < 64
         assert wide < 32
@@ -126,26 +127,27 @@ def test_words_are_touched_masked_replaced_and_dropped_in_the_published_shares()
     ids = tokenize([TEXT] * 4000)
     words = int(ids[0].argmax()) - 1
     draws = draw(4000, 77, generator(0))
-    found = mask_words(ids, draws, 0.2)
-    masked = int((found == MASK).sum())
-    dropped = int((found == 0).sum() - (ids == 0).sum())
+    changed = mask_words(ids, draws, 0.2)
+    masked = int((changed == MASK).sum())
+    dropped = int((changed == 0).sum() - (ids == 0).sum())
     assert masked / (4000 * words) == pytest.approx(0.2 * 0.6, rel=0.05)
     assert dropped / (4000 * (words - 1)) == pytest.approx(0.2 * 0.2, rel=0.05)  # the first word is never dropped
-    whole = found[(found == 0).sum(dim=1) == (ids[0] == 0).sum()]
+    whole = changed[(changed == 0).sum(dim=1) == (ids[0] == 0).sum()]
     replaced = ((whole != ids[0]) & (whole != MASK)).float().mean() * 77 / words
     assert float(replaced) == pytest.approx(0.2 * 0.2, rel=0.15)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
 def test_a_masked_text_keeps_start_end_and_at_least_one_word(seed: int, share: float):
     ids = tokenize([TEXT, "man", "", "x " * 100])
-    found = mask_words(ids, draw(4, 77, generator(seed)), share)
-    ends = found.argmax(dim=1)
-    assert torch.equal(found[:, 0], ids[:, 0])
-    assert torch.equal(found.amax(dim=1), ids.amax(dim=1))
+    changed = mask_words(ids, draw(4, 77, generator(seed)), share)
+    ends = changed.argmax(dim=1)
+    assert torch.equal(changed[:, 0], ids[:, 0])
+    assert torch.equal(changed.amax(dim=1), ids.amax(dim=1))
     assert torch.equal(ends >= 2, ids.argmax(dim=1) >= 2)
     positions = torch.arange(77)
-    assert bool(((found == 0) == (positions > ends[:, None])).all())  # nothing but padding after the end
+    assert bool(((changed == 0) == (positions > ends[:, None])).all())  # nothing but padding after the end
 
 
 def test_no_share_touches_nothing():

@@ -1,9 +1,10 @@
-"""What DeepSpeed compiles when it runs: as little as it can, and never waited for in vain."""
+"""Compilation of DeepSpeed's operations: as few as possible, and no process waits for a dead one."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch.utils.file_baton import FileBaton
 
 from ceca.training.engine import compile_operation, import_deepspeed
 
+REPOSITORY = Path(__file__).parents[3]
+
 
 class Operation:
-    """Compiled by torch as DeepSpeed's are, from a line of C++."""
+    """An operation that torch compiles from a line of C++, as it compiles DeepSpeed's."""
 
     name = "answer"
 
@@ -29,7 +32,7 @@ class Operation:
 
 
 def _compile_until_killed(folder: Path) -> None:
-    """Holds torch's lock, and ours, as a process does in the middle of a compilation."""
+    """Hold torch's lock and ours, as a process does in the middle of a compilation."""
 
     class Slow(Operation):
         def load(self) -> None:
@@ -65,3 +68,9 @@ def test_training_on_cpus_compiles_nothing() -> None:
     from deepspeed.comm.torch import build_shm_op
 
     assert build_shm_op() is None
+
+
+def test_deepspeed_is_imported_in_one_place() -> None:
+    sources = [file for room in ("ceca", "jobs", "serve", "benchmarks") for file in (REPOSITORY / room).rglob("*.py")]
+    assert len(sources) > 50
+    assert [str(file) for file in sources if re.search(r"^\s*(import|from) deepspeed", file.read_text(), re.M)] == []

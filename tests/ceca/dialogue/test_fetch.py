@@ -1,4 +1,4 @@
-"""Weights by URI: fetched once per node, whole or not at all, anew when they change."""
+"""Download of weights: once per node, complete or not at all, and again after a change."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def published(s3_environment) -> Store:
-    """A model's folder on S3."""
+    """Folder of a model on S3."""
     store = Store(f"s3://bucket/{uuid.uuid4().hex}")
     store.write_bytes(b'{"a": 1}', "config.json")
     store.write_bytes(b"weights", "parts", "model-1.safetensors")
     return store
 
 
-def test_a_name_or_a_local_folder_stays_as_it_is(cache: Path, tmp_path: Path):
+def test_a_name_or_local_folder_is_returned_unchanged(cache: Path, tmp_path: Path):
     assert fetch_model("Qwen/Qwen2-VL-7B-Instruct") == "Qwen/Qwen2-VL-7B-Instruct"
     assert fetch_model(str(tmp_path)) == str(tmp_path)
     assert fetch_model(f"file://{tmp_path}") == str(tmp_path)
     assert not cache.exists()
 
 
-def test_every_file_of_a_uri_is_fetched_once(cache: Path, published: Store):
+def test_every_file_of_a_uri_is_downloaded_once(cache: Path, published: Store):
     folder = Path(fetch_model(published.uri))
     assert (folder / "config.json").read_bytes() == b'{"a": 1}'
     assert (folder / "parts" / "model-1.safetensors").read_bytes() == b"weights"
@@ -44,7 +44,7 @@ def test_every_file_of_a_uri_is_fetched_once(cache: Path, published: Store):
     assert (folder / "config.json").stat().st_mtime_ns == written
 
 
-def test_changed_weights_are_another_folder(cache: Path, published: Store):
+def test_changed_weights_get_another_folder(cache: Path, published: Store):
     first = fetch_model(published.uri)
     published.write_bytes(b"other weights", "parts", "model-1.safetensors")
     second = fetch_model(published.uri)
@@ -52,15 +52,15 @@ def test_changed_weights_are_another_folder(cache: Path, published: Store):
     assert Path(second, "parts", "model-1.safetensors").read_bytes() == b"other weights"
 
 
-def test_what_a_killed_fetch_left_is_not_taken_for_a_model(cache: Path, published: Store):
+def test_the_rest_of_a_killed_download_is_not_used(cache: Path, published: Store):
     folder = Path(fetch_model(published.uri))
-    aside = folder.with_name(f"{folder.name}.part")
-    os.rename(folder, aside)
-    (aside / "config.json").unlink()
+    partial = folder.with_name(f"{folder.name}.part")
+    os.rename(folder, partial)
+    (partial / "config.json").unlink()
     assert (Path(fetch_model(published.uri)) / "config.json").exists()
-    assert not aside.exists()
+    assert not partial.exists()
 
 
-def test_a_uri_without_a_model_says_what_is_expected_there(cache: Path, s3_environment):
+def test_a_uri_without_a_model_is_an_error(cache: Path, s3_environment):
     with pytest.raises(EngineError, match="no model at s3://bucket/nothing"):
         fetch_model("s3://bucket/nothing")

@@ -1,0 +1,60 @@
+"""Two small steps of a recipe on this machine's CPUs, to find mistakes before a long run."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ceca.config import TrainConfig
+from ceca.data.store import Manifest, Store
+from jobs.runtime.console import console
+from jobs.runtime.ray_session import connect
+from jobs.training.run import fit, make_run
+from jobs.training.samples import training_pairs
+
+FOLDER = "models/dry-run/run"
+STEPS = 2
+
+
+def shrink(config: TrainConfig) -> TrainConfig:
+    """The recipe's model, losses and data with random weights, a small batch, and one CPU worker in fp32."""
+    return dataclasses.replace(
+        config,
+        name="dry-run",
+        model=dataclasses.replace(config.model, pretrained=None),
+        global_batch=min(4, config.global_batch),
+        epochs=1,
+        precision="fp32",
+        validate_every=0,
+        workers=1,
+        workers_min=None,
+        gpus_per_worker=0,
+        loaders_per_worker=1,
+        offload=False,
+        watch=(),
+    )
+
+
+def take_steps(store: Store, config: TrainConfig, tables: Mapping[str, Manifest]) -> list[float]:
+    """Take the steps in a temporary folder; returns the losses.
+
+    Args:
+        store: the dataset.
+        config: settings from `shrink`.
+        tables: the input tables by name.
+    """
+    connect()
+    with tempfile.TemporaryDirectory(prefix="ceca-dry-run-") as folder:
+        scratch = Store(folder)
+        pairs = training_pairs(store, config, tables, steps=STEPS)
+        run = make_run(store, config, tables["images"], FOLDER, pairs, None)
+        checkpoint = fit(scratch, config, dataclasses.replace(run, store_uri=scratch.uri))
+        curve = pq.read_table(pa.BufferReader(scratch.read_bytes(FOLDER, checkpoint, "curve.parquet")))
+    losses = curve["loss"].to_pylist()
+    shown = ", ".join(f"{loss:.3f}" for loss in losses)
+    console.print(f"train: dry run of {config.model.backbone}, losses {shown}")
+    return losses

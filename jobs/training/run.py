@@ -1,0 +1,193 @@
+"""A training run from its samples to the published model: Ray Train starts the workers, DeepSpeed steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+import safetensors.torch
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from ceca.config import TrainConfig
+from ceca.data.names import MODELS
+from ceca.data.store import Manifest, Store
+from ceca.environment import usable_gpus
+from ceca.errors import UserError
+from ceca.model.registry import PublishedModel
+from ceca.model.weights import publish_model
+from ceca.settings import to_mapping
+from jobs.runtime.console import console
+from jobs.runtime.ray_session import connect
+from jobs.training.data import HeldOut, Run, load_images
+from jobs.training.samples import held_out, tokenize_pairs, training_pairs
+from jobs.training.worker import train_worker
+
+WHOLE = "whole.json"  # in a run's folder, once its training has ended
+
+
+def train_and_publish(
+    store: Store,
+    config: TrainConfig,
+    tables: Mapping[str, Manifest],
+    made_from: dict[str, str],
+    version: str,
+    *,
+    redo: bool,
+) -> PublishedModel:
+    """Train a model, or continue its run, and publish the weights of the best epoch.
+
+    Args:
+        store: the dataset.
+        config: settings of the training.
+        tables: the input tables by name.
+        made_from: their versions.
+        version: version of the model.
+        redo: train again even if a run of this version has ended.
+    """
+    folder = f"{MODELS}/{config.name}/run-{version}"
+    if redo and store.read_json(folder, WHOLE) is not None:  # left by a run that was killed after publishing
+        store.remove(folder)
+    connect()
+    started = time.monotonic()
+    pairs = training_pairs(store, config, tables)
+    validation = held_out(store, tables) if config.validate_every else None
+    checkpoint = fit(store, config, make_run(store, config, tables["images"], folder, pairs, validation))
+    record, weights, curve = _best(store, folder, checkpoint)
+    validation_split = validation.split if validation is not None else None
+    record |= {
+        "validation_split": validation_split,
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__},
+        "parameters": sum(value.numel() for value in safetensors.torch.load(weights).values()),
+    }
+    store.write_json({"version": version}, folder, WHOLE)
+    published = publish_model(
+        store,
+        config.name,
+        weights,
+        model=config.model,
+        config=to_mapping(config),
+        training=record,
+        made_from=made_from,
+        version=version,
+        extras={"curve.parquet": curve},
+    )
+    store.remove(folder)
+    best = record["best"]
+    chosen = f", best on {validation_split} with Rank-1 {best['rank1']:.1f}" if "rank1" in best else ""
+    console.print(f"train: {config.name} of epoch {best['epoch']}{chosen}; {record['seconds']:.0f} s → {published.uri}")
+    return published
+
+
+def make_run(
+    store: Store, config: TrainConfig, images: Manifest, folder: str, pairs: Any, validation: HeldOut | None
+) -> Run:
+    """Put the samples into Ray's object store for the workers.
+
+    Args:
+        store: the dataset.
+        config: settings of the training.
+        images: the images table.
+        folder: the run's folder below the dataset.
+        pairs: training pairs, schema `ceca.data.tables.PAIRS`.
+        validation: held-out images, or None.
+    """
+    parts = set(pairs["part"].to_pylist())
+    if validation is not None:
+        parts |= {row.part for row in validation.images}
+    return Run(
+        config=dataclasses.replace(config, gpus_per_worker=usable_gpus(config.gpus_per_worker)),
+        store_uri=store.uri,
+        run=folder,
+        images=load_images(store, images, parts),
+        samples=ray.put(tokenize_pairs(pairs, config)),
+        validation=ray.put(validation) if validation is not None else None,
+    )
+
+
+class Trainer(ray.train.torch.TorchTrainer):
+    """Leaves Ctrl-C to the command: Ray's handler exits with code 0, and stays installed after training."""
+
+    def _register_sigint_handler(self, controller: Any) -> None: ...
+
+
+def fit(store: Store, config: TrainConfig, run: Run) -> str:
+    """Run the trainer to its end.
+
+    Args:
+        store: where checkpoints are written, in the run's folder.
+        config: settings of the training: GPUs as declared, while `run.config` has the usable ones.
+        run: the workers' input.
+
+    Returns:
+        Name of the last checkpoint's folder.
+
+    Raises:
+        UserError: a worker raised it.
+    """
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if not config.workers_min:
+        # Machines from an autoscaler take minutes to start, and Ray Train gives up after one minute and starts anew.
+        # An elastic run keeps that minute: it may have counted a node that is gone, and must count again.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+    storage = None
+    if not isinstance(store.fs, LocalFileSystem):
+        storage = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.fs))
+    parent, _, name = run.run.rpartition("/")
+    trainer = Trainer(
+        train_worker,
+        train_loop_config={"run": run},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if run.config.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(config.workers_min, config.workers) if config.workers_min else config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": config.cpus_per_worker,
+                **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=store.path(parent),
+            storage_filesystem=storage,
+            failure_config=ray.train.FailureConfig(max_failures=config.failures_allowed),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoints_kept),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        message = _user_error(error)
+        if message is None:
+            raise
+        raise UserError(message) from error
+    assert result.checkpoint is not None, "training ended without a checkpoint"
+    return result.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _user_error(error: BaseException) -> str | None:
+    """The message of a UserError that a worker raised, or None."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, UserError):
+            return str(cause)
+    return None
+
+
+def _best(store: Store, folder: str, checkpoint: str) -> tuple[dict[str, Any], bytes, bytes]:
+    """The training record of the last checkpoint, the weights of its best epoch, and the curve."""
+    progress = store.read_json(folder, checkpoint, "progress.json")
+    assert progress is not None, "a checkpoint without progress.json"
+    record = {"history": progress["history"], "best": progress["best"]}
+    weights = store.read_bytes(folder, f"best-{progress['best']['epoch']:04d}.safetensors")
+    return record, weights, store.read_bytes(folder, checkpoint, "curve.parquet")

@@ -1,0 +1,88 @@
+"""The samples of a training run, read from the tables: training pairs and held-out images. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from ceca.config import TrainConfig
+from ceca.data.store import Manifest, Reject, Store
+from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs
+from ceca.errors import UserError
+from ceca.model.tokens import CONTEXT, count_tokens, tokenize_numpy
+from ceca.training.order import shuffled_captions
+from jobs.runtime.console import console
+from jobs.training.data import HeldOut, Sentence, TrainingSet
+
+
+def training_pairs(
+    store: Store, config: TrainConfig, tables: Mapping[str, Manifest], steps: int | None = None
+) -> pa.Table:
+    """List the (image, caption) pairs to learn from, and print their number.
+
+    Args:
+        store: the dataset.
+        config: settings of the training.
+        tables: the input tables by name.
+        steps: take only this many global batches of pairs, spread evenly over the split; None: all pairs.
+
+    Raises:
+        UserError: the split has fewer pairs than one global batch.
+    """
+    rows, missing = _summarised(store, tables, config.split)
+    if missing:
+        console.print(f"[yellow]warning:[/] {len(missing)} images have no summary and are left out of training")
+    pairs = make_pairs(store, rows, tables["captions"])
+    if pairs.num_rows < config.global_batch:
+        raise UserError(
+            f"split {config.split!r} has {pairs.num_rows} image-caption pairs, fewer than one global batch of "
+            f"{config.global_batch}; lower --global-batch or check the dataset"
+        )
+    if steps is not None:
+        pairs = pairs.take(np.linspace(0, pairs.num_rows - 1, steps * config.global_batch).astype(int))
+    long = sum(count_tokens(row.summary) > CONTEXT for row in rows)
+    console.print(
+        f"train: {len(rows):,} images, {pairs.num_rows:,} pairs, {len({row.identity for row in rows}):,} identities; "
+        f"{long / max(1, len(rows)):.1%} of summaries are longer than CLIP's 77 tokens"
+    )
+    return pairs
+
+
+def tokenize_pairs(pairs: pa.Table, config: TrainConfig) -> TrainingSet:
+    """Number the identities and tokenise the texts of all pairs, once for all epochs."""
+    captions_of = shuffled_captions(pairs.num_rows, config.seed, config.caption_noise)
+    return TrainingSet(
+        part=pairs["part"].to_numpy(),
+        row=pairs["row"].to_numpy(),
+        identity=np.unique(pairs["identity"].to_numpy(), return_inverse=True)[1],
+        caption=tokenize_numpy(pairs["caption"].to_pylist()).astype(np.uint16)[captions_of],
+        summary=tokenize_numpy(pairs["summary"].to_pylist()).astype(np.uint16),
+    )
+
+
+def held_out(store: Store, tables: Mapping[str, Manifest]) -> HeldOut | None:
+    """The images and captions of the validation split, or of the test split if there is none.
+
+    Returns None if there are no such images or captions.
+    """
+    split = "val"
+    images, _ = _summarised(store, tables, split)
+    if not images:
+        split = "test"
+        images, _ = _summarised(store, tables, split)
+        console.print("[yellow]warning:[/] there is no split val; the model is chosen on test, as its benchmark does")
+    pairs = make_pairs(store, images, tables["captions"])
+    if not images or not pairs.num_rows:
+        return None
+    texts = zip(pairs["caption"].to_pylist(), pairs["identity"].to_pylist(), strict=True)
+    return HeldOut(split, images, [Sentence(text, identity) for text, identity in texts])
+
+
+def _summarised(store: Store, tables: Mapping[str, Manifest], split: str) -> tuple[list[ImageRow], list[Reject]]:
+    """The images of a split with their summaries if there is a table of dialogues; images without one are rejects."""
+    rows = list_images(store, tables["images"], split)
+    if "dialogues" not in tables:
+        return rows, []
+    return add_summaries(store, rows, tables["images"], tables["dialogues"])

@@ -1,0 +1,229 @@
+"""The routes that read: searches, explanations, facets and images."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Request
+from fastapi import Query as Parameter
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic import TypeAdapter, ValidationError
+
+from ceca.config import ServeConfig
+from ceca.data.schema import NOBODY
+from ceca.search.catalogue import Catalogue
+from ceca.search.ranking import Hit
+from serve.access import audit, hashed
+from serve.admission import path_of
+from serve.query import Like, Query
+from serve.refusals import NotFound, documented, invalid
+from serve.routes.images import IMAGE_BODY, IMAGE_RESPONSES, ImageIdInPath, ImageInBody
+from serve.schema import (
+    Conditions,
+    ExplainRequest,
+    ExplainResponse,
+    LikeRequest,
+    SearchHit,
+    SearchRequest,
+    SearchResponse,
+)
+from serve.service import SearchResult, Service
+
+CONDITIONS: TypeAdapter[dict[str, list[str]]] = TypeAdapter(Conditions)
+# FastAPI cannot describe a parameter whose value is JSON.
+WHERE = {"name": "where", "in": "query", "content": {"application/json": {"schema": CONDITIONS.json_schema()}}}
+IMAGE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRequest:
+    """The parameters of a search whose sample is the image in the body."""
+
+    top_k: int
+    offset: int
+    omega: float | None
+    where: Mapping[str, list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """Which of the best images a response shows: `top_k` after the first `offset`.
+
+    `limit` is the number of images that one query can reach in all.
+    """
+
+    offset: int
+    top_k: int
+    limit: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.top_k
+
+    def next_offset(self, hits: int) -> int | None:
+        """The next page's offset; None after the last page. `hits`: number of images that the search returned."""
+        return self.end if hits > self.end and self.end < self.limit else None
+
+
+def search_routes(service: Service, config: ServeConfig) -> APIRouter:
+    v1 = APIRouter(prefix="/v1", tags=["search"])
+
+    @v1.post("/search")
+    async def search(request: SearchRequest, http: Request) -> SearchResponse:
+        """The images that fit a description best."""
+        _check_length(request.query, config)
+        return await _answer(service, config, request.query, request, http)
+
+    @v1.post("/search/like", responses=documented(404))
+    async def search_like(request: LikeRequest, http: Request) -> SearchResponse:
+        """The images most similar to an image of the gallery, which comes first itself."""
+        return await _answer(service, config, Like(request.image_id), request, http)
+
+    @v1.post("/search/image", openapi_extra={**IMAGE_BODY, "parameters": [WHERE]})
+    async def search_image(
+        http: Request,
+        content: ImageInBody,
+        where: Annotated[dict[str, list[str]], Depends(_where)],
+        top_k: int = Parameter(10, ge=1, le=config.top_k_limit),
+        offset: int = Parameter(0, ge=0, lt=config.top_k_limit),
+        omega: Annotated[float | None, Parameter(ge=0, le=1, allow_inf_nan=False)] = None,
+    ) -> SearchResponse:
+        """The images most similar to the image in the body (JPEG, PNG, WebP or BMP). Unlike gallery images it has no
+        summary, so for an image that is in the gallery /v1/search/like is better. `where` is the JSON of /v1/search."""
+        return await _answer(service, config, content, ImageRequest(top_k, offset, omega, where), http)
+
+    @v1.post("/explain", responses=documented(404))
+    async def explain(request: ExplainRequest, http: Request) -> ExplainResponse:
+        """Why a query returned an image."""
+        _check_length(request.query, config)
+        return await _explain(service, config, request, http)
+
+    @v1.get("/facets")
+    async def facets() -> dict[str, list[str]]:
+        """The facets and values that `where` can name. Identities are left out: there are too many."""
+        known = service.snapshot.catalogue.facets
+        return {name: known.values(name) for name in known.columns if name != "identity"}
+
+    @v1.get("/images/{image_id}", response_class=Response, responses=documented(404) | IMAGE_RESPONSES)
+    async def image(
+        http: Request, image_id: ImageIdInPath, if_none_match: Annotated[str | None, Header()] = None
+    ) -> Response:
+        """The file of an image, unchanged."""
+        picture = await service.picture(image_id)
+        if picture is None:
+            raise NotFound(f"no image {image_id} in this gallery")
+        audit(http.state.who, "GET /v1/images", 200, images=[image_id])
+        headers = {**IMAGE_HEADERS, "ETag": picture.etag}
+        if if_none_match is not None and picture.etag in if_none_match:
+            return Response(status_code=304, headers=headers)
+        return Response(picture.content, media_type=picture.media_type, headers=headers)
+
+    return v1
+
+
+async def _answer(
+    service: Service,
+    config: ServeConfig,
+    sample: str | bytes | Like,
+    request: SearchRequest | LikeRequest | ImageRequest,
+    http: Request,
+) -> SearchResponse:
+    started = time.perf_counter()
+    page = _page(request.offset, request.top_k, config.top_k_limit)
+    query = Query(
+        sample,
+        omega=config.omega if request.omega is None else request.omega,
+        top_k=page.end + 1,  # one more tells whether there is another page
+        where=request.where,
+        answers=request.answers if isinstance(request, SearchRequest) else {},
+        suggest=isinstance(request, SearchRequest) and request.suggest,
+    )
+    result = await service.search(query)
+    hits = result.hits[page.offset : page.end]
+    audit(
+        http.state.who,
+        f"POST {path_of(http)}",
+        200,
+        query=query.logged,
+        where=sorted(query.where),  # the facets and not the values, as the words are only a hash
+        answers=sorted(query.answers),
+        images=[hit.image_id for hit in hits],
+    )
+    return _response(query, result, page, started)
+
+
+def _page(offset: int, top_k: int, limit: int) -> Page:
+    """The page that is asked for; the last one may be shorter than `top_k`."""
+    for name, value in (("top_k", top_k), ("offset", offset + 1)):
+        if value > limit:
+            message = f"{name} is too large: this service gives at most {limit} images to a query"
+            raise invalid(name, "less_than_equal", message)
+    return Page(offset, min(top_k, limit - offset), limit)
+
+
+def _response(query: Query, result: SearchResult, page: Page, started: float) -> SearchResponse:
+    hits = result.hits[page.offset : page.end]
+    beliefs = [None] * len(hits) if result.beliefs is None else result.beliefs[page.offset : page.end]
+    edition, catalogue = result.snapshot.edition, result.snapshot.catalogue
+    return SearchResponse(
+        query=query.text,
+        omega=query.omega,
+        model=edition.model_name,
+        gallery=edition.gallery_name,
+        took_ms=round((time.perf_counter() - started) * 1000, 2),
+        hits=tuple(_hit(hit, belief, catalogue) for hit, belief in zip(hits, beliefs, strict=True)),
+        next_offset=page.next_offset(len(result.hits)),
+        question=result.question,
+    )
+
+
+def _hit(hit: Hit, belief: float | None, catalogue: Catalogue) -> SearchHit:
+    return SearchHit(
+        image_id=hit.image_id,
+        identity=None if hit.identity == NOBODY else hit.identity,
+        similarity=hit.similarity,
+        global_similarity=hit.global_similarity,
+        local_similarity=hit.local_similarity,
+        belief=belief,
+        summary=catalogue.summary(hit.image_id),
+        image=f"/v1/images/{hit.image_id}",
+    )
+
+
+async def _explain(service: Service, config: ServeConfig, request: ExplainRequest, http: Request) -> ExplainResponse:
+    omega = config.omega if request.omega is None else request.omega
+    explanation = await service.explain(request.query, request.image_id, omega)
+    if explanation is None:
+        raise NotFound(f"no image {request.image_id} in this gallery")
+    audit(http.state.who, "POST /v1/explain", 200, query=hashed(request.query), images=[request.image_id])
+    return ExplainResponse(
+        query=request.query,
+        image_id=request.image_id,
+        omega=omega,
+        model=explanation.snapshot.edition.model_name,
+        gallery=explanation.snapshot.edition.gallery_name,
+        similarity=explanation.similarity,
+        global_similarity=explanation.global_similarity,
+        local_similarity=explanation.local_similarity,
+        words=explanation.words,
+        sentences=explanation.sentences,
+    )
+
+
+def _where(request: Request) -> dict[str, list[str]]:
+    """The conditions in the URL, as JSON: the body is the image."""
+    try:
+        return CONDITIONS.validate_json(request.query_params.get("where", "{}"))
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("query", "where", *problem["loc"])} for problem in error.errors()]
+        raise RequestValidationError(problems) from None
+
+
+def _check_length(query: str, config: ServeConfig) -> None:
+    if len(query) > config.text_limit:
+        message = f"the query has {len(query)} characters, at most {config.text_limit} are read: shorten it"
+        raise invalid("query", "too_long", message)

@@ -1,0 +1,77 @@
+"""An edition with its catalogue, as an ingress replica serves it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from ceca.data.store import Store
+from ceca.dialogue.attributes import attributes_of, read_vocabulary
+from ceca.search.catalogue import Catalogue
+from ceca.search.edition import Edition, find_edition
+
+OPENINGS = 3  # attempts: objects of `added` can be joined between their listing and their reading
+UNASKED = ("identity", "split", "camera")  # facets that no dialogue answers
+
+
+class Snapshot:
+    """An edition and its catalogue. A request keeps the one that it began with."""
+
+    def __init__(self, edition: Edition):
+        self.edition, self.catalogue = edition, Catalogue(edition)
+        self.facets = self.catalogue.facets  # read now, not at the first search
+        self.structured = [name for name in self.facets.columns if name not in UNASKED]
+        self.vocabulary = read_vocabulary(edition.store)
+        self._attributes_of = functools.lru_cache(100_000)(self._read_attributes)
+
+    def possible(self, facet: str) -> Sequence[str]:
+        """The values that a facet can have."""
+        return self.facets.values(facet) if facet in self.structured else self.vocabulary.get(facet, ())
+
+    def attributes(self, ids: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+        """The attributes of K images, from the structured answers of the dialogues or else from their words.
+
+        Returns:
+            Codes of each facet [K], -1 if an image has no value; and the values that the codes stand for.
+        """
+        if self.structured:
+            rows = pa.array([self.catalogue.known.row(image_id) for image_id in ids], pa.int64())
+            return _encode({name: self.facets.columns[name].take(rows).to_pylist() for name in self.structured})
+        images = [self._attributes_of(image_id) for image_id in ids]
+        names = sorted({name for attributes in images for name in attributes})
+        return _encode({name: [attributes.get(name) for attributes in images] for name in names})
+
+    def _read_attributes(self, image_id: str) -> dict[str, str]:
+        dialogue = self.catalogue.told(image_id)
+        return attributes_of(dialogue.turns, self.vocabulary) if dialogue else {}
+
+
+def read_snapshot(store: Store, model: str) -> Snapshot:
+    """Read the newest edition of a dataset.
+
+    Args:
+        store: the dataset.
+        model: name or URI; empty takes the model that made the gallery.
+
+    Raises:
+        StoreError: the dataset has no gallery or model, or they do not fit together.
+    """
+    for _ in range(OPENINGS):
+        try:
+            return Snapshot(find_edition(store, model))
+        except FileNotFoundError:
+            continue
+    return Snapshot(find_edition(store, model))
+
+
+def _encode(columns: Mapping[str, list[str | None]]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    values = {name: sorted({value for value in column if value is not None}) for name, column in columns.items()}
+    numbers = {name: {value: number for number, value in enumerate(known)} for name, known in values.items()}
+    codes = {
+        name: np.array([-1 if value is None else numbers[name][value] for value in column])
+        for name, column in columns.items()
+    }
+    return codes, values

@@ -1,0 +1,67 @@
+"""The order of an epoch, and the pairs that lend their captions and summaries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ceca.training.order import epoch_order, epoch_partners, shuffled_captions
+
+
+@settings(deadline=None)
+@given(pairs=st.integers(1, 500), seed=st.integers(0, 100), epoch=st.integers(0, 100))
+def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own(pairs: int, seed: int, epoch: int):
+    people = np.arange(pairs) // 3
+    order = epoch_order(people, seed, epoch)
+    assert sorted(order) == list(range(pairs))
+    assert np.array_equal(order, epoch_order(people, seed, epoch))
+    if pairs > 20:
+        assert not np.array_equal(order, epoch_order(people, seed, epoch + 1))
+        assert not np.array_equal(order, epoch_order(people, seed + 1, epoch))
+
+
+identities = st.lists(st.integers(0, 8), min_size=1, max_size=60).map(np.array)
+
+
+@settings(deadline=None)
+@given(people=identities, group=st.integers(2, 4), seed=st.integers(0, 50))
+def test_a_balanced_order_visits_every_pair_once_those_of_an_identity_a_group_at_a_time(people, group: int, seed: int):
+    order = epoch_order(people, seed, 0, group)
+    assert sorted(order) == list(range(len(people)))
+    place = 0
+    left = {person: int((people == person).sum()) for person in set(people.tolist())}
+    while place < len(order):
+        person = int(people[order[place]])
+        taken = min(group, left[person])
+        assert (people[order[place : place + taken]] == person).all()
+        left[person] -= taken
+        place += taken
+
+
+@settings(deadline=None)
+@given(people=identities, seed=st.integers(0, 50))
+def test_a_swapped_summary_is_of_another_image_of_the_same_identity_where_there_is_one(people, seed: int):
+    images = np.arange(len(people)) // 2 * 10  # two captions each, if both describe one person
+    partners = epoch_partners(people, images, seed, 0, 1.0, "summaries")
+    for pair, partner in enumerate(partners):
+        others = (people == people[pair]) & (images != images[pair])
+        assert others[partner] if others.any() else partner == pair
+    assert np.array_equal(epoch_partners(people, images, seed, 0, 0.0, "captions"), np.arange(len(people)))
+
+
+def test_about_the_wanted_share_of_summaries_is_swapped_and_differently_every_epoch():
+    people, images = np.arange(4000) // 8, np.arange(4000) // 2
+    partners = [epoch_partners(people, images, 3, epoch, 0.3, "captions") for epoch in (0, 1)]
+    assert np.mean(partners[0] != np.arange(4000)) == pytest.approx(0.3, abs=0.03)
+    assert not np.array_equal(*partners)
+
+
+@settings(deadline=None)
+@given(pairs=st.integers(1, 300), seed=st.integers(0, 20), noise=st.sampled_from([0.0, 0.2, 0.5, 0.8]))
+def test_noisy_correspondence_exchanges_captions_among_a_seeded_share_of_the_pairs(pairs: int, seed: int, noise: float):
+    source = shuffled_captions(pairs, seed, noise)
+    assert sorted(source) == list(range(pairs))
+    assert np.sum(source != np.arange(pairs)) <= round(noise * pairs)
+    assert np.array_equal(source, shuffled_captions(pairs, seed, noise))

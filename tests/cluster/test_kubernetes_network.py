@@ -1,0 +1,81 @@
+"""Network policies of cluster/kubernetes: which pod reaches which port."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.cluster.manifests import GUIDE, SCHEMAS, Object, pods, rendered
+
+RAY = {"app.kubernetes.io/part-of": "ceca", "app.kubernetes.io/component": "ray"}
+REDIS = {**RAY, "app.kubernetes.io/component": "redis"}
+
+
+def selects(selector: Object | None, labels: dict[str, str]) -> bool:
+    return selector is None or selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def may(namespace: str, labels: dict[str, str], to: dict[str, str], port: int) -> bool:
+    """Whether the policies let a pod connect to one of ours.
+
+    They do if a policy that selects our pod has a rule for the other one.
+
+    Args:
+        namespace: of the pod that connects.
+        labels: of the pod that connects.
+        to: labels of our pod.
+        port: of our pod.
+    """
+    policies = [each["spec"] for each in rendered("base") if each["kind"] == "NetworkPolicy"]
+    chosen = [policy for policy in policies if selects(policy["podSelector"], to)]
+    assert all(policy["policyTypes"] == ["Ingress"] for policy in policies)
+    assert chosen, "a pod without a policy is open to everyone"
+
+    def is_from(peer: Object) -> bool:
+        name = {"kubernetes.io/metadata.name": namespace}
+        allowed = selects(peer["namespaceSelector"], name) if "namespaceSelector" in peer else namespace == "ceca"
+        return allowed and selects(peer.get("podSelector"), labels)
+
+    return any(
+        any(map(is_from, rule["from"])) and ("ports" not in rule or port in [each["port"] for each in rule["ports"]])
+        for policy in chosen
+        for rule in policy.get("ingress", [])
+    )
+
+
+@pytest.mark.parametrize(
+    ("namespace", "labels", "to", "ports"),
+    [
+        ("ceca", RAY, RAY, "6379 8265 10001 8080 8000 40123"),
+        ("ceca", RAY, REDIS, "6379"),
+        ("ceca", {}, RAY, ""),
+        ("ceca", {}, REDIS, ""),
+        ("ceca", REDIS, RAY, ""),
+        ("ingress-nginx", {}, RAY, "8000"),
+        ("monitoring", {}, RAY, "8080"),
+        ("monitoring", {}, REDIS, ""),
+        ("ray-system", {"app.kubernetes.io/name": "kuberay-operator"}, RAY, "8265 8000"),
+        ("ray-system", {}, RAY, ""),
+        ("default", RAY, RAY, ""),  # labels alone open nothing from elsewhere
+        ("default", {}, REDIS, ""),
+    ],
+)
+def test_who_reaches_what(namespace: str, labels: dict[str, str], to: dict[str, str], ports: str) -> None:
+    tried = (6379, 8265, 10001, 8080, 8000, 40123)
+    assert [port for port in tried if may(namespace, labels, to, port)] == sorted(
+        map(int, ports.split()), key=tried.index
+    )
+
+
+def test_every_pod_has_the_labels_that_the_policies_go_by() -> None:
+    for pod in pods():
+        labels = pod["metadata"]["labels"]
+        assert RAY.items() <= labels.items() or REDIS.items() <= labels.items()
+
+
+def test_the_guide_installs_the_operator_that_the_schema_and_the_policies_are_of() -> None:
+    (version,) = re.findall(r"kuberay-operator --version (\S+)", GUIDE.read_text())
+    assert f"v{version}" in (SCHEMAS / "ray.yaml").read_text()
+    (namespace,) = re.findall(r"kuberay-operator --version \S+ (?:.*)--namespace (\S+)", GUIDE.read_text())
+    assert may(namespace, {"app.kubernetes.io/name": "kuberay-operator"}, RAY, 8265)

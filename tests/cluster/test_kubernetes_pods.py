@@ -1,0 +1,193 @@
+"""Pods, clusters and jobs of cluster/kubernetes: what they may do, what they ask for, and what Ray makes of them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+import jobs.pipeline
+from ceca.commandline import parse_arguments
+from serve.environment import ENVIRONMENT
+from tests.cluster.manifests import (
+    JOBS,
+    as_ray_reads,
+    gibibytes,
+    group,
+    nodes,
+    one,
+    pods,
+    ray_nodes,
+    ray_spec,
+    ray_specs,
+    rendered,
+)
+from tests.conftest import REPOSITORY
+
+OBJECT_STORE = 0.3  # Ray's share of a pod's memory for its object store, which is in /dev/shm
+
+
+# --- pods ------------------------------------------------------------------------------------------------
+
+
+def test_the_namespace_refuses_what_is_not_restricted() -> None:
+    labels = one("base", "Namespace")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_every_pod_is_restricted() -> None:
+    assert len(pods()) > 20
+    for pod in pods():
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod["spec"])
+        security = pod["spec"]["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] > 0
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert all(set(volume) <= {"name", "emptyDir", "secret"} for volume in pod["spec"].get("volumes", []))
+        for container in pod["spec"]["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    for spec in ray_specs():  # KubeRay adds the autoscaler's container
+        assert spec["autoscalerOptions"]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_ray_s_pods_run_as_the_image_s_user() -> None:
+    for pod in ray_nodes():
+        security = pod["spec"]["securityContext"]
+        assert {security[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {1000}
+
+
+def test_every_container_says_what_it_needs_and_gets_no_more() -> None:
+    for pod in pods():
+        for container in pod["spec"]["containers"]:
+            requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+            assert set(requests) == set(limits) >= {"cpu", "memory"}
+            assert requests["memory"] == limits["memory"]
+            assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu")
+
+
+def test_ray_has_room_where_it_writes() -> None:
+    for pod in ray_nodes():
+        (container,) = pod["spec"]["containers"]
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        mounted = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert len(mounted) == len(volumes)
+        assert mounted["/tmp/ray"] == {"name": "ray-logs", "emptyDir": {}}
+        shared = mounted["/dev/shm"]["emptyDir"]
+        assert shared["medium"] == "Memory"
+        memory = gibibytes(container["resources"]["limits"]["memory"])
+        assert OBJECT_STORE * memory < gibibytes(shared["sizeLimit"]) < 0.6 * memory
+
+
+def test_every_node_has_what_the_service_needs_before_ray_starts() -> None:
+    for pod in ray_nodes():
+        (container,) = pod["spec"]["containers"]
+        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert variables.items() >= ENVIRONMENT.items()
+        assert variables["RAY_LOGGER_LEVEL"] == "warning"  # else agents log a job's secrets
+
+
+def test_pods_reach_the_object_store_by_an_account_and_workers_nothing_of_kubernetes() -> None:
+    accounts = {each["metadata"]["name"]: each for each in rendered("base") if each["kind"] == "ServiceAccount"}
+    assert all("eks.amazonaws.com/role-arn" in each["metadata"]["annotations"] for each in accounts.values())
+    for spec in ray_specs():
+        head, *workers = nodes(spec)
+        assert head["spec"]["serviceAccountName"] == "ceca-head"  # its token is the autoscaler's
+        for worker in workers:
+            assert worker["spec"]["serviceAccountName"] == "ceca-worker"
+            assert worker["spec"]["automountServiceAccountToken"] is False
+    assert set(accounts) == {"ceca-head", "ceca-worker"}
+
+
+# --- clusters --------------------------------------------------------------------------------------------
+
+
+def test_ray_sees_a_head_without_work_and_four_kinds_of_workers_that_cost_nothing_when_idle() -> None:
+    read = as_ray_reads(one("cluster", "RayCluster"))
+    kinds = read["available_node_types"]
+    head = kinds.pop(read["head_node_type"])
+    assert head["resources"]["CPU"] == 0
+    resources = {name: (kind["resources"]["CPU"], kind["resources"].get("GPU", 0)) for name, kind in kinds.items()}
+    assert resources == {"cpu": (14, 0), "dialogue": (3, 1), "train": (44, 4), "serve": (7, 1)}
+    assert all(kind["min_workers"] == 0 < kind["max_workers"] for kind in kinds.values())
+    assert read["idle_timeout_minutes"] == 10
+
+
+def test_clusters_are_of_the_locked_ray_scale_and_ask_for_the_token() -> None:
+    (version,) = re.findall(r"^ray==(\S+)", (REPOSITORY / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
+    for spec in ray_specs():
+        assert spec["rayVersion"] == version
+        assert spec["enableInTreeAutoscaling"] is True
+        assert spec["autoscalerOptions"]["version"] == "v2"
+        assert spec["authOptions"] == {"mode": "token", "secretName": "ceca-ray-token"}
+
+
+def test_pods_with_gpus_tolerate_their_machines_taint_and_no_other_does() -> None:
+    for pod in ray_nodes():
+        (container,) = pod["spec"]["containers"]
+        gpus = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert [each["key"] for each in pod["spec"].get("tolerations", [])] == ["nvidia.com/gpu"] * gpus
+
+
+def test_the_same_pods_are_in_all_clusters() -> None:
+    standing = ray_spec(one("cluster", "RayCluster"))
+    for folder in JOBS:
+        spec = ray_spec(one(folder, "RayJob"))
+        assert spec["headGroupSpec"] == standing["headGroupSpec"]
+        for workers in spec["workerGroupSpecs"]:
+            assert workers == group(standing, workers["groupName"])
+
+
+# --- jobs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", JOBS)
+def test_a_job_has_its_own_cluster_and_leaves_nothing_behind(folder: str) -> None:
+    spec = one(folder, "RayJob")["spec"]
+    assert "clusterSelector" not in spec
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] > 0
+    assert spec["backoffLimit"] > 0
+    assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize(
+    ("folder", "kinds"),
+    [("jobs/dialogue", "cpu dialogue"), ("jobs/train", "cpu train"), ("jobs/pipeline", "cpu dialogue train")],
+)
+def test_a_job_s_cluster_has_the_workers_of_its_stages(folder: str, kinds: str) -> None:
+    assert [workers["groupName"] for workers in ray_spec(one(folder, "RayJob"))["workerGroupSpecs"]] == kinds.split()
+
+
+def command(folder: str) -> list[str]:
+    """Arguments of `python jobs/STAGE.py`; the file exists."""
+    program, file, *arguments = shlex.split(one(folder, "RayJob")["spec"]["entrypoint"])
+    assert program == "python"
+    assert file == f"{folder}.py"
+    assert (REPOSITORY / file).is_file()
+    return arguments
+
+
+def test_the_dialogue_s_engines_find_their_gpus() -> None:
+    arguments = parse_arguments("dialogue", command("jobs/dialogue"))
+    config, kind = arguments.config, as_ray_reads(one("jobs/dialogue", "RayJob"))["available_node_types"]["dialogue"]
+    assert arguments.data == "s3://bucket/cuhk"
+    assert config.engine == "vllm"
+    assert config.vllm.gpus * config.vllm.tensor_parallel == kind["resources"]["GPU"]
+    assert 1 < config.replicas <= kind["max_workers"]
+
+
+def test_the_training_s_workers_fill_one_pod() -> None:
+    arguments = parse_arguments("train", command("jobs/train"))
+    config, kind = arguments.config, as_ray_reads(one("jobs/train", "RayJob"))["available_node_types"]["train"]
+    assert config.workers * config.gpus_per_worker == kind["resources"]["GPU"]
+    each = config.cpus_per_worker + config.loaders_per_worker * config.cpus_per_loader
+    assert config.workers * each <= kind["resources"]["CPU"]
+
+
+def test_the_pipeline_s_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(jobs.pipeline, "pipeline", lambda *values: calls.append(values))
+    jobs.pipeline.main(command("jobs/pipeline"))
+    assert calls == [("s3://bucket/cuhk", "s3://bucket/raw/CUHK-PEDES", "cuhk_pedes", "ceca-vitb16")]

@@ -1,0 +1,148 @@
+"""cluster/kubernetes against the published schemas, in which an unknown field is an error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from cloudcoil.models.prometheus_operator.v1 import PodMonitor
+from referencing import Registry, Resource
+
+from tests.cluster.manifests import APPLIED, SCHEMAS, TREE, Object, one, rendered, ways
+
+KUBERNETES = "1.37"
+
+
+@functools.cache
+def ray_validator(kind: str) -> jsonschema.Draft202012Validator:
+    """Strict validator of a ray.io/v1 kind; Ray's types are in schemas/ray.yaml, Kubernetes' in kubernetes-validate."""
+    folder = f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict"
+    kubernetes = json.loads(files("kubernetes_validate").joinpath(folder, "_definitions.json").read_text())
+    types = yaml.safe_load((SCHEMAS / "ray.yaml").read_text())
+
+    def schema(of: str | list[str]) -> Object:
+        if isinstance(of, list):
+            return {"enum": of}
+        if of.endswith("[]"):
+            return {"type": "array", "items": schema(of[:-2])}
+        if of == "strings":
+            return {"type": "object", "additionalProperties": {"type": "string"}}
+        if of == "quantities":
+            return {"type": "object", "additionalProperties": schema("io.k8s.apimachinery.pkg.api.resource.Quantity")}
+        if of.startswith("io.k8s."):
+            assert of in kubernetes["$defs"]
+            return {"$ref": f"{kubernetes['$id']}#/$defs/{of}"}
+        return {"$ref": f"#/$defs/{of}"} if of in types else {"type": of}
+
+    definitions = {
+        name: {
+            "type": "object",
+            "properties": {field.removesuffix("!"): schema(of) for field, of in fields.items()},
+            "required": [field.removesuffix("!") for field in fields if field.endswith("!")],
+            "additionalProperties": False,
+        }
+        for name, fields in types.items()
+    }
+    registry: Registry[Any] = Resource.from_contents(kubernetes) @ Registry()
+    return jsonschema.Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": definitions}, registry=registry)
+
+
+def validate(manifest: Object) -> None:
+    """Raise on an unknown field, a missing field or a wrong type."""
+    if manifest["apiVersion"] == "ray.io/v1":
+        ray_validator(manifest["kind"]).validate(manifest)
+    elif manifest["apiVersion"] == "monitoring.coreos.com/v1":
+        read = PodMonitor.model_validate(manifest).model_dump(by_alias=True, exclude_unset=True, mode="json")
+        unknown = set(ways(manifest)) - set(ways(read))  # these models ignore an unknown field
+        assert not unknown, unknown
+        assert read == manifest
+    else:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("folder", APPLIED)
+def test_what_is_applied_is_valid(folder: str) -> None:
+    manifests = rendered(folder)
+    assert manifests
+    for manifest in manifests:
+        validate(manifest)
+
+
+def test_all_of_the_tree_is_applied_or_part_of_what_is() -> None:
+    kinds: dict[str, set[str]] = {}
+    for file in TREE.rglob("kustomization.yaml"):
+        content = yaml.safe_load(file.read_text())
+        kinds.setdefault(content["kind"], set()).add(file.parent.relative_to(TREE).as_posix())
+        named = json.dumps(content)
+        for other in file.parent.glob("*.yaml"):
+            assert other == file or f'"{other.name}"' in named, f"{other} is in no kustomization"
+    assert kinds["Kustomization"] == set(APPLIED)
+    used = {
+        (TREE / folder / part).resolve().relative_to(TREE).as_posix()
+        for folder in APPLIED
+        for part in yaml.safe_load((TREE / folder / "kustomization.yaml").read_text())["components"]
+    }
+    assert kinds["Component"] == used
+
+
+POD = "template.spec.containers.0"
+WRONG: list[tuple[str, str, str, Any]] = [
+    # folder, kind, where, what. Unknown fields first, in Kubernetes' own objects …
+    ("base", "NetworkPolicy", "spec.ingres", []),
+    ("base", "ServiceAccount", "metadata.annotation", {}),
+    ("base", "PodMonitor", "spec.podMetricsEndpoints.0.intervall", "15s"),
+    ("service", "StatefulSet", f"spec.{POD}.livenesProbe", {}),
+    ("service", "PodDisruptionBudget", "spec.minAvailible", 1),
+    # … and in Ray's, at the top and deep inside pods.
+    ("cluster", "RayCluster", "spec.enableAutoscaling", True),
+    ("cluster", "RayCluster", "spec.autoscalerOptions.idleTimeoutMinutes", 1),
+    ("cluster", "RayCluster", f"spec.workerGroupSpecs.1.{POD}.securityContext.priviledged", False),
+    ("cluster", "RayCluster", "spec.workerGroupSpecs.2.template.spec.tolerations.0.operater", "Exists"),
+    ("service", "RayService", "spec.rayClusterConfig.workerGroupSpecs.0.template.spec.volumes.1.emptyDir.size", "1Gi"),
+    ("service", "RayService", f"spec.rayClusterConfig.headGroupSpec.{POD}.resource", {}),
+    ("service", "RayService", "spec.rayClusterConfig.gcsFaultToleranceOptions.redisPassword.secretKeyRef", {}),
+    ("jobs/train", "RayJob", "spec.shutdownAfterJobFinished", True),
+    ("jobs/train", "RayJob", "spec.submitterPodTemplate.spec.containers.0.volumeMount", []),
+    # Wrong types and words.
+    ("cluster", "RayCluster", "spec.headGroupSpec.rayStartParams.num-cpus", 0),
+    ("cluster", "RayCluster", "spec.workerGroupSpecs.0.minReplicas", "0"),
+    ("cluster", "RayCluster", f"spec.workerGroupSpecs.0.{POD}.ports.0.containerPort", "8080"),
+    ("cluster", "RayCluster", "spec.authOptions.mode", "tokens"),
+    ("jobs/train", "RayJob", "spec.submissionMode", "K8sJob"),
+    ("base", "PodMonitor", "spec.podMetricsEndpoints.0.relabelings.0.action", "replaced"),
+]
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "where", "what"), WRONG, ids=[f"{kind}:{where}" for _, kind, where, _ in WRONG]
+)
+def test_a_mistake_would_be_found(folder: str, kind: str, where: str, what: Any) -> None:
+    manifest = next(manifest for manifest in rendered(folder) if manifest["kind"] == kind)
+    *way, last = where.split(".")
+    inner: Any = manifest
+    for step in way:
+        inner = inner[int(step) if isinstance(inner, list) else step]
+    inner[last] = what
+    with pytest.raises((jsonschema.ValidationError, ValueError, AssertionError), match=re.escape(last)):
+        validate(manifest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"), [("RayCluster", "headGroupSpec"), ("RayJob", "rayClusterSpec.headGroupSpec.template")]
+)
+def test_what_is_missing_would_be_found(kind: str, where: str) -> None:
+    manifest = one("cluster" if kind == "RayCluster" else "jobs/train", kind)
+    *way, last = where.split(".")
+    inner = manifest["spec"]
+    for step in way:
+        inner = inner[step]
+    del inner[last]
+    with pytest.raises(jsonschema.ValidationError):
+        validate(manifest)
