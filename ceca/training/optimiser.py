@@ -45,7 +45,7 @@ def _at_base_rate(name: str) -> bool:
     """Whether a parameter learns at CLIP's rate and its bias at twice that rate.
 
     CLIP's own parameters do. In IRRA's program the LayerNorms around the cross layers and the cross layers' biases do,
-    too (method: The baselines' details).
+    too (method: The IRRA baseline).
     """
     if name.startswith(("backbone.", "heads.text_norm.", "heads.image_norm.", "heads.layers.norm.")):
         return True

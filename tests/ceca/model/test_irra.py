@@ -1,4 +1,4 @@
-"""IRRA's heads against a plain restatement of its description (method: The baselines' details), sample by sample."""
+"""IRRA's heads against a plain restatement of its description (method: The IRRA baseline), sample by sample."""
 
 from __future__ import annotations
 
