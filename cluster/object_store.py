@@ -1,4 +1,4 @@
-"""A real S3 server on this machine (`rclone serve s3`), for trying s3:// URIs and for tests.
+"""A real S3 server on this machine (`rclone serve s3`), to try s3:// URIs and for tests.
 
 python -m cluster.object_store --folder build/s3 --port 9000
 """
@@ -20,14 +20,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where it listens, and the one key it accepts."""
+    """Address of a running server, and the only key that it accepts."""
 
     endpoint: str
     access_key: str
     secret_key: str
 
     def environment(self) -> dict[str, str]:
-        """The standard variables by which s3fs and others find it."""
+        """Standard environment variables with which s3fs and other clients find the server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -45,14 +45,21 @@ def start_s3(
     outlives: bool = True,
     environment: Mapping[str, str] | None = None,
 ) -> tuple[subprocess.Popen[bytes], S3Server]:
-    """Serve `folder` on loopback; its subfolders are the buckets. Port 0 takes a free one.
+    """Start a server on loopback.
 
     Args:
+        folder: what is served; its subfolders are the buckets. It is made if it is missing.
+        port: 0 takes a free one.
+        access_key: name of the only key that the server accepts.
+        secret_key: secret of that key.
         outlives: whether the server stays when this process or its terminal ends.
-        environment: more variables of the server's process.
+        environment: further environment variables of the server's process.
+
+    Returns:
+        The process of the server, and how to reach the server.
 
     Raises:
-        RuntimeError: rclone is missing, or the server does not come up; with what it printed.
+        RuntimeError: rclone is not installed, or the server does not start; the message has the server's output.
     """
     rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{Path('/usr/local/bin')}:{Path('/usr/bin')}")
     if rclone is None:
@@ -60,11 +67,11 @@ def start_s3(
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     address = f"127.0.0.1:{port}"
-    # By the environment, where a list of processes does not show the key.
+    # The key is passed in the environment, because a list of processes shows command lines.
     variables = {
         **os.environ,
         **(environment or {}),
-        "RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"',  # quoted, or the comma would make two of it
+        "RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"',  # quoted, because a comma separates keys
     }
     command = [rclone, "serve", "s3", str(folder), "--addr", address]
     log = folder.parent / f"{folder.name}.log"
@@ -84,7 +91,7 @@ def start_s3(
 def serve_s3(
     folder: Path, port: int = 0, access_key: str = "local", secret_key: str = "local-secret"
 ) -> Iterator[S3Server]:
-    """The same while the context lasts."""
+    """Run a server while the context lasts; the arguments are those of `start_s3`."""
     process, server = start_s3(folder, port, access_key, secret_key, outlives=False)
     try:
         yield server
@@ -94,7 +101,7 @@ def serve_s3(
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+    """A port of loopback on which no program listens at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -112,7 +119,7 @@ def _wait_until_open(process: subprocess.Popen, port: int, log: Path, seconds: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="what is served; its subfolders are the buckets")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to serve; its subfolders are the buckets")
     parser.add_argument("--port", type=int, default=9000)
     chosen = parser.parse_args()
     with serve_s3(chosen.folder, chosen.port) as server:

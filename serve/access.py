@@ -71,7 +71,6 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         raise UserError(f"{path}: {problems}") from None
     if len({key.name for key in keys}) < len(keys) or not keys:
         raise UserError(f"{path}: expected at least one key, each with a different name; found {len(keys)} keys")
-
     return keys
 
 

@@ -100,12 +100,15 @@ class Gallery:
         """Find the best images for each query, for `rank` to merge.
 
         Args:
-            query_global: as in `search`; so are the next four.
-            query_local: see there.
-            omega: see there.
+            query_global: [Q, D] normalised global embeddings.
+            query_local: [Q, E] normalised local embeddings.
+            omega: ω of all queries, or one per query.
             top_k: number of candidates per query.
-            allowed: see there.
-            with_rows: return embeddings too, for re-ranking.
+            allowed: [N] booleans, images that may be found; None means all that were not removed.
+            with_rows: also return the images' embeddings, for re-ranking.
+
+        Returns:
+            Q sets of at most top_k candidates.
         """
         if not self.shards:  # a gallery with more shards than objects leaves some shards empty
             nothing = np.zeros(0, dtype=np.float32)
@@ -164,7 +167,8 @@ def open_gallery(
 
     Raises:
         UserError: neighbours are asked for, and the gallery is split.
-        StoreError: a table of the edition is gone, or the folder of this machine cannot be written.
+        StoreError: a table of the edition is gone, or the folder of the shards cannot be written.
+        FileNotFoundError: an object of `added` was replaced in the meantime.
     """
     number, count = shard
     sources = _list_sources(edition)

@@ -1,4 +1,4 @@
-"""Configuration: defaults, then the recipe, then the command line; what is not valid is one clear error."""
+"""Configuration: defaults, then the recipe, then the command line; an invalid value is one clear error."""
 
 from __future__ import annotations
 

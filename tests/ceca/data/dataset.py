@@ -77,9 +77,14 @@ def write(store: Store, place: str, version: str, *units: Collection[str], first
     return [store.write_part(place, version, n, table_of(kind, unit)) for n, unit in enumerate(units, first)]
 
 
-def publish(store: Store, stage: str, version: str, parts: dict[str, list[Part]], rejects: Any = ()) -> Manifest:
+def publish(
+    store: Store, stage: str, version: str, parts: dict[str, list[Part]], rejects: Any = (), made_from: Any = None
+) -> Manifest:
+    """Publish tables from these parts; returns the last table's manifest."""
     receipts = [Receipt({table: part}) for table, written in parts.items() for part in written]
-    manifests = store.publish(stage, version, tuple(parts), receipts, made_from={}, config={}, rejects=rejects)
+    manifests = store.publish(
+        stage, version, tuple(parts), receipts, made_from=made_from or {}, config={}, rejects=rejects
+    )
     return manifests[tuple(parts)[-1]]
 
 

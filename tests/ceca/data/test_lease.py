@@ -1,4 +1,4 @@
-"""A lease: one holder, whoever comes second learns who it is, and the dead hold nothing for long."""
+"""A lease: one holder at a time, a second process learns who it is, and a dead holder loses the name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store: publication is atomic, versions are kept, damage and other schemas are told; on disk and on S3."""
+"""The store on disk and on S3: publication is atomic, versions are kept, damage and other schemas are errors."""
 
 from __future__ import annotations
 

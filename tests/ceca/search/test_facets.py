@@ -1,4 +1,4 @@
-"""Filters: which images may be found, and what is said of a facet or value that is not there."""
+"""Filters: which images a search may find, and the errors for unknown facets and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searching a gallery in memory, and one whose images take part of their neighbours' embeddings."""
+"""Searching a gallery in memory, and averaging embeddings with those of the nearest images."""
 
 from __future__ import annotations
 

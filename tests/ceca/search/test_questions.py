@@ -1,4 +1,4 @@
-"""Conversation in search: beliefs after answers and the next best question, by hand and against plain loops."""
+"""Conversation in search: beliefs after answers and the best next question, by hand and against plain loops."""
 
 from __future__ import annotations
 
