@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -122,6 +123,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="folder to serve; its subfolders are the buckets")
     parser.add_argument("--port", type=int, default=9000)
     chosen = parser.parse_args()
+    # Python ends at SIGTERM without leaving its contexts, and the server would stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serve_s3(chosen.folder, chosen.port) as server:
         for name, value in server.environment().items():
             print(f"export {name}={value}")

@@ -1,10 +1,17 @@
-"""The local S3 server keeps objects; what it refuses is in tests/ceca/test_store.py."""
+"""The local S3 server keeps objects; what it refuses is in tests/ceca/data/test_store.py."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
+import psutil
 import pytest
 
 from ceca.data.store import Store, StoreError
+from cluster.object_store import free_port
+from tests.conftest import REPOSITORY
 
 
 def test_a_store_on_s3_reads_what_it_wrote(s3_environment):
@@ -25,3 +32,17 @@ def test_a_process_may_change_its_endpoint_and_one_that_is_down_is_an_error_that
         with pytest.raises(StoreError, match="AWS_ENDPOINT_URL"):
             Store("s3://bucket/prefix").read_json("manifest.json")
     assert Store("s3://bucket/prefix").read_json("manifest.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_takes_its_server_along(tmp_path, stop):
+    command = [sys.executable, "-m", "cluster.object_store", "--folder", tmp_path / "s3", "--port", str(free_port())]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("# serving"):
+        assert process.poll() is None
+    (server,) = psutil.Process(process.pid).children()
+    process.send_signal(stop)
+    assert process.wait(20) == 0
+    psutil.wait_procs([server], timeout=10)
+    assert not server.is_running()
