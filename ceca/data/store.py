@@ -27,20 +27,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from ceca.data.filesystems import StoreError, filesystem, remove_exactly
 from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
-from ceca.errors import UserError
 
 ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
-
-
-class StoreError(UserError):
-    """The dataset cannot be read or written, or its content is not as expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,34 +88,6 @@ class Receipt:
 def version_of(*described: Any) -> str:
     """Name of a version: the first 12 hex digits of the SHA-256 of everything that decides the result."""
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Filesystem of a URI, and the path in it. For s3://, endpoint and keys come from the AWS_* variables.
-
-    Raises:
-        StoreError: the URI is empty, or its scheme is not known.
-    """
-    if not uri:
-        raise StoreError("no dataset URI given: pass --data with a folder, file://… or s3://bucket/prefix")
-    options: dict[str, Any] = {}
-    if uri.startswith("s3://"):
-        # Listings are not cached: another process may have published a second ago. Checksums of the S3 protocol are
-        # used only where it requires them: some servers answer a range with the whole object's checksum. Parts have
-        # digests in their manifest.
-        checksums = ("request_checksum_calculation", "response_checksum_validation")
-        # s3fs would find the endpoint by itself. fsspec caches filesystems by their options, and the endpoint among
-        # them keeps two servers apart.
-        options = {
-            "use_listings_cache": False,
-            "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
-            "config_kwargs": dict.fromkeys(checksums, "when_required"),
-        }
-    try:
-        fs, path = fsspec.core.url_to_fs(uri, **options)
-    except (ValueError, ImportError) as error:
-        raise StoreError(f"cannot use {uri!r}: {error}; use a folder, file://… or s3://bucket/prefix") from None
-    return fs, path.rstrip("/")
 
 
 class Store:
@@ -428,9 +395,7 @@ class Store:
     def remove(self, *names: str) -> None:
         """Remove a folder or object, if it exists."""
         with self._explained("remove", *names):
-            if self.fs.exists(self.path(*names)):
-                with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    self.fs.rm(self.path(*names), recursive=True)
+            remove_exactly(self.fs, self.path(*names))
 
 
 def encode(rows: pa.Table) -> bytes:
