@@ -162,6 +162,29 @@ class Store:
         except ValueError as error:
             raise StoreError(f"{self.place(*names)} is not valid JSON ({error}); remove it and run its stage") from None
 
+    def read_record(self, *names: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Content of a JSON object that must be a record; None if the object does not exist.
+
+        Args:
+            names: its path below the dataset.
+            kind: what it should be, for the error.
+            fields: fields that it must have, and the type of each.
+
+        Raises:
+            StoreError: it is not such a record; the message names the object. Others as in `read_json`.
+        """
+        record = self.read_json(*names)
+        if record is None:
+            return None
+        wrong = [name for name, kept in fields.items() if not isinstance(_get(record, name), kept)]
+        if wrong:
+            raise StoreError(
+                f"{self.place(*names)} is not {kind}, for lack of {', '.join(wrong)}: found {json.dumps(record):.80}; "
+                "remove it"
+            )
+        whole: dict[str, Any] = record
+        return whole
+
     def names(self, *names: str) -> list[str]:
         """Sorted names of the objects in a folder, without unfinished ones; empty if the folder does not exist."""
         folder = self.path(*names)
@@ -208,7 +231,13 @@ class Store:
                 f"{self.place(*names)} has schema version {schema_version}, this program reads {SCHEMA_VERSION}; "
                 f"make the table again with this program, or use the program that wrote it"
             )
-        return Manifest(**{**record, "parts": tuple(Part(**part) for part in record["parts"])})
+        try:
+            return Manifest(**{**record, "parts": tuple(Part(**part) for part in record["parts"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.place(*names)} is not a manifest of this program ({plain(error)}); remove it and run the stage "
+                "again"
+            ) from None
 
     def current(self, table: str, made_by: str | None = None) -> Manifest:
         """Manifest of the current version of a table that must exist.
@@ -338,12 +367,18 @@ class Store:
         """Finished units of a version: number of the unit → receipt."""
         receipts = {}
         for name in self.names(WORK, stage, version):
-            receipt = json.loads(self.read_bytes(WORK, stage, version, name))
-            receipts[int(Path(name).stem)] = Receipt(
-                parts={table: Part(**part) for table, part in receipt["parts"].items()},
-                rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
-                counts=receipt["counts"],
-            )
+            receipt: Any = self.read_json(WORK, stage, version, name)
+            try:
+                receipts[int(Path(name).stem)] = Receipt(
+                    parts={table: Part(**part) for table, part in receipt["parts"].items()},
+                    rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
+                    counts=receipt["counts"],
+                )
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise StoreError(
+                    f"{self.place(WORK, stage, version, name)} is not a receipt ({plain(error)}); remove it, and its "
+                    "unit is done again"
+                ) from None
         return receipts
 
     def publish(
@@ -396,6 +431,15 @@ class Store:
         """Remove a folder or object, if it exists."""
         with self._explained("remove", *names):
             remove_exactly(self.fs, self.path(*names))
+
+
+def _get(record: Any, name: str) -> Any:
+    return record.get(name) if isinstance(record, dict) else None
+
+
+def plain(error: BaseException) -> str:
+    """An error's kind and message on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def encode(rows: pa.Table) -> bytes:
