@@ -69,11 +69,19 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A row that a stage could not use: its key, a short reason in snake_case, and a detail for people."""
+    """A row that a stage could not use: its key, a short reason in snake_case, and a detail for people.
+
+    Half characters, which JSON can spell and no table can hold, are written as escapes.
+    """
 
     key: str
     reason: str
     detail: str
+
+    def __post_init__(self) -> None:
+        for name in ("key", "detail"):
+            text = getattr(self, name).encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, text)
 
 
 @dataclasses.dataclass(frozen=True)
