@@ -24,7 +24,7 @@ from ceca.data.store import Manifest, Reject, Store, StoreError, filesystem, ver
 from ceca.datasets.images import ImageError, check_image
 from ceca.datasets.layouts import Annotations, Record, count_splits, differences, read_annotations, read_attributes
 from ceca.settings import to_mapping
-from jobs.runtime.console import console, entry, text_table
+from jobs.runtime.console import console, entry, label, text_table
 from jobs.runtime.records import cut, from_json, to_json
 from jobs.runtime.units import Output, Plan, Workers, run_plan
 
@@ -174,7 +174,7 @@ def print_statistics(annotations: Annotations) -> None:
         console.print("drawn pedestrians in this layout: the published figures do not apply")
         return
     for difference in differences(annotations.layout, counts):
-        console.print(f"[yellow]warning:[/] {difference}")
+        label("warning", "yellow", difference)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs
 from ceca.errors import UserError
 from ceca.model.tokens import CONTEXT, count_tokens, tokenize_numpy
 from ceca.training.order import shuffled_captions
-from jobs.runtime.console import console
+from jobs.runtime.console import console, label
 from jobs.training.data import HeldOut, Sentence, TrainingSet
 
 
@@ -34,7 +34,7 @@ def training_pairs(
     """
     rows, missing = _summarised(store, tables, config.split)
     if missing:
-        console.print(f"[yellow]warning:[/] {len(missing)} images have no summary and are left out of training")
+        label("warning", "yellow", f"{len(missing)} images have no summary and are left out of training")
     pairs = make_pairs(store, rows, tables["captions"])
     if pairs.num_rows < config.global_batch:
         raise UserError(
@@ -81,7 +81,7 @@ def held_out(store: Store, tables: Mapping[str, Manifest]) -> HeldOut | None:
     if not images:
         split = "test"
         images, _ = _summarised(store, tables, split)
-        console.print("[yellow]warning:[/] there is no split val; the model is chosen on test, as its benchmark does")
+        label("warning", "yellow", "there is no split val; the model is chosen on test, as its benchmark does")
     pairs = make_pairs(store, images, tables["captions"])
     if not images or not pairs.num_rows:
         return None
