@@ -319,8 +319,8 @@ class TrainConfig:
     """Number of training processes."""
     workers_min: Positive | None = execution(None)
     """Continue with this number of workers or more while nodes are missing; none always waits for `workers`."""
-    gpus_per_worker: NonNegative = execution(1)
-    """GPUs per worker; 0 trains on CPUs."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = execution(1)
+    """GPUs per worker, 0 or 1; 0 trains on CPUs. More GPUs need more workers."""
     cpus_per_worker: PositiveFloat = execution(1.0)
     """CPUs that Ray reserves for each worker."""
     cpus_per_loader: PositiveFloat = execution(0.5)
