@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ceca.settings import NonNegative, Positive, PositiveFloat, Share, config, execution
+from ceca.settings import NonNegative, Positive, PositiveFloat, Share, added, config, execution
 
 Split = Literal["train", "val", "test"]
 
@@ -192,6 +192,8 @@ class ModelConfig:
     """Fraction of tokens, above 0 to 1, that enter the local branch; the most important ones are kept."""
     condition_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Fraction of the other side's tokens, above 0 to 1, that condition the mixer in training. Inference uses all."""
+    mixer_order: Literal["alternating", "released"] = added("alternating")
+    """`alternating` computes the mixer as the paper describes it, `released` as the authors' program does."""
     mixer_heads: Positive = 8
     """Number of attention heads in the mixer."""
     local_dim: Positive = 1024
@@ -216,7 +218,7 @@ class LossConfig:
     scale: PositiveFloat = 50.0
     """Factor of the cosines in cawl (κ), infonce and sdm (1/0.02)."""
     identity_weight: PositiveFloat = 0.5
-    """Factor of the term identity; 0.5 as in IRRA's code."""
+    """Factor of the sum of both cross-entropies in the term identity; 0.5 takes their mean, as IRRA's code does."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
     """γ of cawl's confidence weights; 0 gives all samples the same weight."""
     weight_range: tuple[float, float] = (0.2, 5.0)
@@ -242,6 +244,10 @@ class OptimiserConfig:
     """Factor of the learning rates by global batch: `fixed` 1, `linear` global_batch / 64, `sqrt` its square root."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Adam's β1 and β2."""
+    epsilon: PositiveFloat = added(1e-8)
+    """Adam's ε; 1e-3 in the published recipes of IRRA, RDE and CECA."""
+    schedule: Literal["step", "epoch"] = added("step")
+    """When the learning rates change: `step` after every step, `epoch` once per epoch, as in the released programs."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
     """Length of the linear warm-up in epochs; 0 is off."""
     warmup_start: Share = 0.1
@@ -262,6 +268,8 @@ class AugmentationConfig:
     """Probability, 0 to 1, of random erasing; 0 is off."""
     erase_area: tuple[Share, Share] = (0.02, 0.4)
     """Smallest and largest erased area, as fractions (0 to 1) of the image."""
+    erase_value: tuple[float, float, float] = added((0.0, 0.0, 0.0))
+    """Colour of an erased area after normalisation; 0 is the mean. IRRA and RDE use CLIP's mean once more."""
     word_mask: Share = 0.2
     """Probability, 0 to 1, that a caption token is changed: 60 % masked, 20 % replaced, 20 % dropped. 0 is off."""
 
@@ -311,8 +319,8 @@ class TrainConfig:
     """Number of training processes."""
     workers_min: Positive | None = execution(None)
     """Continue with this number of workers or more while nodes are missing; none always waits for `workers`."""
-    gpus_per_worker: NonNegative = execution(1)
-    """GPUs per worker; 0 trains on CPUs."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = execution(1)
+    """GPUs per worker, 0 or 1; 0 trains on CPUs. More GPUs need more workers."""
     cpus_per_worker: PositiveFloat = execution(1.0)
     """CPUs that Ray reserves for each worker."""
     cpus_per_loader: PositiveFloat = execution(0.5)

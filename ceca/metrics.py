@@ -26,6 +26,7 @@ ArrayLike = np.ndarray | Tensor
 
 STRIP = 2**24  # similarities in a strip of queries, 64 MB in fp32
 CHUNK = 2**20  # similarities that one thread ranks at a time
+NOBODY = -1  # identity of an image whose person nobody named (ceca.data.schema.NOBODY)
 AT = (1, 5, 10)
 AHEAD = 4.0  # added to the similarities of re-ranked images, which puts them before all others
 PER_QUERY = ("rank1", "rank5", "rank10", "average_precision", "inverse_negative_penalty", "first")
@@ -72,7 +73,8 @@ class Matches:
         queries, gallery = _array(query_identities), _array(gallery_identities)
         self.order = np.argsort(gallery, kind="stable")
         self.start, end = (np.searchsorted(gallery[self.order], queries, side) for side in ("left", "right"))
-        self.count = end - self.start
+        # Nobody said who is on these images, so none of them matches another.
+        self.count = np.where(queries == NOBODY, 0, end - self.start)
         self.queries, self.gallery = len(queries), len(gallery)
 
     def of(self, rows: slice) -> Matches:

@@ -20,6 +20,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 Execution = "execution"  # metadata key of fields that decide how a job runs, not what it computes
+Added = "added"  # metadata key of fields that came after tables were published
 
 
 class ConfigError(UserError, ValueError):
@@ -44,6 +45,14 @@ def config(cls: type[T]) -> type[T]:
 
     validated.__init__ = __init__
     return validated
+
+
+def added(default: Any) -> Any:
+    """Declare a field that came after tables were published.
+
+    At its default it is left out of a result's version, so that earlier results keep theirs.
+    """
+    return dataclasses.field(default=default, metadata={Added: True})
 
 
 def execution(default: Any) -> Any:
@@ -105,6 +114,8 @@ def to_mapping(settings: Any, *, results_only: bool = False) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         if results_only and field.metadata.get(Execution):
+            continue
+        if results_only and field.metadata.get(Added) and getattr(settings, field.name) == field.default:
             continue
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
+from rich.text import Text
 
 from ceca.commandline import load_recipe
 from ceca.config import EvaluateConfig, Split, TrainConfig
@@ -112,7 +113,7 @@ def print_comparison(recipe: str, split: str, seeds: int, rows: dict[str, dict[s
     for method, row in rows.items():
         cells = [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in row.values()]
         marked = [
-            f"[bold]{cell}[/]" if row[key][0] == best[key] else cell for key, cell in zip(METRICS, cells, strict=True)
+            Text(cell, "bold" if row[key][0] == best[key] else "") for key, cell in zip(METRICS, cells, strict=True)
         ]
         known = published.get(method)
         words = [f"{known[0]:.2f} ({known[1] or '–'})" if known else ""] if published else []

@@ -27,7 +27,15 @@ from ray.serve.handle import DeploymentHandle
 
 from ceca.config import DialogueConfig, ServeConfig
 from ceca.data import schema
-from ceca.data.changes import ADDED, pending_erasures, read_added, removed_images, waiting_image, write_added
+from ceca.data.changes import (
+    ADDED,
+    pending_erasures,
+    read_added,
+    read_arrival,
+    removed_images,
+    waiting_image,
+    write_added,
+)
 from ceca.data.erase import Busy, erase, finish, undisturbed
 from ceca.data.lease import Holders, LeaseError, this_process
 from ceca.data.names import ARRIVALS, FAILED
@@ -153,7 +161,7 @@ class Intake:
             if waiting_image(name) in added | removed:  # sent twice, or a process was killed before this line
                 await asyncio.to_thread(self.store.remove, ARRIVALS, name)
                 continue
-            record = await asyncio.to_thread(self.store.read_json, ARRIVALS, name)
+            record = await asyncio.to_thread(read_arrival, self.store, name)
             if record is None:
                 continue
             if self.questioner and not record["summary"] and not self.questioner.ready():

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, sync_playwright
 from cluster.object_store import S3Server, free_port, serve_s3
 
 REPOSITORY = Path(__file__).parent.parent
-TOGETHER = ("jobs", "serve", "drills")  # folders whose tests share a cluster or a service
+SHARED = {"ray_cluster": "cluster", "running": "service"}  # fixtures that are slow to start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless a user asks for it
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -27,8 +27,9 @@ hypothesis.settings.load_profile("tests")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2`, keep tests that share a cluster or a service in one process, so that it is started once."""
     for item in items:
-        folder, *_ = parts = item.path.relative_to(REPOSITORY / "tests").parts
-        item.add_marker(pytest.mark.xdist_group(folder if folder in TOGETHER else "/".join(parts)))
+        used = getattr(item, "fixturenames", ())
+        group = next((group for fixture, group in SHARED.items() if fixture in used), str(item.path))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

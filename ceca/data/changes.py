@@ -56,7 +56,7 @@ def hide(store: Store, image_ids: Collection[str], erase: bool = False) -> str:
     """
     ids = sorted(set(image_ids))
     name = version_of(ids)
-    before = store.read_json(REMOVED, f"{name}.json") or {}
+    before = removal(store, name) or {}
     if erase:
         store.remove(REMOVED, f"{name}{ERASED}")  # another ingest may have added the images again
     erase = erase or bool(before.get("erase"))
@@ -84,7 +84,7 @@ _READ: dict[tuple[str, str], tuple[str, ...]] = {}
 def _images_of(store: Store, name: str) -> tuple[str, ...]:
     images = _READ.get((store.uri, name))
     if images is None:
-        record = store.read_json(REMOVED, name)
+        record = removal(store, name.removesuffix(".json"))
         if record is None:
             return ()
         images = _READ[store.uri, name] = tuple(record["images"])
@@ -93,8 +93,7 @@ def _images_of(store: Store, name: str) -> tuple[str, ...]:
 
 def removal(store: Store, name: str) -> dict[str, Any] | None:
     """Record of a removal; None if it does not exist."""
-    record: dict[str, Any] | None = store.read_json(REMOVED, f"{name}.json")
-    return record
+    return store.read_record(REMOVED, f"{name}.json", kind="a removal", fields={"images": list})
 
 
 def mark_erased(store: Store, name: str) -> None:
@@ -117,7 +116,7 @@ def _erasures(store: Store, objects: Collection[str]) -> dict[str, list[str]]:
     """Removals among these objects that request erasure: name → ids of the images."""
     names = [name for name in objects if not name.endswith(ERASED)]
     with ThreadPoolExecutor(READERS) as readers:
-        records = list(readers.map(lambda name: store.read_json(REMOVED, name) or {}, names))
+        records = list(readers.map(lambda name: removal(store, name.removesuffix(".json")) or {}, names))
     return {
         name.removesuffix(".json"): record["images"]
         for name, record in zip(names, records, strict=True)
@@ -151,6 +150,16 @@ def write_arrival(store: Store, content: bytes, size: tuple[int, int], said: Map
     # An object per request: finishing an earlier request does not remove a later one.
     store.write_json({"image_id": key, **said, **image}, ARRIVALS, f"{key}-{uuid.uuid4().hex}.json")
     return key
+
+
+def read_arrival(store: Store, name: str) -> dict[str, Any] | None:
+    """An acknowledged image; None if it was taken meanwhile.
+
+    Raises:
+        StoreError: the object is no such record.
+    """
+    fields = {"image_id": str, "image": str, "width": int, "height": int, "source_path": str, "summary": str}
+    return store.read_record(ARRIVALS, name, kind="an image to be added", fields=fields)
 
 
 def waiting_image(name: str) -> str:
@@ -189,6 +198,22 @@ def write_added(store: Store, digest: str, rows: pa.Table) -> str:
     name = f"{hashlib.sha256(content).hexdigest()[:16]}.parquet"
     store.write_bytes(content, ADDED, digest, name)
     return name
+
+
+def added_objects(store: Store, digest: str) -> tuple[str, ...]:
+    """Names of the objects of images that a model embedded one by one.
+
+    Raises:
+        StoreError: something else is among them.
+    """
+    names = tuple(store.names(ADDED, digest))
+    for name in names:
+        if not re.fullmatch(r"[0-9a-f]{16}\.parquet", name):
+            raise StoreError(
+                f"{store.place(ADDED, digest, name)} is no object of added images, whose names are 16 hex digits and "
+                ".parquet; remove it"
+            )
+    return names
 
 
 def read_added(store: Store, digest: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -80,10 +80,17 @@ class Claim(NamedTuple):
         return False
 
 
+CLAIM = {
+    **dict.fromkeys(("who", "since", "state", "place"), str),
+    **dict.fromkeys(("beat", "process"), int),
+    "silent_s": (int, float),
+}
+
+
 def _read_claims(store: Store, name: str, but: str = "") -> dict[str, Claim]:
     """The claims to a name except the object `but`: object name → content."""
     objects = [claim for claim in store.names(LEASES, name) if claim != but]
-    records = {claim: store.read_json(LEASES, name, claim) for claim in objects}
+    records = {claim: store.read_record(LEASES, name, claim, kind="a claim", fields=CLAIM) for claim in objects}
     return {claim: _parse(record) for claim, record in records.items() if record is not None}
 
 

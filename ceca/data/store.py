@@ -27,20 +27,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from ceca.data.filesystems import StoreError, filesystem, remove_exactly
 from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
-from ceca.errors import UserError
 
 ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
-
-
-class StoreError(UserError):
-    """The dataset cannot be read or written, or its content is not as expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +69,19 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A row that a stage could not use: its key, a short reason in snake_case, and a detail for people."""
+    """A row that a stage could not use: its key, a short reason in snake_case, and a detail for people.
+
+    Half characters, which JSON can spell and no table can hold, are written as escapes.
+    """
 
     key: str
     reason: str
     detail: str
+
+    def __post_init__(self) -> None:
+        for name in ("key", "detail"):
+            text = getattr(self, name).encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,34 +96,6 @@ class Receipt:
 def version_of(*described: Any) -> str:
     """Name of a version: the first 12 hex digits of the SHA-256 of everything that decides the result."""
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Filesystem of a URI, and the path in it. For s3://, endpoint and keys come from the AWS_* variables.
-
-    Raises:
-        StoreError: the URI is empty, or its scheme is not known.
-    """
-    if not uri:
-        raise StoreError("no dataset URI given: pass --data with a folder, file://… or s3://bucket/prefix")
-    options: dict[str, Any] = {}
-    if uri.startswith("s3://"):
-        # Listings are not cached: another process may have published a second ago. Checksums of the S3 protocol are
-        # used only where it requires them: some servers answer a range with the whole object's checksum. Parts have
-        # digests in their manifest.
-        checksums = ("request_checksum_calculation", "response_checksum_validation")
-        # s3fs would find the endpoint by itself. fsspec caches filesystems by their options, and the endpoint among
-        # them keeps two servers apart.
-        options = {
-            "use_listings_cache": False,
-            "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
-            "config_kwargs": dict.fromkeys(checksums, "when_required"),
-        }
-    try:
-        fs, path = fsspec.core.url_to_fs(uri, **options)
-    except (ValueError, ImportError) as error:
-        raise StoreError(f"cannot use {uri!r}: {error}; use a folder, file://… or s3://bucket/prefix") from None
-    return fs, path.rstrip("/")
 
 
 class Store:
@@ -195,6 +170,29 @@ class Store:
         except ValueError as error:
             raise StoreError(f"{self.place(*names)} is not valid JSON ({error}); remove it and run its stage") from None
 
+    def read_record(self, *names: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Content of a JSON object that must be a record; None if the object does not exist.
+
+        Args:
+            names: its path below the dataset.
+            kind: what it should be, for the error.
+            fields: fields that it must have, and the type of each.
+
+        Raises:
+            StoreError: it is not such a record; the message names the object. Others as in `read_json`.
+        """
+        record = self.read_json(*names)
+        if record is None:
+            return None
+        wrong = [name for name, kept in fields.items() if not isinstance(_get(record, name), kept)]
+        if wrong:
+            raise StoreError(
+                f"{self.place(*names)} is not {kind}, for lack of {', '.join(wrong)}: found {json.dumps(record):.80}; "
+                "remove it"
+            )
+        whole: dict[str, Any] = record
+        return whole
+
     def names(self, *names: str) -> list[str]:
         """Sorted names of the objects in a folder, without unfinished ones; empty if the folder does not exist."""
         folder = self.path(*names)
@@ -241,7 +239,13 @@ class Store:
                 f"{self.place(*names)} has schema version {schema_version}, this program reads {SCHEMA_VERSION}; "
                 f"make the table again with this program, or use the program that wrote it"
             )
-        return Manifest(**{**record, "parts": tuple(Part(**part) for part in record["parts"])})
+        try:
+            return Manifest(**{**record, "parts": tuple(Part(**part) for part in record["parts"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.place(*names)} is not a manifest of this program ({plain(error)}); remove it and run the stage "
+                "again"
+            ) from None
 
     def current(self, table: str, made_by: str | None = None) -> Manifest:
         """Manifest of the current version of a table that must exist.
@@ -371,12 +375,18 @@ class Store:
         """Finished units of a version: number of the unit → receipt."""
         receipts = {}
         for name in self.names(WORK, stage, version):
-            receipt = json.loads(self.read_bytes(WORK, stage, version, name))
-            receipts[int(Path(name).stem)] = Receipt(
-                parts={table: Part(**part) for table, part in receipt["parts"].items()},
-                rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
-                counts=receipt["counts"],
-            )
+            receipt: Any = self.read_json(WORK, stage, version, name)
+            try:
+                receipts[int(Path(name).stem)] = Receipt(
+                    parts={table: Part(**part) for table, part in receipt["parts"].items()},
+                    rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
+                    counts=receipt["counts"],
+                )
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise StoreError(
+                    f"{self.place(WORK, stage, version, name)} is not a receipt ({plain(error)}); remove it, and its "
+                    "unit is done again"
+                ) from None
         return receipts
 
     def publish(
@@ -428,9 +438,16 @@ class Store:
     def remove(self, *names: str) -> None:
         """Remove a folder or object, if it exists."""
         with self._explained("remove", *names):
-            if self.fs.exists(self.path(*names)):
-                with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    self.fs.rm(self.path(*names), recursive=True)
+            remove_exactly(self.fs, self.path(*names))
+
+
+def _get(record: Any, name: str) -> Any:
+    return record.get(name) if isinstance(record, dict) else None
+
+
+def plain(error: BaseException) -> str:
+    """An error's kind and message on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def encode(rows: pa.Table) -> bytes:

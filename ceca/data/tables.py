@@ -6,6 +6,7 @@ import dataclasses
 
 import pyarrow as pa
 
+from ceca.data.changes import erased_images
 from ceca.data.store import Manifest, Reject, Store, StoreError
 
 PAIRS = pa.schema(
@@ -40,12 +41,13 @@ def list_images(store: Store, images: Manifest, split: str | None = None) -> lis
         images: the version of the images table to read.
         split: only images of this split; None means all.
     """
+    erased = erased_images(store)  # a table that another program brought back may have them again
     table = store.read(images, ["image_id", "identity", "split", "source_path"])
     places = [(number, row) for number, part in enumerate(images.parts) for row in range(part.rows)]
     return [
         ImageRow(**image, part=part, row=row)
         for image, (part, row) in zip(table.to_pylist(), places, strict=True)
-        if split is None or image["split"] == split
+        if (split is None or image["split"] == split) and image["image_id"] not in erased
     ]
 
 

@@ -174,13 +174,22 @@ def read_attributes(fs: Any, root: str) -> dict[str, Any] | None:
 
 def _find_layout(fs: Any, root: str, source: str, layout: str) -> Layout:
     candidates = list(LAYOUTS.values()) if layout == "auto" else [LAYOUTS[layout]]
-    present = [candidate for candidate in candidates if fs.exists(f"{root}/{candidate.annotation}")]
+    files = _json_files(fs, root)
+    # People are handed ICFG_PEDES.json and other spellings of the same name.
+    present = [
+        dataclasses.replace(candidate, annotation=file)
+        for candidate in candidates
+        for file in ([candidate.annotation] if candidate.annotation in files else files)
+        if _spelling(file) == _spelling(candidate.annotation)
+    ]
     if len(present) == 1:
         return present[0]
     if not present:
         names = ", ".join(candidate.annotation for candidate in candidates)
+        there = f"it has {', '.join(files)}, whose records may fit after renaming" if files else "it has no JSON file"
         raise DatasetError(
-            f"no annotation file in {source!r}: looked for {names}; pass --source with a folder that has one"
+            f"no annotation file in {source!r}: looked for {names}, and {there}; pass --source with a folder that has "
+            "one of them beside imgs/"
         )
     raise DatasetError(
         f"{source!r} has several annotation files ({', '.join(candidate.annotation for candidate in present)}); "
@@ -188,10 +197,23 @@ def _find_layout(fs: Any, root: str, source: str, layout: str) -> Layout:
     )
 
 
+def _json_files(fs: Any, root: str) -> list[str]:
+    """Names of the JSON files in a folder, which may not exist."""
+    try:
+        names = (PurePosixPath(path).name for path in fs.ls(root, detail=False))
+        return sorted(name for name in names if name.lower().endswith(".json") and name != ATTRIBUTES_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _spelling(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
 def _parse(content: bytes, path: str) -> Any:
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(
             f"{path} ({len(content)} bytes) is not valid JSON: {error}; download the file again from its publisher"
         ) from None
@@ -209,21 +231,64 @@ def read_records(items: Sequence[Any], layout: Layout) -> tuple[list[Record], li
         if problem is not None:
             rejects.append(problem)
             continue
-        path = item[layout.image_key]
-        if path in records:
-            detail = f"record {position} names an image of an earlier record; the first one is kept"
+        path = _normal_path(item[layout.image_key])
+        earlier = records.get(path)
+        if earlier is not None and (earlier.identity, earlier.split) != (item["id"], item["split"]):
+            detail = f"record {position} names an image of another person or split; the first one is kept"
             rejects.append(Reject(path, "duplicated_record", detail))
             continue
-        captions = []
-        for number, text in enumerate(item["captions"]):
-            if isinstance(text, str) and text.strip():
-                captions.append(Caption(number, text.strip()))
-            else:
-                key = caption_id(image_id_of(path), number)
-                rejects.append(Reject(key, "empty_caption", f"caption {number} of {path} is {text!r}"))
-        camera = re.search(layout.camera, PurePosixPath(path).name) if layout.camera else None
-        records[path] = Record(path, item["id"], item["split"], tuple(captions), camera[1] if camera else None)
+        captions, unusable = _read_captions(item["captions"], path, earlier.captions if earlier else ())
+        rejects += unusable
+        if earlier is None:
+            camera = re.search(layout.camera, PurePosixPath(path).name) if layout.camera else None
+            records[path] = Record(path, item["id"], item["split"], captions, camera[1] if camera else None)
+        elif captions:  # some files have a record per caption
+            records[path] = dataclasses.replace(earlier, captions=(*earlier.captions, *captions))
+        elif not unusable:
+            detail = f"record {position} repeats an earlier record, which is kept"
+            rejects.append(Reject(path, "duplicated_record", detail))
     return list(records.values()), rejects
+
+
+def _normal_path(path: str) -> str:
+    """A path below imgs/, from the spellings that people are handed."""
+    return path.replace("\\", "/").removeprefix("./").removeprefix("imgs/")
+
+
+def _read_captions(
+    captions: Sequence[Any], path: str, earlier: Sequence[Caption]
+) -> tuple[tuple[Caption, ...], list[Reject]]:
+    """Usable captions of a record and a reject for each other one.
+
+    Args:
+        captions: what the record lists.
+        path: the image's path.
+        earlier: captions of an earlier record of the same image; a repetition of them is left out.
+    """
+    first = max((caption.position for caption in earlier), default=-1) + 1
+    known = {caption.text for caption in earlier}
+    usable: list[Caption] = []
+    rejects = []
+    for number, text in enumerate(captions, first):
+        if not isinstance(text, str) or not text.strip():
+            reason, detail = "empty_caption", f"caption {number} of {path} is {text!r:.100}"
+        elif not _is_text(text):
+            reason, detail = "bad_caption", f"caption {number} of {path} has half a character: {text!r:.100}"
+        else:
+            if text.strip() not in known:
+                usable.append(Caption(number, text.strip()))
+            continue
+        rejects.append(Reject(caption_id(image_id_of(path), number), reason, detail))
+    return tuple(usable), rejects
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text can be stored: JSON can spell halves of surrogate pairs, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _find_problem(item: Any, layout: Layout, position: int) -> Reject | None:
@@ -238,11 +303,14 @@ def _find_problem(item: Any, layout: Layout, position: int) -> Reject | None:
         detail = f"no {', '.join(missing)}; the record has {', '.join(map(str, item))}"
         return Reject(key, "missing_key", detail)
     identity, split, captions = item["id"], item["split"], item["captions"]
-    if not isinstance(path, str) or not path or path.startswith("/") or ".." in PurePosixPath(path).parts:
+    if not isinstance(path, str) or not path or not _is_text(path):
         return Reject(key, "bad_path", f"expected a path below imgs/, found {path!r:.100}")
-    if isinstance(identity, bool) or not isinstance(identity, int):
-        return Reject(key, "bad_identity", f"expected an integer under id, found {identity!r:.100}")
-    if split not in SPLITS:
+    normal = PurePosixPath(_normal_path(path))
+    if normal.is_absolute() or ".." in normal.parts or not normal.name:
+        return Reject(key, "bad_path", f"expected a path below imgs/, found {path!r:.100}")
+    if isinstance(identity, bool) or not isinstance(identity, int) or not -(2**63) <= identity < 2**63:
+        return Reject(key, "bad_identity", f"expected an integer of 64 bits under id, found {identity!r:.100}")
+    if not isinstance(split, str) or split not in SPLITS:
         return Reject(key, "bad_split", f"expected one of {', '.join(SPLITS)}, found {split!r:.100}")
     if not isinstance(captions, list):
         return Reject(key, "bad_captions", f"expected a list of sentences, found {captions!r:.100}")

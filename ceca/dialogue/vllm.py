@@ -88,6 +88,9 @@ class VLLMEngine:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self.config.kv_cache_gib)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # Answers are greedy. FlashInfer's sampler would be compiled at the first start, for which many machines lack
+        # nvcc or a library.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         try:
             from transformers import AutoProcessor
             from vllm import SamplingParams

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ceca.config import ModelConfig
 from ceca.errors import UserError
 from ceca.model.clip import CLIP
-from ceca.model.tokens import tokenize_numpy
+from ceca.model.tokens import CONTEXT, tokenize_numpy
 
 # Parameters of ZeRO 3 have other shapes when a pass is computed again, which the check would refuse.
 RECOMPUTE: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none"}
@@ -29,17 +29,32 @@ class WeightsError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What a tower gives: `tokens` [B, N, D] with their `importance` [B, N], those that are there in `present`
-    [B, N], and the `summit` feature [B, D] (class token, or sentence end). All before normalisation."""
+    """Output of a tower for B samples of N tokens, before any normalisation.
+
+    Attributes:
+        tokens: [B, N, D].
+        importance: [B, N], the attention that the class token or the sentence's end pays to each token.
+        present: [B, N], patches and words; not start, end and padding.
+        summit: [B, D], the feature of the class token or the sentence's end.
+        places: N of the full tower: its patches, or the 75 places of a text. Shares of tokens are shares of it.
+        inside: [B, N], tokens from start to end; for texts alone.
+        received: [B, N], the mean attention over all queries; for patches in the released mixer's training alone.
+        padded: [B, N], words and padding; for texts in the released mixer alone.
+    """
 
     tokens: Tensor
     importance: Tensor
     present: Tensor
     summit: Tensor
+    places: int
+    inside: Tensor | None = None
+    received: Tensor | None = None
+    padded: Tensor | None = None
 
     def rows(self, chosen: slice) -> Tokens:
-        """The same of some samples."""
-        return Tokens(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+        """The same for some of the samples."""
+        names = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), Tensor)]
+        return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
 
 def tokenize(texts: list[str]) -> Tensor:
@@ -53,6 +68,8 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.clip = CLIP(config.backbone, (config.image_height, config.image_width))
+        # The released mixer looks at padding, and chooses patches by the attention that they receive.
+        self.released = config.mixer_order == "released" and config.local_branch and config.mixer != "none"
         self.recompute = False  # activations inside blocks: computed again in the backward pass, or kept
         self.width: int = self.clip.text_projection.shape[1]
 
@@ -63,10 +80,11 @@ class Backbone(nn.Module):
         start = visual.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([start, x], dim=1) + visual.positional_embedding
         x = visual.ln_pre(x)
-        x, importance = self._blocks(visual.transformer.resblocks, x, None)
+        x, importance, received = self._blocks(visual.transformer.resblocks, x, None)
         x = visual.ln_post(x) @ visual.proj
         present = torch.ones(x.shape[0], x.shape[1] - 1, dtype=torch.bool, device=x.device)
-        return Tokens(x[:, 1:], importance[:, 1:], present, x[:, 0])
+        received = received[:, 1:] if received is not None else None
+        return Tokens(x[:, 1:], importance[:, 1:], present, x[:, 0], x.shape[1] - 1, None, received)
 
     def encode_texts(self, ids: Tensor) -> Tokens:
         """[B, L] token ids (L ≤ 77) → tokens of the sentence; the summit is at its end.
@@ -75,24 +93,28 @@ class Backbone(nn.Module):
         """
         end = ids.argmax(dim=1)  # the end has the largest id
         # A device is not asked for lengths, which would wait for it: there, ids are cut before the copy, and padded.
-        here = ids.device.type == "cpu"
+        here = ids.device.type == "cpu" and not self.released
         ids = trim(ids) if here else ids
+        if self.released:
+            ids = F.pad(ids, (0, CONTEXT - ids.shape[1]))
         length = ids.shape[1]
         positions = torch.arange(length, device=ids.device)
         x = self.clip.token_embedding(ids) + self.clip.positional_embedding[:length]
         packing = Packing.of(positions <= end[:, None]) if here else None
-        x, importance = self._blocks(self.clip.transformer.resblocks, x, end, packing)
+        x, importance, _ = self._blocks(self.clip.transformer.resblocks, x, end, packing)
         x = self.clip.ln_final(x) @ self.clip.text_projection
         x = packing.unpack(x) if packing is not None else x
         words = (positions > 0) & (positions < end[:, None])
         # A text without a single word stands for itself by its end, so that pooling has something to pool.
         present = words | ((positions == end[:, None]) & ~words.any(dim=1, keepdim=True))
-        return Tokens(x, importance, present, x[torch.arange(len(x), device=x.device), end])
+        padded = (positions > 0) & (positions != end[:, None]) if self.released else None
+        summit = x[torch.arange(len(x), device=x.device), end]
+        return Tokens(x, importance, present, summit, CONTEXT - 2, positions <= end[:, None], None, padded)
 
     def _blocks(
         self, blocks: Any, x: Tensor, end: Tensor | None, packing: Packing | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Through a tower's blocks: [B, N, D] ([T, D] if packed) and the importance [B, N].
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Through a tower's blocks: [B, N, D] ([T, D] if packed), the importance [B, N], and the attention received.
 
         Texts (with their `end` [B]) look back only, and their importance is that for the end; images' is for the
         class token.
@@ -105,7 +127,7 @@ class Backbone(nn.Module):
                 )
             else:
                 x = _block(block, x, end is not None, packing)
-        return _last_block(blocks[-1], x, end, packing)
+        return _last_block(blocks[-1], x, end, packing, received=self.released and self.training and end is None)
 
 
 class Packing(NamedTuple):
@@ -141,8 +163,13 @@ def _block(block: Any, x: Tensor, causal: bool, packing: Packing | None) -> Tens
     return _add(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=causal), packing)
 
 
-def _last_block(block: Any, x: Tensor, end: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
-    """The same, and the attention (mean over heads) of one row, [B, N]: the class token's, or the end's of texts."""
+def _last_block(
+    block: Any, x: Tensor, end: Tensor | None, packing: Packing | None, *, received: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same, and the attention (mean over heads) of one row, [B, N]: the class token's, or the end's of texts.
+
+    With `received` also the mean of all rows.
+    """
     q, k, v = _heads(block, x, packing)
     with torch.no_grad():  # importance selects tokens; no gradient passes through a choice
         row = (
@@ -153,8 +180,12 @@ def _last_block(block: Any, x: Tensor, end: Tensor | None, packing: Packing | No
             behind = torch.arange(k.shape[2], device=k.device) > end[:, None]
             logits = logits.masked_fill(behind[:, None], -torch.inf)
         importance = logits.softmax(dim=-1).mean(dim=1)
+        all_rows = None
+        if received:
+            scores = (q @ k.transpose(2, 3)).float() / q.shape[-1] ** 0.5  # [B, H, N, N]
+            all_rows = scores.softmax(dim=-1).mean(dim=(1, 2))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=end is not None)
-    return _add(block, x, mixed, packing), importance
+    return _add(block, x, mixed, packing), importance, all_rows
 
 
 def _heads(block: Any, x: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:

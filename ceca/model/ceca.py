@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ceca.config import ModelConfig
 from ceca.model.backbone import RECOMPUTE, Backbone, Tokens
 from ceca.model.irra import IRRAHeads, WordTask
-from ceca.model.mixer import MixerBlock, TokenEmbedding, select_tokens
+from ceca.model.mixer import MixerBlock, ReleasedMixerBlock, TokenEmbedding, select_tokens
 
 HEADS = "heads."  # prefix of the parameters that only training uses
 
@@ -71,13 +71,14 @@ class CECA(nn.Module):
             self.visual_embedding = TokenEmbedding(width, config.local_dim)
             self.textual_embedding = TokenEmbedding(width, config.local_dim)
 
-    def _make_mixer(self, side: str) -> MixerBlock | None:
+    def _make_mixer(self, side: str) -> MixerBlock | ReleasedMixerBlock | None:
         """The mixer of a side (`image` or `text`); None if the settings have none."""
         config = self.config
         if not config.local_branch or config.mixer == "none":
             return None
         crosses = self.uses_summaries and config.mixer in (side, "bidirectional")
-        return MixerBlock(self.backbone.width, config.mixer_heads, config.gate_start, crosses)
+        block = ReleasedMixerBlock if self.backbone.released else MixerBlock
+        return block(self.backbone.width, config.mixer_heads, config.gate_start, crosses)
 
     @property
     def uses_summaries(self) -> bool:
@@ -153,19 +154,27 @@ class CECA(nn.Module):
         if summary is None:
             local_text = self.textual_embedding(*self._mix(self.textual_mixer, text))
             return features._replace(local_visual=local_image, local_text=local_text)
-        # Captions and summaries pass the textual embedding together, so they share its batch statistics.
         mixed_text = self._mix(self.textual_mixer, text)
         mixed_summary = self._mix(self.textual_mixer, summary, image)
-        both = self.textual_embedding(*(torch.cat(pair) for pair in zip(mixed_text, mixed_summary, strict=True)))
-        local_text, local_summary = both.chunk(2)
+        if self.backbone.released:
+            local_text, local_summary = self.textual_embedding(*mixed_text), self.textual_embedding(*mixed_summary)
+        else:
+            # Captions and summaries pass the textual embedding together, so they share its batch statistics.
+            both = self.textual_embedding(*(torch.cat(pair) for pair in zip(mixed_text, mixed_summary, strict=True)))
+            local_text, local_summary = both.chunk(2)
         return features._replace(local_visual=self._combine(local_image, local_summary), local_text=local_text)
 
-    def embed_gallery(self, images: Tensor, summaries: Tensor | None) -> tuple[Tensor, Tensor]:
+    def embed_gallery(
+        self, images: Tensor, summaries: Tensor | None, most_words: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embed gallery images: global [B, D] and local [B, E], L2-normalised.
 
         Args:
             images: [B, 3, H, W] normalised pixels.
             summaries: [B, L] token ids; None embeds images alone.
+            most_words: limit of the summary's words that condition the image in a `released` mixer; the most important
+                ones are kept. The released program takes the fewest words of any summary in its batch, so that an
+                embedding depends on its batch. None takes all words and depends on nothing else.
         """
         image = self.backbone.encode_images(images)
         summary = None
@@ -173,7 +182,7 @@ class CECA(nn.Module):
             summary = self.backbone.encode_texts(summaries)
         local = visual = self._visual(image, summary)
         if self.config.local_branch:
-            local = self.visual_embedding(*self._mix(self.visual_mixer, image, summary))
+            local = self.visual_embedding(*self._mix(self.visual_mixer, image, summary, most_words))
             if summary is not None:
                 local = self._combine(local, self.textual_embedding(*self._mix(self.textual_mixer, summary, image)))
         return F.normalize(visual.float(), dim=1), F.normalize(local.float(), dim=1)
@@ -195,17 +204,40 @@ class CECA(nn.Module):
         weight = self.config.summary_weight
         return (1 - weight) * image + weight * summary
 
-    def _mix(self, mixer: MixerBlock | None, side: Tokens, other: Tokens | None = None) -> tuple[Tensor, Tensor]:
-        """Select a side's tokens and mix them with the other side's: tokens [B, K, D], present [B, K]."""
+    def _mix(
+        self,
+        mixer: MixerBlock | ReleasedMixerBlock | None,
+        side: Tokens,
+        other: Tokens | None = None,
+        most: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Select a side's tokens and mix them with the other side's, for `TokenEmbedding`.
+
+        Args:
+            mixer: the side's mixer, if there is one.
+            side: output of the side's tower.
+            other: output of the other tower, if the mixer has a condition.
+            most: limit of a text's words in the condition of a released mixer.
+
+        Returns:
+            tokens [B, K, D], present [B, K], and if padding counts in the batch statistics, what counts [B, K].
+        """
         tokens, present = select_tokens(side, self.config.token_ratio)
+        tokens = F.normalize(tokens, dim=-1)
         if mixer is None:
             return tokens, present
-        condition = self._condition(other) if other is not None and mixer.crosses else ()
+        condition = self._condition(other, most) if other is not None and mixer.crosses else ()
+        if side.padded is not None and self.config.token_ratio >= 1:  # the released mixer attends to padding, too
+            return mixer(tokens, side.padded, *condition), present, side.padded
         return mixer(tokens, present, *condition), present
 
-    def _condition(self, other: Tokens) -> tuple[Tensor, Tensor]:
+    def _condition(self, other: Tokens, most: int | None) -> tuple[Tensor, Tensor]:
         """The tokens to condition on: the most important ones in training, all at inference."""
-        return select_tokens(other, self.config.condition_ratio if self.training else 1.0)
+        ratio = self.config.condition_ratio if self.training else 1.0
+        if self.backbone.released:
+            return select_tokens(other, ratio, other.received, most if other.padded is not None else None)
+        tokens, present = select_tokens(other, ratio)
+        return F.normalize(tokens, dim=-1), present
 
 
 def _join(parts: list[Tokens]) -> Tokens:
@@ -215,11 +247,19 @@ def _join(parts: list[Tokens]) -> Tokens:
     def pad(value: Tensor) -> Tensor:
         return F.pad(value, (0, 0) * (value.ndim - 2) + (0, longest - value.shape[1]))
 
+    def join(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat([pad(value) for value in values])
+
     return Tokens(
         torch.cat([pad(part.tokens) for part in parts]),
         torch.cat([pad(part.importance) for part in parts]),
         torch.cat([pad(part.present) for part in parts]),
         torch.cat([part.summit for part in parts]),
+        parts[0].places,
+        join("inside"),
+        join("received"),
+        join("padded"),
     )
 
 

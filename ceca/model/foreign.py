@@ -32,6 +32,18 @@ RDE_NAMES = {
     r"visul_emb_layer\.mlp\.layers\.1\.": "visual_embedding.out.",
     r"texual_emb_layer\.mlp\.layers\.1\.": "textual_embedding.out.",
 }
+# The mixers of the released CECA program, in which an attention's q, k and v are one tensor.
+for _side, _ours in (("visul", "visual"), ("texual", "textual")):
+    RDE_NAMES |= {
+        rf"{_side}_emb_layer\.refiner\.g$": f"{_ours}_mixer.gate",
+        rf"{_side}_emb_layer\.refiner\.ln_q\.": f"{_ours}_mixer.self_norm.",
+        rf"{_side}_emb_layer\.refiner\.ln_c\.": f"{_ours}_mixer.cross_norm.",
+        rf"{_side}_emb_layer\.refiner\.sa\.out_proj\.": f"{_ours}_mixer.self_attention.out.",
+        rf"{_side}_emb_layer\.refiner\.ca\.out_proj\.": f"{_ours}_mixer.cross_attention.out.",
+        rf"{_side}_emb_layer\.refiner\.sa\.in_proj_": f"{_ours}_mixer.self_attention.in_proj_",
+        rf"{_side}_emb_layer\.refiner\.ca\.in_proj_": f"{_ours}_mixer.cross_attention.in_proj_",
+        rf"{_side}_emb_layer\.refiner\.mlp\.": f"{_ours}_mixer.mlp.",
+    }
 UNUSED = re.compile(
     r"visul_emb_layer\.linear\.|(visul|texual)_emb_layer\.mlp\.bns\.1\.|.*num_batches_tracked$|logit_scale$"
     # IRRA's heads, which only training needs
@@ -61,13 +73,15 @@ def import_checkpoint(source: str, config: ModelConfig) -> tuple[ModelConfig, di
         )
     local = any(name.startswith("visul_emb_layer.") for name in checkpoint)
     state = _translate(checkpoint, source)
+    mixed = "visual_mixer.gate" in state
     config = dataclasses.replace(
         config,
         pretrained=None,
-        summary_weight=0.0,
+        summary_weight=0.3 if mixed else 0.0,
         local_branch=local,
-        mixer="none",
-        token_ratio=0.3 if local else 1.0,
+        mixer="bidirectional" if mixed else "none",
+        mixer_order="released" if mixed else "alternating",
+        token_ratio=0.3 if local and not mixed else 1.0,
         local_dim=len(state["visual_embedding.out.bias"]) if local else config.local_dim,
     )
     _require_fit(state, config, source)
@@ -80,11 +94,12 @@ def _translate(checkpoint: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: neither IRRA nor RDE has a weight of some name.
     """
-    state, unknown = {}, []
+    state: dict[str, Tensor] = {}
+    unknown = []
     for name, value in checkpoint.items():
         ours = _our_name(name)
         if ours is not None:
-            state[ours] = value.float()
+            state |= _split(ours, value.float())
         elif not UNUSED.match(name) and name.removeprefix("base_model.") not in NOT_WEIGHTS:
             unknown.append(name)
     if unknown:
@@ -106,6 +121,15 @@ def _our_name(name: str) -> str | None:
         if re.match(theirs, name):
             return re.sub(theirs, ours, name, count=1)
     return None
+
+
+def _split(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor under our names: q apart from k and v of a joint projection, and a gate of shape [1]."""
+    place, joint, kind = name.rpartition(".in_proj_")
+    if joint and not name.startswith("backbone."):
+        width = len(value) // 3
+        return {f"{place}.query.{kind}": value[:width], f"{place}.key_value.{kind}": value[width:]}
+    return {name: value.reshape(1) if name.endswith(".gate") else value}
 
 
 def _require_fit(state: dict[str, Tensor], config: ModelConfig, source: str) -> None:

@@ -60,11 +60,13 @@ class IRRAHeads(nn.Module):
     def __init__(self, width: int, heads: int, identities: int, vocabulary: int):
         super().__init__()
         self.classifier = nn.Linear(width, identities)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
         self.text_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads)
         layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width, heads, 4 * width, dropout=0.0, activation=QuickGELU(), batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(width), enable_nested_tensor=False)
         self.decoder = nn.Sequential(
@@ -75,7 +77,7 @@ class IRRAHeads(nn.Module):
         )
 
     def identity_loss(self, image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
-        """The mean of both modalities' cross-entropies, [B, 1].
+        """The sum of both modalities' cross-entropies, [B, 1].
 
         Args:
             image: [B, D] global features of the images.
@@ -85,18 +87,20 @@ class IRRAHeads(nn.Module):
         losses = [
             F.cross_entropy(self.classifier(features).float(), labels, reduction="none") for features in (image, text)
         ]
-        return (0.5 * (losses[0] + losses[1]))[:, None]
+        return (losses[0] + losses[1])[:, None]
 
     def word_loss(self, text: Tokens, image: Tokens, task: WordTask) -> Tensor:
         """Cross-entropy of the hidden words, [B, 2]: per sample its sum and the number of hidden words.
 
         Args:
-            text: tokens of the captions with hidden words; they attend to the image.
-            image: tokens of the images.
+            text: tokens of the captions with hidden words; start, words and end attend to the image.
+            image: tokens of the images, attended to together with the class token.
             task: the hidden words.
         """
-        x = self.cross_attention(self.text_norm(text.tokens), self.image_norm(image.tokens), image.present)
-        x = self.layers(x, src_key_padding_mask=~text.present)
+        seen = torch.cat([image.summit[:, None], image.tokens], dim=1)
+        present = F.pad(image.present, (1, 0), value=True)
+        x = self.cross_attention(self.text_norm(text.tokens), self.image_norm(seen), present)
+        x = self.layers(x, src_key_padding_mask=~(text.present if text.inside is None else text.inside))
         rows, columns = task.positions()
         losses = F.cross_entropy(self.decoder(x[rows, columns]).float(), task.targets, reduction="none")
         sums = torch.zeros(len(x), 2, device=x.device)

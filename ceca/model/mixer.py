@@ -17,27 +17,32 @@ from torch import Tensor, nn
 from ceca.model.backbone import Tokens
 
 
-def select_tokens(side: Tokens, ratio: float) -> tuple[Tensor, Tensor]:
-    """Select the most important tokens of each sample, L2-normalised.
+def select_tokens(
+    side: Tokens, ratio: float, importance: Tensor | None = None, most: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Select the most important tokens of each sample (method: Local branch).
 
-    A sample with n tokens keeps ceil(ratio·n) of them.
+    A sample keeps floor(ratio·places) tokens, at least one and at most its present ones: with a ratio of 0.3, 57 of 192
+    patches, and of a text 22 or all its words.
 
     Args:
-        side: tokens [B, N, D] of one modality.
-        ratio: share of a sample's tokens to keep; 1 keeps all in their order.
+        side: output of a tower.
+        ratio: share of the tower's places to keep; 1 keeps all tokens in their order.
+        importance: [B, N], not negative, by which tokens are chosen; None takes the tower's.
+        most: limit of the tokens kept; None sets no limit.
 
     Returns:
-        tokens [B, K, D] and present [B, K], with K = ceil(ratio·N).
+        tokens [B, K, D], not normalised, and present [B, K].
     """
-    if ratio >= 1:
-        return F.normalize(side.tokens, dim=-1), side.present
-    kept = math.ceil(ratio * side.tokens.shape[1])
+    if ratio >= 1 and most is None:
+        return side.tokens, side.present
+    importance = side.importance if importance is None else importance
+    kept = min(max(1, math.floor(ratio * side.places)), side.tokens.shape[1])
+    kept = kept if most is None else min(kept, most)
     # Absent tokens go last, because importance is an attention weight and never negative.
-    order = side.importance.masked_fill(~side.present, -1.0).argsort(dim=1, descending=True, stable=True)[:, :kept]
+    order = importance.masked_fill(~side.present, -1.0).argsort(dim=1, descending=True, stable=True)[:, :kept]
     tokens = side.tokens.gather(1, order[..., None].expand(-1, -1, side.tokens.shape[-1]))
-    counts = torch.ceil(ratio * side.present.sum(dim=1, keepdim=True).double())  # in fp32, ceil(0.3·50) is 16
-    present = torch.arange(kept, device=order.device)[None, :] < counts
-    return F.normalize(tokens, dim=-1), present
+    return tokens, side.present.gather(1, order)
 
 
 class MixerBlock(nn.Module):
@@ -85,6 +90,43 @@ class MixerBlock(nn.Module):
         return own + torch.sigmoid(self.gate) * (x - own)
 
 
+class ReleasedMixerBlock(nn.Module):
+    """One side of the mixer as the authors' program computes it: q → q + sigmoid(γ)·MLP(SA(LN₁ q) + CA(LN₂ q, c)).
+
+    Both attentions look at the same q, nothing is added between them, and the MLP has no normalisation before it.
+
+    Args:
+        width: D of the tokens.
+        heads: attention heads.
+        gate_start: start of γ.
+        crosses: whether there is cross-attention.
+    """
+
+    def __init__(self, width: int, heads: int, gate_start: float, crosses: bool = True):
+        super().__init__()
+        self.crosses = crosses
+        self.self_norm = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
+        if crosses:
+            self.cross_norm = nn.LayerNorm(width)
+            self.cross_attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.gate = nn.Parameter(torch.tensor([gate_start]))  # [1]: DeepSpeed refuses scalars
+        for attention in self.children():
+            if isinstance(attention, Attention):
+                attention.start_as_released()
+
+    def forward(
+        self, own: Tensor, present: Tensor, condition: Tensor | None = None, condition_present: Tensor | None = None
+    ) -> Tensor:
+        """Mix: own [B, N, D], present [B, N], condition [B, M, D], condition_present [B, M] → [B, N, D]."""
+        normed = self.self_norm(own)
+        mixed = self.self_attention(normed, normed, present)
+        if condition is not None and condition_present is not None:
+            mixed = mixed + self.cross_attention(self.cross_norm(own), condition, condition_present)
+        return own + torch.sigmoid(self.gate) * self.mlp(mixed)
+
+
 class Attention(nn.Module):
     """Multi-head attention of queries [B, N, D] to a source [B, M, D]; absent tokens of the source get no weight.
 
@@ -100,6 +142,17 @@ class Attention(nn.Module):
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
+
+    def start_as_released(self) -> None:
+        """Start as torch's own attention does: Xavier-uniform over q, k and v together, biases at zero."""
+        width = self.query.in_features
+        joint = torch.empty(3 * width, width)
+        nn.init.xavier_uniform_(joint)
+        with torch.no_grad():
+            self.query.weight.copy_(joint[:width])
+            self.key_value.weight.copy_(joint[width:])
+        for layer in (self.query, self.key_value, self.out):
+            nn.init.zeros_(layer.bias)
 
     def forward(self, query: Tensor, source: Tensor, present: Tensor) -> Tensor:
         """Attend: query [B, N, D], source [B, M, D], present [B, M] → [B, N, D]."""
@@ -195,7 +248,14 @@ class TokenEmbedding(nn.Module):
         self.norm = GlobalBatchNorm(width)
         self.out = nn.Linear(width, out)
 
-    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Embed and pool: tokens [B, N, D], present [B, N] → [B, E]."""
-        embedded = self.linear(tokens) + self.out(F.relu(self.norm(self.hidden(tokens), present)))
+    def forward(self, tokens: Tensor, present: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Embed and pool: [B, E].
+
+        Args:
+            tokens: [B, N, D].
+            present: [B, N], the tokens that are pooled.
+            counted: [B, N], the tokens that enter the batch statistics; None takes the pooled ones.
+        """
+        counted = present if counted is None else counted
+        embedded = self.linear(tokens) + self.out(F.relu(self.norm(self.hidden(tokens), counted)))
         return embedded.masked_fill(~present[..., None], -torch.inf).amax(dim=1)

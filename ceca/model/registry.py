@@ -46,7 +46,8 @@ def find_model(store: Store, name: str) -> PublishedModel | None:
         StoreError: it has another schema version, or its config.json is missing.
     """
     home, names = locate(store, name)
-    manifest = home.read_json(*names, MANIFEST)
+    kind = "a model's manifest"
+    manifest = home.read_record(*names, MANIFEST, kind=kind, fields={"schema_version": int})
     if manifest is None:
         return None
     if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -54,6 +55,8 @@ def find_model(store: Store, name: str) -> PublishedModel | None:
             f"{home.place(*names)} has schema version {manifest.get('schema_version')}, "
             f"this program reads {SCHEMA_VERSION}; use the program that wrote it, or train again"
         )
+    fields = {"digest": str, "global_dim": int, "local_dim": int, "made_from": dict, "version": str}
+    manifest = home.read_record(*names, MANIFEST, kind=kind, fields=fields) or manifest
     digest = manifest["digest"]
     config = home.read_json(*names, digest, "config.json")
     training = home.read_json(*names, digest, "training.json") or {}

@@ -23,6 +23,7 @@ from ceca.config import ModelConfig
 from ceca.data.names import MANIFEST, MODELS
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError
+from ceca.model.archive import Record, read_archive, tensors_of
 from ceca.model.backbone import Backbone, WeightsError
 from ceca.model.ceca import CECA
 from ceca.model.registry import PublishedModel, locate, require_model
@@ -82,10 +83,8 @@ def read_weights(name: str, source: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except RuntimeError:  # OpenAI's own files are TorchScript archives
-            found = torch.jit.load(str(path), map_location="cpu").state_dict()
+        found = read_archive(path)
+        found = tensors_of(found) if isinstance(found, Record) else found  # OpenAI's own files are TorchScript
     except Exception as error:
         raise WeightsError(f"{source!r} cannot be read as weights ({type(error).__name__}: {error})") from error
     for key in ("state_dict", "model"):  # where trainers keep weights beside the optimiser's state

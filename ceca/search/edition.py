@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from ceca.data.changes import read_added, removed_images
-from ceca.data.names import ADDED, REMOVED
+from ceca.data.changes import added_objects, read_added, removed_images
+from ceca.data.names import REMOVED
 from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.model.registry import require_model
 
@@ -105,7 +105,7 @@ def find_edition(store: Store, model: str = "") -> Edition:
         gallery=gallery.version,
         images=images.version,
         dialogues=dialogues.version if dialogues else None,
-        added=tuple(store.names(ADDED, published.digest)),
+        added=added_objects(store, published.digest),
         removed=tuple(store.names(REMOVED)),
     )
 

@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# On GPUs, sums of fp16 products are kept in fp32: their rounding would be beyond the bound that `top_k` relies on.
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
 FEW = 3  # up to this number, queries are compared one by one
 BLOCK = 512  # rows in a block that many queries share: 1.5 MB if a row has 1,536 numbers
 GROUP = 64  # rows in a group; the largest similarity of each group is examined first

@@ -18,6 +18,7 @@ from ceca.model.embed import normalize
 from ceca.model.irra import WordTask
 from ceca.model.tokens import MASK
 
+TRIES = 10  # rectangles drawn for random erasing; the first one that fits is taken
 ERASE_ASPECT = (0.3, 3.3)  # height over width of an erased rectangle, smallest and largest
 
 
@@ -37,7 +38,7 @@ class Draws:
         flip: [B], decides whether an image is mirrored.
         shift: [B, 2], offset of the crop: down and right.
         erase: [B], decides whether a rectangle is erased.
-        erase_shape: [B, 2], area and aspect of the rectangle.
+        erase_shape: [B, TRIES, 2], area and aspect of the rectangles to try.
         erase_place: [B, 2], its top and left edge.
         touch: [B, L], decides whether a word is changed.
         change: [B, L], decides how a touched word is changed.
@@ -74,7 +75,7 @@ def draw(batch: int, length: int, source: torch.Generator) -> Draws:
         uniform(batch),
         uniform(batch, 2),
         uniform(batch),
-        uniform(batch, 2),
+        uniform(batch, TRIES, 2),
         uniform(batch, 2),
         uniform(batch, length),
         uniform(batch, length),
@@ -88,7 +89,7 @@ def draw(batch: int, length: int, source: torch.Generator) -> Draws:
 def augment_images(images: Tensor, draws: Draws, config: AugmentationConfig) -> Tensor:
     """Flip, shift, normalise and partly erase images: uint8 [B, H, W, 3] → float32 [B, 3, H, W].
 
-    The padding is black, as in the published recipe. An erased area gets the mean colour, 0 after normalisation.
+    The padding is black, as in the published recipe. An erased area gets the colour `erase_value`.
     """
     batch, height, width, _ = images.shape
     device = images.device
@@ -101,23 +102,29 @@ def augment_images(images: Tensor, draws: Draws, config: AugmentationConfig) -> 
     samples = torch.arange(batch, device=device)[:, None, None]
     images = images[samples, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
     pixels = normalize(images * inside[..., None])
-    return pixels.masked_fill(_erased(draws, config, height, width).to(device)[:, None], 0.0)
+    erased = _erased(draws, config, height, width).to(device)[:, None]
+    return torch.where(erased, pixels.new_tensor(config.erase_value)[:, None, None], pixels)
 
 
 def _erased(draws: Draws, config: AugmentationConfig, height: int, width: int) -> Tensor:
-    """The pixels to erase, [B, H, W]: one rectangle, its area within `erase_area` and its aspect in `ERASE_ASPECT`."""
+    """The pixels to erase, [B, H, W]: one rectangle, its area within `erase_area` and its aspect in `ERASE_ASPECT`.
+
+    As in torchvision, a rectangle that does not fit is drawn again, at most ten times; then nothing is erased.
+    """
     low, high = config.erase_area
     flat, upright = ERASE_ASPECT
-    area = (low + (high - low) * draws.erase_shape[:, 0]) * height * width
-    aspect = torch.exp(math.log(flat) + (math.log(upright) - math.log(flat)) * draws.erase_shape[:, 1])
-    tall = (area * aspect).sqrt().round().clamp(1, height)
-    wide = (area / aspect).sqrt().round().clamp(1, width)
+    area = (low + (high - low) * draws.erase_shape[..., 0]) * height * width
+    aspect = torch.exp(math.log(flat) + (math.log(upright) - math.log(flat)) * draws.erase_shape[..., 1])
+    tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # [B, TRIES]
+    fits = (tall < height) & (wide < width)
+    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
+    tall, wide = tall.gather(1, first)[:, 0], wide.gather(1, first)[:, 0]
     top = (draws.erase_place[:, 0] * (height - tall + 1)).floor()
     left = (draws.erase_place[:, 1] * (width - wide + 1)).floor()
     y, x = torch.arange(height)[None, :], torch.arange(width)[None, :]
     rows = (y >= top[:, None]) & (y < (top + tall)[:, None])
     columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
-    chosen = (draws.erase < config.erase)[:, None, None]
+    chosen = ((draws.erase < config.erase) & fits.any(dim=1))[:, None, None]
     return rows[:, :, None] & columns[:, None, :] & chosen
 
 
@@ -157,6 +164,9 @@ def hide_words(ids: Tensor, draws: Draws, share: float = 0.15) -> WordTask:
         share: probability that a word is chosen.
     """
     hidden = _touched(ids, draws, share)
+    # Each text with a word has at least one hidden, or it would teach nothing: the first, as in IRRA's program.
+    has_word = ids.argmax(dim=1) > 1
+    hidden[:, 1] |= has_word & ~hidden.any(dim=1)
     changed = _mask_or_replace(ids, draws, hidden, mask_below=0.8, replace_below=0.9)
     places = hidden.flatten().nonzero().squeeze(1)
     return WordTask(changed, places, ids.flatten()[places])

@@ -6,9 +6,13 @@ The curve travels with every checkpoint, so a resumed run continues it.
 
 from __future__ import annotations
 
+import math
+
 import pyarrow as pa
 import torch
 from torch import Tensor
+
+from ceca.errors import UserError
 
 
 class Curve:
@@ -41,6 +45,27 @@ class Curve:
         self.flush()
         means = {name: sum(values[-last:]) / last for name, values in self.columns.items()}
         return {"loss": sum(means.values()), **means}
+
+    def require_numbers(self, last: int, kept: int) -> None:
+        """Check that the losses of the last steps are finite.
+
+        Args:
+            last: number of steps to look at.
+            kept: steps of the last checkpoint; 0 if there is none.
+
+        Raises:
+            UserError: one is not; the message names the step, the term and the last checkpoint.
+        """
+        self.flush()
+        first = max(0, len(self) - last)
+        for step in range(first, len(self)):
+            bad = [name for name, values in self.columns.items() if not math.isfinite(values[step])]
+            if bad:
+                good = f"the last good checkpoint is of step {kept}" if kept else "there is no checkpoint yet"
+                raise UserError(
+                    f"the loss is not a number from step {step + 1} on ({', '.join(bad)}); {good}. Lower the learning "
+                    "rates or use precision fp32, under another --name"
+                )
 
     def table(self) -> pa.Table:
         """The curve as a table, one row per step: `step` from 1, `loss`, and one column per term."""

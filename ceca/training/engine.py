@@ -32,7 +32,7 @@ from ceca.errors import UserError
 from ceca.model.ceca import CECA, HEADS
 from ceca.model.mixer import GlobalBatchNorm
 from ceca.training.curve import Curve
-from ceca.training.optimiser import parameter_groups, rate_factor
+from ceca.training.optimiser import parameter_groups, rate_schedule
 from ceca.training.workers import world
 
 TAG = "state"  # the name under which DeepSpeed finds the state in a checkpoint
@@ -96,13 +96,11 @@ def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
     model.micro_batch = config.micro_batch
     model.backbone.recompute = config.recompute
     optimiser = _make_optimiser(model, config)
-    warmup, total = config.optimiser.warmup_epochs * steps, config.epochs * steps
+    factor = rate_schedule(config.optimiser, config.epochs, steps)
     engine, *_ = import_deepspeed().initialize(
         model=model,
         optimizer=optimiser,
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(
-            o, lambda step: rate_factor(step, warmup=warmup, total=total, start=config.optimiser.warmup_start)
-        ),
+        lr_scheduler=lambda optimiser: torch.optim.lr_scheduler.LambdaLR(optimiser, factor),
         config=deepspeed_config(config),
         dist_init_required=False,
     )
@@ -113,11 +111,13 @@ def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
 def _make_optimiser(model: CECA, config: TrainConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config.optimiser, config.global_batch)
     if not config.offload:
-        return torch.optim.Adam(groups, betas=config.optimiser.betas)
+        return torch.optim.Adam(groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon)
     # The only optimiser with which DeepSpeed steps on the CPU. `adamw_mode=False` makes it Adam.
     operations = import_deepspeed("deepspeed.ops")
     compile_operation(operations.op_builder.CPUAdamBuilder())
-    return operations.adam.DeepSpeedCPUAdam(groups, betas=config.optimiser.betas, adamw_mode=False)
+    return operations.adam.DeepSpeedCPUAdam(
+        groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon, adamw_mode=False
+    )
 
 
 def compile_operation(builder: Any) -> None:

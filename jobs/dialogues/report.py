@@ -31,7 +31,7 @@ def print_report(table: Manifest, gpus: int) -> None:
     if flags:
         lines.append("flagged: " + ", ".join(f"{count:.0f} {name}" for name, count in sorted(flags.items())))
     if flags.get("repeated", 0) > 0.2 * dialogues:
-        lines.append("[yellow]warning:[/] many images have the same summary; look at the answers before training")
+        lines.append("warning: many images have the same summary; look at the answers before training")
     prompt = counts["prompt_tokens"]
     if prompt:
         seconds = counts["engine_busy_s"] + counts["engine_idle_s"]

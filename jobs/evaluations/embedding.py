@@ -7,6 +7,7 @@ import pyarrow as pa
 from ceca.config import EvaluateConfig
 from ceca.data import schema
 from ceca.data.names import EVALUATIONS
+from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.data.tables import list_images
 from ceca.environment import usable_gpus
@@ -68,10 +69,12 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
 
 
 def _list_queries(store: Store, images: Manifest, captions: Manifest, split: str) -> list[CaptionRow]:
-    """The captions of all images of a split, also of images without a dialogue."""
+    """The captions of named people in a split, also of images without a dialogue."""
     in_split = {row.image_id for row in list_images(store, images, split)}
     table = store.read(captions, ["caption_id", "image_id", "identity", "text"]).to_pydict()
     columns = zip(table["caption_id"], table["identity"], table["text"], table["image_id"], strict=True)
     return [
-        CaptionRow(caption_id, identity, text) for caption_id, identity, text, image in columns if image in in_split
+        CaptionRow(caption_id, identity, text)
+        for caption_id, identity, text, image in columns
+        if image in in_split and identity != NOBODY  # nobody could say which image is right
     ]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from ceca.data.erase import ERASING
 from ceca.data.lease import Holders, Lease, holding, this_process
 from ceca.data.store import Store
-from jobs.runtime.console import console
+from jobs.runtime.console import label
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def alone(store: Store, name: str) -> Iterator[Lease]:
     """
 
     def say(message: str) -> None:
-        console.print(f"[yellow]waiting:[/] {message}", highlight=False)
+        label("waiting", "yellow", message)
 
     holders, announced = Holders(store), False
     with holding(store, name, this_process(), on_lost=interrupt, say=say) as lease:

@@ -16,11 +16,18 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ceca.errors import UserError
 from ceca.evaluation.names import METRICS
 
-console = Console(stderr=True, soft_wrap=True)
+# Without markup: a query or a path may hold [/b], which is no more than that.
+console = Console(stderr=True, soft_wrap=True, markup=False)
+
+
+def label(word: str, style: str, message: object) -> None:
+    """Print a message behind a coloured word, such as `warning:`."""
+    console.print(Text.assemble((f"{word}:", style), f" {message}"), highlight=False)
 
 
 def plain(error: BaseException) -> str:
@@ -53,8 +60,8 @@ class Track:
         self.bar: Progress | None = None
         if console.is_terminal:
             columns = (
-                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-                *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
+                *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()),
+                *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False)),
             )
             self.bar = Progress(*columns, console=console, redirect_stderr=_stderr.log is None)
             self.task = self.bar.add_task(title, total=total, completed=finished, note="")
@@ -126,7 +133,7 @@ def entry(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        label("error", "bold red", error)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues")

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
@@ -19,6 +18,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from ceca.config import TrainConfig
+from ceca.data.filesystems import as_pyarrow
 from ceca.data.names import MODELS
 from ceca.data.store import Manifest, Store
 from ceca.environment import usable_gpus
@@ -142,7 +142,7 @@ def fit(store: Store, config: TrainConfig, run: Run) -> str:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
     storage = None
     if not isinstance(store.fs, LocalFileSystem):
-        storage = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.fs))
+        storage = as_pyarrow(store.fs)
     parent, _, name = run.run.rpartition("/")
     trainer = Trainer(
         train_worker,

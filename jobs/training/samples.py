@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from ceca.config import TrainConfig
+from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Reject, Store
 from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs
 from ceca.errors import UserError
 from ceca.model.tokens import CONTEXT, count_tokens, tokenize_numpy
 from ceca.training.order import shuffled_captions
-from jobs.runtime.console import console
+from jobs.runtime.console import console, label
 from jobs.training.data import HeldOut, Sentence, TrainingSet
 
 
@@ -33,7 +34,7 @@ def training_pairs(
     """
     rows, missing = _summarised(store, tables, config.split)
     if missing:
-        console.print(f"[yellow]warning:[/] {len(missing)} images have no summary and are left out of training")
+        label("warning", "yellow", f"{len(missing)} images have no summary and are left out of training")
     pairs = make_pairs(store, rows, tables["captions"])
     if pairs.num_rows < config.global_batch:
         raise UserError(
@@ -56,10 +57,18 @@ def tokenize_pairs(pairs: pa.Table, config: TrainConfig) -> TrainingSet:
     return TrainingSet(
         part=pairs["part"].to_numpy(),
         row=pairs["row"].to_numpy(),
-        identity=np.unique(pairs["identity"].to_numpy(), return_inverse=True)[1],
+        identity=number_identities(pairs),
         caption=tokenize_numpy(pairs["caption"].to_pylist()).astype(np.uint16)[captions_of],
         summary=tokenize_numpy(pairs["summary"].to_pylist()).astype(np.uint16),
     )
+
+
+def number_identities(pairs: pa.Table) -> np.ndarray:
+    """Numbers from 0 of the identities of pairs, [P]; an image whose person nobody named is a person of its own."""
+    identity = pairs["identity"].to_numpy()
+    image = pairs["part"].to_numpy().astype(np.int64) << 32 | pairs["row"].to_numpy()
+    keys = np.stack([identity, np.where(identity == NOBODY, image, 0)])
+    return np.unique(keys, axis=1, return_inverse=True)[1].ravel()
 
 
 def held_out(store: Store, tables: Mapping[str, Manifest]) -> HeldOut | None:
@@ -72,12 +81,12 @@ def held_out(store: Store, tables: Mapping[str, Manifest]) -> HeldOut | None:
     if not images:
         split = "test"
         images, _ = _summarised(store, tables, split)
-        console.print("[yellow]warning:[/] there is no split val; the model is chosen on test, as its benchmark does")
+        label("warning", "yellow", "there is no split val; the model is chosen on test, as its benchmark does")
     pairs = make_pairs(store, images, tables["captions"])
     if not images or not pairs.num_rows:
         return None
     texts = zip(pairs["caption"].to_pylist(), pairs["identity"].to_pylist(), strict=True)
-    return HeldOut(split, images, [Sentence(text, identity) for text, identity in texts])
+    return HeldOut(split, images, [Sentence(text, identity) for text, identity in texts if identity != NOBODY])
 
 
 def _summarised(store: Store, tables: Mapping[str, Manifest], split: str) -> tuple[list[ImageRow], list[Reject]]:

@@ -95,6 +95,7 @@ def _train(
     batches = stream_batches(config, *world(), run.samples, run.images, progress.steps)
     engine.train()
     waited, begun, first = 0.0, time.perf_counter(), progress.steps
+    kept = progress.steps  # of the last checkpoint
     while progress.steps < steps * config.epochs:
         before = time.perf_counter()
         batch = next(batches)
@@ -104,6 +105,9 @@ def _train(
         progress.curve.add(terms)
         progress.steps += 1
         ends_epoch = step + 1 == steps
+        checkpoints = ends_epoch or bool(config.checkpoint_every and progress.steps % config.checkpoint_every == 0)
+        if checkpoints or progress.steps % config.log_every == 0:
+            progress.curve.require_numbers(config.log_every + steps, kept)
         if watch is not None and (progress.steps % config.log_every == 0 or ends_epoch or watch.due()):
             _watch_step(watch, engine, progress, features, identities, config)
         if ends_epoch:
@@ -124,7 +128,8 @@ def _train(
                 watch.point(progress.steps, {f"epoch/{name}": value for name, value in record.items()})
             waited, begun, first = 0.0, time.perf_counter(), progress.steps
             engine.train()
-        if ends_epoch or (config.checkpoint_every and progress.steps % config.checkpoint_every == 0):
+        if checkpoints:
+            kept = progress.steps
             _checkpoint(engine, progress, watch, scratch, last=progress.steps == steps * config.epochs)
 
 

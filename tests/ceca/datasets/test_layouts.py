@@ -135,3 +135,73 @@ def test_differences_from_the_published_statistics_name_both_numbers():
 def test_splits_are_counted_by_image_identity_and_caption():
     records, _ = read_records([record(n, id=n // 2, split="test" if n > 3 else "train") for n in range(5)], CUHK)
     assert count_splits(records) == {"train": Count(4, 2, 8), "test": Count(1, 1, 2)}
+
+
+# --- what people are handed -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["train\\0001.jpg", "imgs/train/0001.jpg", "./train/0001.jpg", "imgs\\train\\0001.jpg"]
+)
+def test_other_spellings_of_a_path_are_read(path: str):
+    (kept,), rejects = read_records([record(file_path=path)], CUHK)
+    assert (kept.source_path, rejects) == ("train/0001.jpg", [])
+
+
+def test_a_file_with_a_record_per_caption_keeps_them_all():
+    items = [record(captions=["a man"]), record(captions=["a boy"]), record(captions=["a man"]), record(1)]
+    (first, second), (repeated,) = read_records(items, CUHK)
+    assert first.captions == ((0, "a man"), (1, "a boy"))
+    assert second.captions == ((0, "a man"), (1, "a boy"))
+    assert repeated.reason == "duplicated_record"
+
+
+def test_an_image_of_two_people_keeps_the_first_and_rejects_the_other():
+    (kept,), (other,) = read_records([record(7, file_path="a.jpg"), record(8, file_path="a.jpg")], CUHK)
+    assert kept.identity == 7
+    assert other.reason == "duplicated_record"
+    assert "another person" in other.detail
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (record(captions=["a man", "half \ud83d of a face"]), "bad_caption"),
+        (record(captions=["a man", "a \0 in it"]), "bad_caption"),
+        (record(file_path="half\ud83d.jpg"), "bad_path"),
+        (record(file_path="nul\0.jpg"), "bad_path"),
+        (record(file_path="imgs/"), "bad_path"),
+        (record(file_path="..\\..\\secret.jpg"), "bad_path"),
+        (record(file_path="imgs//etc/passwd"), "bad_path"),
+        (record(id=10**23), "bad_identity"),
+        (record(id=-(2**63) - 1), "bad_identity"),
+        (record(split=["train"]), "bad_split"),
+        ({"half\ud83d": 1}, "missing_key"),
+    ],
+)
+def test_a_value_that_no_table_can_hold_is_one_reject(item: Any, reason: str):
+    records, rejects = read_records([item, record(5)], CUHK)
+    assert [reject.reason for reject in rejects] == [reason]
+    assert records[-1].identity == 5
+    for reject in rejects:
+        (reject.key + reject.detail).encode()
+
+
+def test_another_spelling_of_the_annotation_file_is_found(tmp_path: Path):
+    item = {"id": 5, "split": "test", "captions": ["a man"], "file_path": "a.jpg"}
+    (tmp_path / "ICFG_PEDES.json").write_text(json.dumps([item]))
+    assert read_annotations(str(tmp_path)).layout.name == "icfg_pedes"
+
+
+def test_without_an_annotation_file_the_error_says_what_is_there(tmp_path: Path):
+    (tmp_path / "caption_all.json").write_text("[]")
+    with pytest.raises(DatasetError, match=r"looked for reid_raw\.json.*it has caption_all\.json"):
+        read_annotations(str(tmp_path))
+    with pytest.raises(DatasetError, match="it has no JSON file"):
+        read_annotations(str(tmp_path / "nowhere"))
+
+
+def test_json_that_is_nested_without_end_is_an_error_that_names_the_file(tmp_path: Path):
+    (tmp_path / "reid_raw.json").write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match=r"reid_raw\.json .*not valid JSON"):
+        read_annotations(str(tmp_path))

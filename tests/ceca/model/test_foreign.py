@@ -86,11 +86,11 @@ def test_a_checkpoint_of_rde_embeds_as_rde_does(rde):
     ids = tokenize(["a man in a very long grey coat with a fur collar"])
     text = model.backbone.encode_texts(ids)
     best = text.importance[0].masked_fill(~text.present[0], -1).argsort(descending=True)
-    chosen = text.tokens[0, best[: -(-3 * int(text.present.sum()) // 10)]]
+    chosen = text.tokens[0, best[: min(22, int(text.present.sum()))]]
     expected = embeddings["texual_emb_layer"](chosen, embeddings["texual_emb_layer"].linear)
     torch.testing.assert_close(model.embed_queries(ids)[1][0], F.normalize(expected, dim=0), rtol=1e-4, atol=1e-5)
     image = model.backbone.encode_images(torch.randn(1, 3, 128, 64))
-    best = image.importance[0].argsort(descending=True)[: -(-3 * 32 // 10)]
+    best = image.importance[0].argsort(descending=True)[: 3 * 32 // 10]
     expected = embeddings["visul_emb_layer"](image.tokens[0, best], embeddings["visul_emb_layer"].fc)
     embedded = model.visual_embedding(*model._mix(None, image))[0]
     torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def side(lengths: list[int], seed: int = 0, longest: int | None = None) -> Token
     tokens = torch.randn(len(lengths), longest, WIDTH, generator=source)
     importance = torch.rand(len(lengths), longest, generator=source)
     present = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
-    return Tokens(tokens, importance, present, tokens[:, 0])
+    return Tokens(tokens, importance, present, tokens[:, 0], longest)
 
 
 def garbled(samples: Tokens) -> Tokens:
@@ -35,6 +36,7 @@ def garbled(samples: Tokens) -> Tokens:
         torch.where(absent, torch.full_like(samples.importance, 9.0), samples.importance),
         samples.present,
         samples.summit,
+        samples.places,
     )
 
 
@@ -49,17 +51,21 @@ def test_the_most_important_share_of_each_sample_is_chosen(lengths: list[int], r
     samples = side(lengths, seed)
     tokens, present = select_tokens(garbled(samples), ratio)
     for row, length in enumerate(lengths):
-        kept = math.ceil(ratio * length)
+        kept = length if ratio == 1 else min(length, max(1, math.floor(ratio * max(lengths))))
         order = samples.importance[row, :length].argsort(descending=True)[:kept]
-        expected = F.normalize(samples.tokens[row, order], dim=-1) if ratio < 1 else None
+        expected = samples.tokens[row, order] if ratio < 1 else None
         assert int(present[row].sum()) == kept
         if expected is not None:
             torch.testing.assert_close(tokens[row, present[row]], expected)
 
 
-def test_selected_tokens_are_normalised():
-    tokens, present = select_tokens(side([5, 3]), 0.6)
-    torch.testing.assert_close(tokens.norm(dim=-1)[present], torch.ones(int(present.sum())))
+@pytest.mark.parametrize(
+    ("places", "words", "ratio", "kept"),
+    [(192, 192, 0.3, 57), (75, 75, 0.3, 22), (75, 30, 0.3, 22), (75, 14, 0.3, 14), (75, 1, 0.3, 1), (75, 40, 0.01, 1)],
+)
+def test_a_share_is_of_the_towers_places_and_at_most_the_present_tokens(places, words, ratio, kept):
+    samples = dataclasses.replace(side([words], longest=max(words, 30)), places=places)
+    assert int(select_tokens(samples, ratio)[1].sum()) == kept
 
 
 def test_a_mixer_starts_near_its_input():

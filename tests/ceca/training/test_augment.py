@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import RandomErasing
 
 from ceca.config import AugmentationConfig
 from ceca.model.backbone import tokenize
 from ceca.model.embed import MEAN, STD, normalize
 from ceca.model.tokens import MASK
-from ceca.training.augment import augment_images, draw, generator, mask_words
+from ceca.training.augment import _erased, augment_images, draw, generator, mask_words
 
 NONE = AugmentationConfig(flip=0, pad=0, erase=0, word_mask=0)
 IMAGES = torch.randint(0, 256, (6, 12, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -54,11 +56,56 @@ def test_an_erased_area_is_one_rectangle_of_the_size_asked_for(seed: int, low: f
     white = torch.full((4, 64, 32, 3), 255, dtype=torch.uint8)
     erased = (augment_images(white, draw(4, 5, generator(seed)), config) == 0).all(dim=1)
     for mask in erased:
+        if not mask.any():  # none of ten rectangles fits
+            continue
         rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
         tall, wide = int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
         assert int(mask.sum()) == tall * wide
-        # A rectangle that is wider than the image is cut, so only the upper bound holds, with half a pixel per side.
-        assert tall * wide <= (low + extra) * 64 * 32 + (tall + wide) / 2 + 1
+        rounding = (tall + wide) / 2 + 1  # half a pixel per side
+        assert low * 64 * 32 - rounding <= tall * wide <= (low + extra) * 64 * 32 + rounding
+        assert tall < 64
+        assert wide < 32
+
+
+def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray) -> float:
+    """The largest difference of two samples' cumulative distributions."""
+    places = np.concatenate([first, second])
+    shares = [np.searchsorted(np.sort(sample), places, side="right") / len(sample) for sample in (first, second)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+def test_erased_rectangles_are_distributed_as_torchvisions():
+    count, config = 10_000, dataclasses.replace(NONE, erase=1)
+    height, width = 384, 128
+    ours = []
+    for start in range(0, count, 500):
+        for mask in _erased(draw(500, 5, generator(start)), config, height, width):
+            rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+            tall, wide = int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
+            ours.append((int(rows[0]), int(columns[0]), tall, wide))
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = [
+        RandomErasing.get_params(image, scale=config.erase_area, ratio=(0.3, 3.3), value=[0.0])[:4]
+        for _ in range(count)
+    ]
+
+    def columns(boxes: list[tuple[int, int, int, int]]) -> dict[str, np.ndarray]:
+        top, left, tall, wide = np.array(boxes, dtype=float).T
+        return {"area": tall * wide, "aspect": tall / wide, "top": top, "left": left}
+
+    for name, values in columns(theirs).items():
+        distance = kolmogorov_smirnov(columns(ours)[name], values)
+        assert distance < 1.95 * (2 / count) ** 0.5, name  # exceeded once in a thousand draws of one distribution
+
+
+def test_an_erased_area_has_the_configured_value():
+    config = dataclasses.replace(NONE, erase=1, erase_area=(0.2, 0.3), erase_value=(7.0, 8.0, 9.0))
+    found = augment_images(torch.zeros(1, 64, 32, 3, dtype=torch.uint8), draw(1, 5, generator(0)), config)[0]
+    places = found[0] == 7
+    assert places.any()
+    for channel, value in enumerate((7.0, 8.0, 9.0)):
+        assert torch.equal(found[channel] == value, places)
 
 
 def test_workers_draw_what_one_worker_draws_for_their_rows():

@@ -1,0 +1,93 @@
+"""Filesystems of URIs, and removing from them by exact names.
+
+Notable: fsspec takes a path with `*`, `?` or `[` for a pattern when it deletes on an object store. A dataset below
+`s3://bucket/run[1]` would then lose nothing, and `s3://bucket/run1` everything. Nothing here is a pattern.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+from fsspec.implementations.local import LocalFileSystem
+
+from ceca.errors import UserError
+
+REMOVED_AT_ONCE = 16  # requests to an object store
+
+
+class StoreError(UserError):
+    """The dataset cannot be read or written, or its content is not as expected."""
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Filesystem of a URI, and the path in it. For s3://, endpoint and keys come from the AWS_* variables.
+
+    Raises:
+        StoreError: the URI is empty, or its scheme is not known.
+    """
+    if not uri:
+        raise StoreError("no dataset URI given: pass --data with a folder, file://… or s3://bucket/prefix")
+    options: dict[str, Any] = {}
+    if uri.startswith("s3://"):
+        # Listings are not cached: another process may have published a second ago. Checksums of the S3 protocol are
+        # used only where it requires them: some servers answer a range with the whole object's checksum. Parts have
+        # digests in their manifest.
+        checksums = ("request_checksum_calculation", "response_checksum_validation")
+        # s3fs would find the endpoint by itself. fsspec caches filesystems by their options, and the endpoint among
+        # them keeps two servers apart.
+        options = {
+            "use_listings_cache": False,
+            "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
+            "config_kwargs": dict.fromkeys(checksums, "when_required"),
+        }
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, **options)
+    except (ValueError, ImportError) as error:
+        raise StoreError(f"cannot use {uri!r}: {error}; use a folder, file://… or s3://bucket/prefix") from None
+    return fs, path.rstrip("/")
+
+
+def remove_exactly(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Remove an object, or all objects below a folder, if there are any. The path is a name and never a pattern."""
+    if isinstance(fs, LocalFileSystem):
+        if fs.lexists(path):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                fs.rm(path, recursive=True)
+        return
+    path = path.rstrip("/")
+    try:
+        keys = [key for key in fs.find(path) if key == path or key.startswith(f"{path}/")]
+    except FileNotFoundError:  # no such bucket
+        return
+
+    def remove(key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(key)
+
+    with ThreadPoolExecutor(REMOVED_AT_ONCE) as removers:
+        list(removers.map(remove, keys))
+
+
+def as_pyarrow(fs: fsspec.AbstractFileSystem) -> pyarrow.fs.FileSystem:
+    """A filesystem for programs that take pyarrow's, e.g. Ray Train; it too removes by exact names."""
+    return pyarrow.fs.PyFileSystem(_Handler(fs))
+
+
+class _Handler(pyarrow.fs.FSSpecHandler):
+    def delete_dir(self, path: str) -> None:
+        remove_exactly(self.fs, path)
+
+    def delete_file(self, path: str) -> None:
+        if not self.fs.exists(path):
+            raise FileNotFoundError(path)
+        remove_exactly(self.fs, path)
+
+    def _delete_dir_contents(self, path: str, missing_dir_ok: bool) -> None:
+        if not missing_dir_ok and not self.fs.isdir(path):
+            raise FileNotFoundError(path)
+        remove_exactly(self.fs, path)
