@@ -340,10 +340,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.global_batch < self.workers:
-            raise ValueError(
-                f"global_batch {self.global_batch} must be at least workers {self.workers}: every worker takes a "
-                "part of each step"
-            )
+            raise ValueError(f"global_batch {self.global_batch} must be at least workers {self.workers}")
         if self.workers_min is not None and self.workers_min > self.workers:
             raise ValueError(f"workers_min {self.workers_min} must be at most workers {self.workers}")
         if self.offload and self.zero_stage == 0:
@@ -465,16 +462,14 @@ class ServeConfig:
     search_replicas_max: Positive | None = None
     """Maximum number of search replicas per shard, which then follows the load; none keeps the number fixed."""
     shrink_s: PositiveFloat = 600.0
-    """Seconds of lower load before replicas are removed.
-    The engine that describes added images stops after the same time without work."""
+    """Seconds of lower load, and for the engine of added images without work, before they are removed."""
     cpus: Positive | None = None
     """CPUs, and torch threads, per encoder or search replica; none means 1 on a cluster.
     On a machine whose Ray this command starts, none means all CPUs but at most 8: replicas seldom compute together."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs per encoder or search replica; 0.5 lets two replicas share a GPU, 0 runs on CPUs."""
     queue: Positive = 256
-    """Maximum number of requests in progress or waiting per ingress replica.
-    Further requests get 503 and may retry after a second."""
+    """Maximum number of requests in progress or waiting per ingress replica; further ones get 503."""
     timeout_s: PositiveFloat = 20.0
     """Request timeout in seconds, then 503."""
     follow_s: PositiveFloat = 5.0
@@ -482,8 +477,7 @@ class ServeConfig:
     engine_url: str = ""
     """URL of the `openai` engine that describes added images; empty means the URL used for the dataset's dialogues."""
     engine_gpus: NonNegative = 1
-    """GPUs of the `vllm` engine that describes added images, multiplied by its tensor_parallel; 0 uses the CPU build.
-    They are taken when an image needs the engine."""
+    """GPUs, times tensor_parallel, that the `vllm` engine of added images takes when needed; 0 uses the CPU build."""
 
     def __post_init__(self) -> None:
         for name in ("ingress", "encoder", "search"):
