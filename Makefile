@@ -31,7 +31,7 @@ serve: install  ## the search page on the demo's result
 	$(BIN)/ceca serve --data demo/data
 
 test: install lint browser  ## lint, types and tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=20
+	$(BIN)/python -m pytest -n 2 --durations=20
 
 drill: install  ## the slow tests: losing actors, nodes and jobs, reads cut, a full disk, wrong clocks
 	$(BIN)/python -m pytest -m "slow and not long" --durations=40

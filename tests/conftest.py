@@ -12,24 +12,28 @@ from pathlib import Path
 import hypothesis
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+from xdist.scheduler import LoadScopeScheduling
 
 from cluster.object_store import S3Server, free_port, serve_s3
 
 REPOSITORY = Path(__file__).parent.parent
-SHARED = {"ray_cluster": "cluster", "running": "service"}  # fixtures that are slow to start
+WITH_RAY = ("tests/cluster/", "tests/jobs/", "tests/serve/")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless a user asks for it
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2`, keep tests that share a cluster or a service in one process, so that it is started once."""
-    for item in items:
-        used = getattr(item, "fixturenames", ())
-        group = next((group for fixture, group in SHARED.items() if fixture in used), str(item.path))
-        item.add_marker(pytest.mark.xdist_group(group))
+class OneProcessForRay(LoadScopeScheduling):
+    """With `-n 2`: the tests with clusters and services in one process, which starts each once; others by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "Ray" if file.startswith(WITH_RAY) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return OneProcessForRay(config, log)
 
 
 @pytest.fixture(scope="session")
