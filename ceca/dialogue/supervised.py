@@ -108,8 +108,8 @@ class Supervised:
             await self.engine.abandon()
             if self.lost > self.restarts:
                 raise EngineError(
-                    f"the engine was lost for the {_ordinal(self.lost)} time ({why}); see its log above, then "
-                    "start the same command again: finished images are kept"
+                    f"the engine was lost for the {_ordinal(self.lost)} time ({why}); its messages are in "
+                    "the log file named at the start. To go on, start the same command again: finished images are kept"
                 )
             log.warning("the engine is lost (%s); starting a new one, %d of %d", why, self.lost, self.restarts)
             self.engine = self.make()

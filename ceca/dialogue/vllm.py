@@ -236,8 +236,9 @@ class VLLMEngine:
             raise DialogueError("refused_prompt", f"{type(cause).__name__}: {cause}") from error
         except EngineDeadError as error:
             raise EngineDied(
-                f"vLLM's engine has died ({error}); see its log above. If memory ran out, lower --conversations, "
-                "--vllm.max-model-len or --vllm.memory-fraction. Start the same command again: finished images are kept"
+                f"vLLM's engine has died ({error}); see the log file named at the start. If memory "
+                "ran out, lower --conversations, --vllm.max-model-len or --vllm.memory-fraction. "
+                "Start the same command again: finished images are kept"
             ) from error
         assert result is not None, "vLLM ended a request without an output"
         finish_reason = result.outputs[0].finish_reason

@@ -7,6 +7,7 @@ the command, which looks for the mark. This module imports no Ray.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TextIO
 
@@ -66,13 +67,17 @@ def forward(log: TextIO, otherwise: Callable[..., None]) -> Callable[..., None]:
         otherwise: Ray's function, which still prints the events of the autoscaler.
     """
 
+    told: deque[tuple[Any, str]] = deque(maxlen=1000)  # nodes of one machine each forward the lines of all
+
     def print_lines(batch: Mapping[str, Any], *args: Any, **options: Any) -> None:
         if batch.get("pid") == "autoscaler":
             otherwise(batch, *args, **options)
             return
         lines = sort_lines(batch)
         for line in lines.person:
-            console.print(line, markup=False, highlight=False)
+            if (key := (batch.get("pid"), line)) not in told:
+                told.append(key)
+                console.print(line, markup=False, highlight=False)
         log.write("".join(f"{line}\n" for line in lines.log))
 
     return print_lines

@@ -57,6 +57,17 @@ def test_lines_are_printed_without_markup_and_the_autoscaler_is_left_to_ray(monk
     assert left == [["Adding 1 node"]]
 
 
+def test_a_line_that_two_nodes_of_one_machine_forward_is_printed_once(monkeypatch):
+    printed = []
+    monkeypatch.setattr(noise.console, "print", lambda line, **options: printed.append(line))
+    show = forward(io.StringIO(), lambda batch: None)
+    show({"pid": 1, "lines": [f"{MARK}epoch 1", f"{MARK}epoch 2"]})
+    show({"pid": 1, "lines": [f"{MARK}epoch 1"]})
+    show({"pid": 2, "lines": [f"{MARK}epoch 1"]})
+    show({"pid": 1, "lines": [f"{MARK}epoch 2", f"{MARK}epoch 3"]})
+    assert printed == ["epoch 1", "epoch 2", "epoch 1", "epoch 3"]
+
+
 def test_ray_still_prints_forwarded_lines_with_the_function_that_is_replaced():
     from ray._private import worker
 
