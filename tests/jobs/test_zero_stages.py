@@ -146,7 +146,7 @@ def work(rank: int, size: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Any], dict[str, torch.Tensor]]:
-    """What a mode came to on so many workers; all modes of a number of workers run in one group."""
+    """Results of each mode on a given number of workers; all modes of one number run in one process group."""
 
     @functools.cache
     def run(size: int) -> Path:

@@ -191,7 +191,7 @@ def test_images_can_be_deleted_one_right_after_another(changing: Changing) -> No
 
 
 def test_galleries_and_models_follow_each_other_under_questions_and_no_answer_mixes_them(changing: Changing) -> None:
-    """Every answer is one of those that a search in one process gives for the versions that it names."""
+    """Every answer equals one by a search in a single process with the versions that the answer names."""
     expected: dict[tuple[str, str], list[float]] = {}
 
     def remember() -> tuple[str, str]:

@@ -108,9 +108,9 @@ def application(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def settings(examples: int, key: str, *, answers: bool) -> dict[str, Any]:
-    """Arguments of Schemathesis' loaders: the same cases at every run, so many of each route besides the edges.
+    """Arguments of Schemathesis' loaders: the same cases at every run, `examples` of each route besides the edge cases.
 
-    `answers`: cases take values from answers to others, such as an image that was found to be deleted.
+    `answers`: cases take values from answers to others, such as a deleted image's id.
     """
     headers = {"Authorization": f"Bearer {key}"}
     phase = {"extra-data-sources": {"responses": answers}}

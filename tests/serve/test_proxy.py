@@ -11,7 +11,7 @@ PIECE = b"x" * 1024
 
 
 def send_to(app: Any, headers: dict[bytes, bytes], pieces: int) -> tuple[int, list[dict[str, Any]]]:
-    """A request of so many pieces: how many were read, and what was answered."""
+    """Send a request in `pieces` pieces → how many were read, and the answer."""
     read, sent = 0, []
 
     async def receive() -> dict[str, Any]:
