@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ FIRST_SUMMARY_TURN = 4  # the summary is in the fifth turn or a later one
 
 
 class DialogueFormatError(ValueError):
-    """The file is not a list or object of dialogues."""
+    """The file is not a list or object of dialogues, or its paths could mean several images."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class _Entry(NamedTuple):
 
 def read_published(content: bytes) -> tuple[list[PublishedDialogue], list[Reject]]:
     """Read a published file: a JSON list of {<path key>: …, dialogue: [turn, …]}, or an object path → turns.
+
+    Instead of its turns, an entry may have the summary alone: {<path key>: …, summary: …}, or path → {summary: …}.
 
     Args:
         content: bytes of the file.
@@ -62,9 +66,73 @@ def read_published(content: bytes) -> tuple[list[PublishedDialogue], list[Reject
     if entries and not dialogues and all(reject.reason in ("missing_key", "bad_dialogue") for reject in rejects):
         raise DialogueFormatError(
             f"none of its {len(entries)} entries is a dialogue (the first: {rejects[0].detail}); expected a JSON list "
-            f"of {{{' | '.join(PATH_KEYS)}: …, dialogue: [turn, …]}} or an object path → turns"
+            f"of {{{' | '.join(PATH_KEYS)}: …, dialogue: [turn, …]}}, an object path → turns, or path → {{summary: …}}"
         )
     return list(dialogues.values()), rejects
+
+
+def match_paths(named: Iterable[str], images: Iterable[str]) -> dict[str, str]:
+    """Find the image that each path of a file means.
+
+    An equal path is the image's. Any other means the image of the same file name; if there are several, the one with
+    which it shares most folders, counted from the file name upwards.
+
+    Args:
+        named: paths of a file.
+        images: paths of the dataset's images.
+
+    Returns:
+        Path of the file → path of the image. A path that means no image is left out.
+
+    Raises:
+        DialogueFormatError: a path means several images equally well, or several paths mean one image.
+    """
+    named, free = list(named), dict.fromkeys(images)
+    matched = {path: path for path in named if path in free}
+    by_name = defaultdict(list)
+    for image in free:
+        if image not in matched:
+            by_name[_folders(image)[0]].append(image)
+    claims: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)  # image → (names in common, path)
+    unclear = {}
+    for path in named:
+        if path in matched:
+            continue
+        shared = {image: _in_common(path, image) for image in by_name.get(_folders(path)[0], ())}
+        meant = [image for image, names in shared.items() if names == max(shared.values())]
+        if len(meant) == 1:
+            claims[meant[0]].append((shared[meant[0]], path))
+        elif meant:
+            unclear[path] = meant
+    for image, claimants in claims.items():
+        best = [path for names, path in claimants if names == max(claimants)[0]]
+        if len(best) == 1:
+            matched[best[0]] = image
+        else:
+            unclear[image] = best
+    if unclear:
+        lines = [f"  {one}: {', '.join(several[:5])}{', …' * (len(several) > 5)}" for one, several in unclear.items()]
+        more = [f"  … and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise DialogueFormatError(
+            f"{len(lines)} file names fit several paths. Give these paths as the dataset has them:\n"
+            + "\n".join(lines[:20] + more)
+        )
+    return matched
+
+
+def _folders(path: str) -> list[str]:
+    """Return the names of a path, the file's first."""
+    return path.replace("\\", "/").split("/")[::-1]
+
+
+def _in_common(one: str, other: str) -> int:
+    """Count the names that two paths share, from the file's upwards."""
+    names = 0
+    for left, right in zip(_folders(one), _folders(other), strict=False):
+        if left != right:
+            break
+        names += 1
+    return names
 
 
 def _parse(content: bytes) -> list[_Entry]:
@@ -87,16 +155,18 @@ def _entry(position: int, item: Any) -> _Entry:
     if not isinstance(item, dict):
         return _Entry(key, None, None)
     path = next((item[name] for name in PATH_KEYS if name in item), None)
-    return _Entry(path if isinstance(path, str) else key, path, item.get("dialogue"))
+    return _Entry(path if isinstance(path, str) else key, path, item.get("dialogue", item))
 
 
 def _read(entry: _Entry) -> PublishedDialogue | Reject:
     """Check an entry and read its turns and summary."""
     path, turns = entry.path, entry.turns
-    if isinstance(turns, dict):
-        turns = turns.get("dialogue")
     if not isinstance(path, str) or not path:
         return Reject(entry.key, "missing_key", f"no image path under any of {', '.join(PATH_KEYS)}")
+    if isinstance(turns, dict):
+        if "dialogue" not in turns and (summary := _text(turns, "summary")):
+            return PublishedDialogue(path, (), summary)
+        turns = turns.get("dialogue")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return Reject(entry.key, "bad_dialogue", f"expected a list of turns, found {turns!r:.100}")
     for names in (SUMMARY_KEYS[:1], SUMMARY_KEYS):  # a turn with the key "summary" is preferred to later turns

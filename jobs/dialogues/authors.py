@@ -12,8 +12,8 @@ import pyarrow as pa
 from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES, SCHEMA_VERSION
 from ceca.data.store import Manifest, Reject, Store, filesystem, version_of
-from ceca.data.tables import ImageRow
-from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, read_published
+from ceca.data.tables import ImageRow, list_images
+from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, match_paths, read_published
 from ceca.errors import UserError
 from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.settings import to_mapping
@@ -43,24 +43,28 @@ def import_published(
         redo: make a new version even if this one is published.
 
     Raises:
-        UserError: the file does not exist or has another format.
+        UserError: the file does not exist, has another format, or a path in it could mean several images.
     """
     assert config.published is not None
     fs, path = filesystem(config.published)
     try:
         content = fs.cat_file(path)
         dialogues, unusable = read_published(content)
+        images_there = (row.source_path for row in list_images(store, images))
+        meant = match_paths((dialogue.path for dialogue in dialogues), images_there)
     except FileNotFoundError:
         raise UserError(f"no file of published dialogues at {config.published}") from None
     except DialogueFormatError as error:
         raise UserError(f"{config.published}: {error}") from None
     digest = hashlib.sha256(content).hexdigest()
+    by_name = any(path != image for path, image in meant.items())
+    dialogues = [dataclasses.replace(dialogue, path=meant.get(dialogue.path, dialogue.path)) for dialogue in dialogues]
     imported, unmatched = _match(dialogues, rows)
     batches = cut(imported, config.images_per_part)
     made_from = {"images": images.version, "published": digest}
     plan = Plan(
         stage="dialogue",
-        version=version_of("dialogue", SCHEMA_VERSION, made_from, config.split, config.limit),
+        version=version_of("dialogue", SCHEMA_VERSION, made_from, config.split, config.limit, *["by name"] * by_name),
         tables=("dialogues",),
         units=[to_json(batch) for batch in batches],
         sizes=[len(batch) for batch in batches],

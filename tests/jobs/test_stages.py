@@ -140,6 +140,7 @@ def test_published_dialogues_are_imported(run, ingested, tmp_path):
     paths = store.read(store.current("images"), ["source_path"])["source_path"].to_pylist()
     turns = [{"question": "q", "answer": f"a{n}"} for n in range(5)]
     entries = [{"file_path": path, "dialogue": [*turns, {"summary": f"somebody {n}"}]} for n, path in enumerate(paths)]
+    entries[1]["file_path"] = f"/elsewhere/{paths[1]}"
     (tmp_path / "dialogues.json").write_text(json.dumps([*entries[1:], {"file_path": "nobody.jpg", "dialogue": turns}]))
     shutil.copytree(ingested, tmp_path / "data")
     run("dialogue", *SMALL, "--data", tmp_path / "data", "--published", tmp_path / "dialogues.json")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, read_published
+from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, match_paths, read_published
 
 ASKED = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(1, 6)]
 TURNS = tuple((turn["question"], turn["answer"]) for turn in ASKED)
@@ -43,6 +43,11 @@ def test_the_summary_has_any_of_three_keys(key):
     assert dialogue == PublishedDialogue("1.jpg", TURNS, "A man in black.")
 
 
+@pytest.mark.parametrize("content", [{"1.jpg": {"summary": "A man."}}, [{"path": "1.jpg", "summary": "A man."}]])
+def test_an_entry_may_have_the_summary_alone(content):
+    assert read(content) == ([PublishedDialogue("1.jpg", (), "A man.")], [])
+
+
 def test_the_fifth_turn_may_carry_the_summary():
     (dialogue,), _ = read({"1.jpg": [*ASKED[:4], {"summary": "A man."}]})
     assert dialogue == PublishedDialogue("1.jpg", TURNS[:4], "A man.")
@@ -68,6 +73,40 @@ def test_other_keys_and_a_byte_order_mark_are_ignored():
 
 def test_an_empty_list_gives_no_dialogues():
     assert read([]) == ([], [])
+
+
+# --- paths that differ from the dataset's --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "images", "meant"),
+    [
+        (["a/1.jpg"], ["a/1.jpg", "b/1.jpg"], {"a/1.jpg": "a/1.jpg"}),
+        (["1.jpg"], ["imgs/a/1.jpg"], {"1.jpg": "imgs/a/1.jpg"}),
+        (["/data/imgs/a/1.jpg"], ["a/1.jpg", "b/1.jpg"], {"/data/imgs/a/1.jpg": "a/1.jpg"}),
+        (["C:\\a\\1.jpg"], ["a/1.jpg"], {"C:\\a\\1.jpg": "a/1.jpg"}),
+        (["x/a/1.jpg", "x/b/1.jpg"], ["a/1.jpg"], {"x/a/1.jpg": "a/1.jpg"}),
+        (["a/1.jpg", "x/1.jpg"], ["a/1.jpg"], {"a/1.jpg": "a/1.jpg"}),
+        (["2.jpg"], ["1.jpg", "a/12.jpg"], {}),
+    ],
+    ids=["equal", "file name", "folders decide", "Windows", "the nearer one", "taken already", "none"],
+)
+def test_a_path_means_the_image_of_its_file_name_with_most_folders_in_common(named, images, meant):
+    assert match_paths(named, images) == meant
+
+
+@pytest.mark.parametrize(
+    ("named", "images", "listed"),
+    [
+        (["x/1.jpg"], ["a/1.jpg", "b/1.jpg"], "x/1.jpg: a/1.jpg, b/1.jpg"),
+        (["x/1.jpg", "y/1.jpg"], ["a/1.jpg"], "a/1.jpg: x/1.jpg, y/1.jpg"),
+    ],
+    ids=["two images", "two paths"],
+)
+def test_a_path_that_could_mean_several_images_is_an_error_that_lists_them(named, images, listed):
+    with pytest.raises(DialogueFormatError, match="1 file names fit several paths") as caught:
+        match_paths(named, images)
+    assert listed in str(caught.value)
 
 
 # --- unusable entries -------------------------------------------------------------------------------------
