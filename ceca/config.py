@@ -1,11 +1,9 @@
 """Settings: one frozen dataclass per stage, validated when it is made.
 
 A field's default is replaced by the recipe (a YAML file with one section per stage), and the recipe by the command
-line. The options of the command line are generated from these types (ceca/commandline.py), and the text below a field
-is its help text. An unknown key, loss or engine is an error that lists the valid ones.
-
-Names of versions are digests of these settings, except the fields made by `execution`. The location of the data
-(`--data`) is not a setting, because it never changes a result.
+line, whose options are generated from these types (ceca/commandline.py); the text below a field is its help text. An
+unknown key, loss or engine is an error that lists the valid ones. Names of versions are digests of these settings,
+except the fields made by `execution`. The location of the data (`--data`) is not a setting: it never changes a result.
 """
 
 from __future__ import annotations
@@ -306,6 +304,8 @@ class TrainConfig:
     """Probability, 0 to 1, that a sample takes the caption of another image of its identity; 0 is off."""
     validate_every: NonNegative = 1
     """Epochs between validations; 0 never validates and keeps the last epoch."""
+    validation_omega: Share = added(0.3)
+    """ω of the validations that choose the epoch; the released programs take 0.5."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = execution(1)
     """DeepSpeed ZeRO stage: 1 splits optimiser states across workers, 2 also gradients, 3 also weights; 0 is off."""
     offload: bool = execution(False)

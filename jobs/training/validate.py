@@ -18,8 +18,6 @@ from ceca.model.embed import normalize
 from ceca.training.workers import world
 from jobs.training.data import EncodedImages, HeldOut, Run
 
-OMEGA = 0.3  # ω of validation; evaluation takes others too
-
 
 class EmbeddedShare(NamedTuple):
     """One worker's part of the held-out images and sentences: embeddings (global, local) and identities."""
@@ -54,7 +52,7 @@ def validate(model: CECA, run: Run, device: torch.device, batch: int = 64) -> di
     if rank == 0:
         gallery = _join([share.gallery for share in shares if share.gallery])
         queries = _join([share.queries for share in shares if share.queries])
-        similarity = fused_similarity(queries, gallery, OMEGA)  # type: ignore[arg-type]
+        similarity = fused_similarity(queries, gallery, run.config.validation_omega)  # type: ignore[arg-type]
         query_identities = np.concatenate([share.query_identities for share in shares])
         gallery_identities = np.concatenate([share.gallery_identities for share in shares])
         metrics = [retrieval_metrics(similarity, query_identities, gallery_identities).as_dict()]
