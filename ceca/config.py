@@ -68,8 +68,7 @@ class VLLMConfig:
     max_model_len: Positive = 4096
     """Maximum length of a conversation in tokens, image included."""
     max_pixels: Positive = 200_704
-    """Maximum number of pixels per image for the vision encoder; larger images are scaled down.
-    200,704 is 256 patches of 28 x 28."""
+    """Maximum number of pixels per image, by default 256 patches of 28 x 28; larger images are scaled down."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of the weights; `auto` takes the model's own."""
     tensor_parallel: Positive = execution(1)
@@ -113,8 +112,7 @@ class OracleConfig:
     error_rate: Share = 0.05
     """Probability, 0 to 1, that an attribute is reported wrongly; drawn once per image and attribute."""
     hidden_error_rate: Share | None = None
-    """Error rate, 0 to 1, of attributes that the image's view hardly shows; none means error_rate.
-    A high value makes the summaries of one person's views disagree (ceca/dialogue/oracle.py)."""
+    """Error rate, 0 to 1, of attributes that a view hardly shows, so that views disagree; none means error_rate."""
     seed: NonNegative = 0
     """Seed of the errors."""
 
@@ -298,6 +296,8 @@ class TrainConfig:
     """Number of consecutive pairs of one identity in the training order; 1 shuffles all pairs."""
     caption_noise: Share = 0.0
     """Fraction of training pairs, 0 to 1, that exchange captions with each other (noisy correspondence); 0 is off."""
+    noise_file: str | None = execution(None)
+    """Path or URI of a published index file of noisy correspondence (.npy), used instead of `caption_noise`."""
     summary_swap: Share = 0.0
     """Probability, 0 to 1, that a sample takes the summary of another image of its identity; 0 is off."""
     caption_swap: Share = 0.0
@@ -311,8 +311,7 @@ class TrainConfig:
     offload: bool = execution(False)
     """Keep optimiser states in CPU memory; needs zero_stage 1 or more."""
     micro_batch: Positive | None = execution(None)
-    """Samples per pass through a tower; none passes all samples of a worker at once.
-    Saves memory and keeps the gradient, for one more forward pass (GradCache)."""
+    """Samples per pass through a tower (GradCache: less memory, one more forward pass); none is all at once."""
     recompute: bool = execution(False)
     """Discard activations inside a tower's blocks, and compute them again in the backward pass: less memory, slower."""
     workers: Positive = execution(1)
@@ -341,6 +340,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.global_batch < self.workers:
             raise ValueError(f"global_batch {self.global_batch} must be at least workers {self.workers}")
+        if self.noise_file is not None and self.caption_noise:
+            raise ValueError("caption_noise makes noise and noise_file reads it: choose one of them")
         if self.workers_min is not None and self.workers_min > self.workers:
             raise ValueError(f"workers_min {self.workers_min} must be at most workers {self.workers}")
         if self.offload and self.zero_stage == 0:

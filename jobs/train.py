@@ -8,6 +8,7 @@ after the last epoch, with the weights of the epoch that was best on the validat
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from ceca.commandline import parse_arguments
@@ -38,6 +39,10 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
     store = Store(data)
     tables = input_tables(store, config)
     made_from = {name: manifest.version for name, manifest in tables.items()}
+    if config.noise_file is not None:  # by content: a copy elsewhere gives the same model
+        from jobs.training.samples import read_noise_file
+
+        made_from["noise_file"] = hashlib.sha256(read_noise_file(config.noise_file)).hexdigest()
     version = version_of("train", SCHEMA_VERSION, made_from, to_mapping(config, results_only=True))
     if not redo and (published := _published(store, config, version)):
         return published

@@ -7,6 +7,7 @@ is. A pair is one (image, caption) of the training split; P is their number.
 
 from __future__ import annotations
 
+import io
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +83,32 @@ def shuffled_captions(pairs: int, seed: int, share: float) -> np.ndarray:
     result = np.arange(pairs)
     result[taken] = random.permutation(taken)
     return result
+
+
+def published_noise(content: bytes, pairs: int) -> np.ndarray:
+    """Read an index file that RDE, ICL and CECA ship: for every pair, the pair whose caption it gets, [P] int64.
+
+    Args:
+        content: bytes of the .npy file.
+        pairs: P.
+
+    Raises:
+        ValueError: it is no such file, or is for another number of pairs.
+    """
+    try:
+        source = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"not a NumPy file of numbers ({error})") from None
+    if not isinstance(source, np.ndarray) or source.ndim != 1 or source.dtype.kind not in "iu":
+        raise ValueError("expected one whole number per pair")
+    if len(source) != pairs:
+        raise ValueError(
+            f"it has {len(source):,} numbers and this split {pairs:,} pairs; it is for another benchmark, "
+            "or images were rejected"
+        )
+    if pairs and not 0 <= source.min() <= source.max() < pairs:
+        raise ValueError(f"expected numbers from 0 to {pairs - 1}, found {source.min()} to {source.max()}")
+    return source.astype(np.int64)
 
 
 class _Runs(NamedTuple):

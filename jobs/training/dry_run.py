@@ -29,6 +29,7 @@ def shrink(config: TrainConfig) -> TrainConfig:
         global_batch=min(4, config.global_batch),
         epochs=1,
         precision="fp32",
+        noise_file=None,
         validate_every=0,
         workers=1,
         workers_min=None,

@@ -9,11 +9,11 @@ import pyarrow as pa
 
 from ceca.config import TrainConfig
 from ceca.data.schema import NOBODY
-from ceca.data.store import Manifest, Reject, Store
+from ceca.data.store import Manifest, Reject, Store, filesystem
 from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs
 from ceca.errors import UserError
 from ceca.model.tokens import CONTEXT, count_tokens, tokenize_numpy
-from ceca.training.order import shuffled_captions
+from ceca.training.order import published_noise, shuffled_captions
 from jobs.runtime.console import console, label
 from jobs.training.data import HeldOut, Sentence, TrainingSet
 
@@ -52,8 +52,12 @@ def training_pairs(
 
 
 def tokenize_pairs(pairs: pa.Table, config: TrainConfig) -> TrainingSet:
-    """Number the identities and tokenise the texts of all pairs, once for all epochs."""
-    captions_of = shuffled_captions(pairs.num_rows, config.seed, config.caption_noise)
+    """Number the identities and tokenise the texts of all pairs, once for all epochs.
+
+    Raises:
+        UserError: `config.noise_file` does not fit the pairs.
+    """
+    captions_of = _captions_of(pairs.num_rows, config)
     return TrainingSet(
         part=pairs["part"].to_numpy(),
         row=pairs["row"].to_numpy(),
@@ -61,6 +65,32 @@ def tokenize_pairs(pairs: pa.Table, config: TrainConfig) -> TrainingSet:
         caption=tokenize_numpy(pairs["caption"].to_pylist()).astype(np.uint16)[captions_of],
         summary=tokenize_numpy(pairs["summary"].to_pylist()).astype(np.uint16),
     )
+
+
+def read_noise_file(uri: str) -> bytes:
+    """Read the file that `noise_file` names.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    fs, path = filesystem(uri)
+    try:
+        return fs.cat_file(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"no file of noisy correspondence at {uri}") from None
+
+
+def _captions_of(pairs: int, config: TrainConfig) -> np.ndarray:
+    """For every pair, the pair whose caption it gets, [P]."""
+    if config.noise_file is None:
+        return shuffled_captions(pairs, config.seed, config.caption_noise)
+    try:
+        source = published_noise(read_noise_file(config.noise_file), pairs)
+    except ValueError as error:
+        raise UserError(f"{config.noise_file}: {error}") from None
+    noisy = float(np.mean(source != np.arange(pairs)))
+    console.print(f"train: {noisy:.1%} of the pairs have another's caption, by {config.noise_file}")
+    return source
 
 
 def number_identities(pairs: pa.Table) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceca.training.order import epoch_order, epoch_partners, shuffled_captions
+from ceca.training.order import epoch_order, epoch_partners, published_noise, shuffled_captions
 
 
 @settings(deadline=None)
@@ -65,3 +68,32 @@ def test_noisy_correspondence_exchanges_captions_among_a_seeded_share_of_the_pai
     assert sorted(source) == list(range(pairs))
     assert np.sum(source != np.arange(pairs)) <= round(noise * pairs)
     assert np.array_equal(source, shuffled_captions(pairs, seed, noise))
+
+
+def as_file(value: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, value, **options)
+    return file.getvalue()
+
+
+def test_a_published_index_file_says_whose_caption_a_pair_gets():
+    assert published_noise(as_file(np.array([0, 2, 1, 3], np.int32)), 4).tolist() == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "not a NumPy file"),
+        (b"0,2,1,3", "not a NumPy file"),
+        (as_file(np.array([{}, print], object), allow_pickle=True), "not a NumPy file"),
+        (as_file(np.array([0.0, 2.5, 1.0, 3.0])), "one whole number per pair"),
+        (as_file(np.zeros((4, 4), int)), "one whole number per pair"),
+        (as_file(np.arange(5)), "5 numbers and this split 4 pairs"),
+        (as_file(np.array([0, 1, 2, 4])), "from 0 to 3, found 0 to 4"),
+        (as_file(np.array([0, 1, 2, -1])), "from 0 to 3, found -1 to 2"),
+    ],
+    ids=["empty", "text", "objects", "fractions", "matrix", "another benchmark", "too large", "negative"],
+)
+def test_another_file_is_refused_and_runs_no_code(content: bytes, problem: str):
+    with pytest.raises(ValueError, match=problem):
+        published_noise(content, 4)
