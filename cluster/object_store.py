@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+ENDS = {signal.SIGINT, signal.SIGTERM}
+
 
 @dataclass(frozen=True)
 class S3Server:
@@ -126,12 +128,11 @@ def main() -> None:
     # Python ends at SIGTERM without leaving its contexts, and the server would stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serve_s3(chosen.folder, chosen.port) as server:
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # none is lost between two instructions: `sigwait` takes it
         for name, value in server.environment().items():
             print(f"export {name}={value}")
         print(f"# serving {chosen.folder} at {server.endpoint}; end with Ctrl-C", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+        signal.sigwait(ENDS)
 
 
 if __name__ == "__main__":
