@@ -84,9 +84,10 @@ class RayCluster:
         from ray.cluster_utils import Cluster
 
         self.dashboard_port = free_port()
+        # An agent at Ray's usual port would be missing, and jobs refused, where another cluster runs.
         head = {"num_cpus": 6, "include_dashboard": True, "dashboard_port": self.dashboard_port}
-        self.nodes = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes.add_node(num_cpus=4)
+        self.nodes = Cluster(initialize_head=True, head_node_args={**head, "dashboard_agent_listen_port": free_port()})
+        self.nodes.add_node(num_cpus=4, dashboard_agent_listen_port=free_port())
 
     @property
     def environment(self) -> dict[str, str]:
