@@ -1,7 +1,7 @@
 """Reading a stage's configuration from recipes and the command line.
 
 A recipe is a YAML file with one section per stage. Recipes can be combined, e.g. a method's with a benchmark's. The
-options of the command line are generated from the types in ceca/config.py.
+options of the command line are generated from the types in ceca/config/.
 """
 
 from __future__ import annotations

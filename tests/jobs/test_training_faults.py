@@ -34,6 +34,9 @@ SMALL = ("--recipe", "tests/jobs/small.yaml")
 # Checkpoints within epochs; a worker fills its node.
 TRAIN = (*SMALL, "--checkpoint-every", 2, "--log-every", 1, "--cpus-per-worker", 2, "--cpus-per-loader", 0.5)
 STEPS = 15  # three epochs of five
+# Another number of workers adds gradients in another order, and Adam magnifies the rounding of gradients near zero. The
+# difference depends on the step at which a run was interrupted; a lost or repeated sample changes losses by percents.
+OTHER_ORDER = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +209,7 @@ def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, d
     kill_the_driver(start, dataset, *settings)
     output = finish(start("train", *TRAIN, *settings, "--workers", workers, "--data", dataset))
     assert f"from 2 workers to {workers}" in output
-    assert_same_curve(dataset, undisturbed, 1e-4)  # sums in another order
+    assert_same_curve(dataset, undisturbed, OTHER_ORDER)
     torch.testing.assert_close(variances(dataset), variances(undisturbed), rtol=1e-4, atol=0)
 
 
@@ -220,4 +223,4 @@ def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, u
     finally:
         cluster.add_node(num_cpus=3)
     assert "from 3 workers to 2" in output
-    assert_same_curve(dataset, undisturbed, 1e-4)
+    assert_same_curve(dataset, undisturbed, OTHER_ORDER)

@@ -1,0 +1,129 @@
+"""Settings of `evaluate`, `index` and `serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ceca.config.ingest import Split
+from ceca.settings import NonNegative, Positive, PositiveFloat, Share, config, execution
+
+
+@config
+class EvaluateConfig:
+    """Measure retrieval metrics of a model on one split."""
+
+    model: str = "ceca"
+    """Name of the model below the dataset URI, or a URI of its own."""
+    split: Split = "test"
+    """Split to evaluate on."""
+    omega: Share = 0.3
+    """ω: weight of the local similarity in the fused one, 0 to 1; 0 uses only the global similarity."""
+    neighbours: NonNegative = 0
+    """Number of nearest images averaged into each gallery embedding, so that views of one person agree; 0 is off."""
+    rerank: NonNegative = 0
+    """Number of best images per query that are ranked again by similarity to the first five; 0 is off."""
+    rows_per_part: Positive = execution(2048)
+    """Rows of embeddings per file."""
+    batch: Positive = execution(64)
+    """Images or captions embedded at once."""
+    replicas: Positive = execution(1)
+    """Number of processes that embed."""
+    gpus: NonNegative = execution(0)
+    """GPUs per process; 0 embeds on CPUs."""
+
+
+@config
+class IndexConfig:
+    """Embed the images of a split into the table `gallery`."""
+
+    model: str = "ceca"
+    """Name of the model below the dataset URI, or a URI of its own."""
+    split: Split | None = "test"
+    """Split whose images are embedded; none means all images."""
+    only_missing: bool = False
+    """Embed only images that are new or have another summary now, and keep the other rows of the published gallery.
+    Images are recognised by their path."""
+    images_per_part: Positive = 2048
+    """Images per file of the gallery."""
+    batch: Positive = execution(64)
+    """Images embedded at once."""
+    replicas: Positive = execution(1)
+    """Number of processes that embed."""
+    gpus: NonNegative = execution(0)
+    """GPUs per process; 0 embeds on CPUs."""
+
+
+@config
+class ServeConfig:
+    """Run the search service."""
+
+    model: str = ""
+    """Name of the model below the dataset URI, or a URI of its own; empty means the model that made the gallery."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 listens on all."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
+    keys: str | None = None
+    """File of API keys (`python -m serve.access NAME` makes one). Required if other machines can reach the service."""
+    open: bool = False
+    """Answer without keys although other machines can reach the service, e.g. behind a proxy that authenticates."""
+    omega: Share = 0.3
+    """Default ω of a query: weight of the local similarity in the fused one, 0 to 1."""
+    neighbours: NonNegative = 0
+    """Number of nearest images averaged into each gallery embedding, so that views of one person agree; 0 is off.
+    The service then compares all images with all when it starts: some minutes for 100,000 images on a CPU."""
+    rerank: NonNegative = 0
+    """Number of best images per query that are ranked again by similarity to the first five; 0 is off."""
+    top_k_limit: Annotated[int, Field(ge=10)] = 200
+    """Maximum number of images that a query can reach over all its pages; a query gets 10 by default."""
+    text_limit: Positive = 2000
+    """Maximum length of a query in characters."""
+    image_bytes_limit: Positive = 8 * 1024 * 1024
+    """Maximum size of an uploaded image in bytes."""
+    image_pixels_limit: Positive = 16_000_000
+    """Maximum size of an uploaded image in pixels, checked before it is decoded."""
+    batch: Positive = 32
+    """Maximum number of queries embedded at once."""
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.002
+    """Seconds that a query waits for others to fill its batch; 0 does not wait."""
+    ingress_replicas: Positive = 1
+    """Number of ingress replicas, which answer HTTP requests; the minimum if ingress_replicas_max is set."""
+    ingress_replicas_max: Positive | None = None
+    """Maximum number of ingress replicas, which then follows the load; none keeps the number fixed."""
+    encoder_replicas: Positive = 1
+    """Number of encoder replicas, which embed queries; the minimum if encoder_replicas_max is set."""
+    encoder_replicas_max: Positive | None = None
+    """Maximum number of encoder replicas, which then follows the load; none keeps the number fixed."""
+    shards: Positive = 1
+    """Number of shards that the gallery is split into. Each query is sent to one replica of every shard."""
+    search_replicas: Positive = 1
+    """Number of search replicas per shard; the minimum if search_replicas_max is set."""
+    search_replicas_max: Positive | None = None
+    """Maximum number of search replicas per shard, which then follows the load; none keeps the number fixed."""
+    shrink_s: PositiveFloat = 600.0
+    """Seconds of lower load, and for the engine of added images without work, before they are removed."""
+    cpus: Positive | None = None
+    """CPUs, and torch threads, per encoder or search replica; none means 1 on a cluster.
+    On a machine whose Ray this command starts, none means all CPUs but at most 8: replicas seldom compute together."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs per encoder or search replica; 0.5 lets two replicas share a GPU, 0 runs on CPUs."""
+    queue: Positive = 256
+    """Maximum number of requests in progress or waiting per ingress replica; further ones get 503."""
+    timeout_s: PositiveFloat = 20.0
+    """Request timeout in seconds, then 503."""
+    follow_s: PositiveFloat = 5.0
+    """Seconds between checks for a newer gallery and for added or removed images. Changes need no restart."""
+    engine_url: str = ""
+    """URL of the `openai` engine that describes added images; empty means the URL used for the dataset's dialogues."""
+    engine_gpus: NonNegative = 1
+    """GPUs, times tensor_parallel, that the `vllm` engine of added images takes when needed; 0 uses the CPU build."""
+
+    def __post_init__(self) -> None:
+        for name in ("ingress", "encoder", "search"):
+            least, most = getattr(self, f"{name}_replicas"), getattr(self, f"{name}_replicas_max")
+            if most is not None and most < least:
+                raise ValueError(f"{name}_replicas_max {most} must be at least {name}_replicas {least}")
+        if self.neighbours and self.shards > 1:
+            raise ValueError("neighbours compares all images with all, so it needs shards 1")
