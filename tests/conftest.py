@@ -17,23 +17,24 @@ from xdist.scheduler import LoadScopeScheduling
 from cluster.object_store import S3Server, free_port, serve_s3
 
 REPOSITORY = Path(__file__).parent.parent
-WITH_RAY = ("tests/cluster/", "tests/jobs/", "tests/serve/")
+# Tests that share what is slow to start, by the first of these that begins their file's name.
+TOGETHER = {"tests/jobs/": "stages", "tests/cluster/": "service", "tests/serve/": "service"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless a user asks for it
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
 
-class OneProcessForRay(LoadScopeScheduling):
-    """With `-n 2`: the tests with clusters and services in one process, which starts each once; others by file."""
+class StartOnce(LoadScopeScheduling):
+    """With `-n 2`: the stages' tests in one process and the service's in one, each with one cluster; others by file."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "Ray" if file.startswith(WITH_RAY) else file
+        return next((scope for folder, scope in TOGETHER.items() if file.startswith(folder)), file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    return OneProcessForRay(config, log)
+    return StartOnce(config, log)
 
 
 @pytest.fixture(scope="session")

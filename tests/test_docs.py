@@ -49,7 +49,7 @@ DEPLOY = "tests/serve/test_deploy.py"
 RUN_BY = {
     "ceca draw": (HERE, "test_draw_makes_a_dataset_that_ingest_can_read"),
     "ceca ingest": (METHODS, "test_a_published_recipe_takes_two_steps_with_the_full_model_on_this_machine"),
-    "ceca dialogue": (JOBS, "test_vllm_holds_all_six_turns_about_32_images"),
+    "ceca dialogue": (JOBS, "test_vllm_holds_all_six_turns_about_every_image"),
     "ceca train": (METHODS, "test_a_published_recipe_takes_two_steps_with_the_full_model_on_this_machine"),
     "ceca evaluate": (PIPELINE, "test_evaluation_compares_every_similarity_with_chance"),
     "ceca index": (PIPELINE, "test_index_killed_and_started_again_ends_with_the_same_table"),

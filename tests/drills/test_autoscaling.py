@@ -125,7 +125,7 @@ def finished(running: Running) -> tuple[str, str]:
 
 
 def test_nodes_come_for_the_work_and_go_when_it_is_done(running: Running, finished: tuple[str, str]) -> None:
-    assert max(gpus for _, gpus in running.nodes) == 2  # for dialogue and training
+    assert max(gpus for _, gpus in running.nodes) == 2  # for training
     assert max(cpus for cpus, _ in running.nodes) >= 1
     deadline = time.monotonic() + 120
     while running.alive() != (0, 0):

@@ -55,7 +55,7 @@ def test_a_published_recipe_takes_two_steps_with_the_full_model_on_this_machine(
 @pytest.mark.parametrize(
     ("methods", "seeds"),
     [
-        (("irra", "rde", "ceca", "agreement"), 1),
+        (("irra", "ceca"), 1),
         pytest.param(
             ("clip", "irra", "rde", "ceca", "agreement", "no_mixer", "noise50"), 2, marks=pytest.mark.long, id="all"
         ),

@@ -325,6 +325,8 @@ def test_training_in_bf16_with_partitioned_parameters_publishes_a_whole_model(ru
     assert record["loss"] == pytest.approx(find_model(on_disk, "ceca").training["history"][0]["loss"], rel=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_pipeline_on_s3_by_job_submission_gives_the_same_metrics(
     run, drawn, on_disk, s3, s3_environment, ray_cluster
 ):

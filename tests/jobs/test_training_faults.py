@@ -213,7 +213,9 @@ def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, d
     torch.testing.assert_close(variances(dataset), variances(undisturbed), rtol=1e-4, atol=0)
 
 
-def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset):
+def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset, monkeypatch):
+    # Ray counts the lost node for a while, and waits this long (a minute by default) before it counts again.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     process = start("train", *TRAIN, "--workers", 3, "--workers-min", 2, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
     lost = node_with(cluster, training_workers()[-1])

@@ -172,18 +172,18 @@ def fuzz(description: BaseSchema, *, erase: bool) -> Counter[int | None]:
     return statuses
 
 
-def test_thousands_of_cases_are_answered_as_described(application: FastAPI) -> None:
-    description = schemathesis.openapi.from_asgi("/openapi.json", application, **settings(60, SECRET, answers=True))
+def test_hundreds_of_cases_are_answered_as_described(application: FastAPI) -> None:
+    description = schemathesis.openapi.from_asgi("/openapi.json", application, **settings(20, SECRET, answers=True))
     statuses = fuzz(description, erase=True)
-    assert statuses.total() > 900
+    assert statuses.total() > 600
     assert {200, 202, 404, 405, 422} <= set(statuses)
     assert not {None, 400, 500, 503} & set(statuses)
 
 
-def fuzz_over_http(running: Running, changing: Changing, examples: int) -> int:
-    """Both applications; returns how many cases there were. Takes out what was added."""
+def fuzz_over_http(running: Running, changing: Changing, examples: int, *prefixes: str) -> int:
+    """Fuzz the applications below these prefixes; return the number of cases. Images that were added are taken out."""
     total = 0
-    for prefix in ("", "/closed"):
+    for prefix in prefixes:
         given = settings(examples, running.keys["both"], answers=False)
         description = schemathesis.openapi.from_url(f"{running.url}{prefix}/openapi.json", **given)
         if not prefix:  # whose gallery other tests rely on
@@ -205,14 +205,14 @@ def fuzz_over_http(running: Running, changing: Changing, examples: int) -> int:
 
 
 def test_hundreds_of_cases_over_http_are_answered_as_described(running: Running, changing: Changing) -> None:
-    assert fuzz_over_http(running, changing, 5) > 800
+    assert fuzz_over_http(running, changing, 1, "/closed") > 250
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_thousands_of_cases_over_http_are_answered_as_described(running: Running, changing: Changing) -> None:
-    assert fuzz_over_http(running, changing, 250) > 3_000
+    assert fuzz_over_http(running, changing, 250, "", "/closed") > 3_000
 
 
 # --- by hand ----------------------------------------------------------------------------------------------
