@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from ceca.errors import UserError
@@ -25,6 +26,26 @@ Added = "added"  # metadata key of fields that came after tables were published
 
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be used. The message names the key, the value found, and what is valid."""
+
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+def check_name(name: str) -> str:
+    """Return a name if it is valid: of a model, a cluster or an API key. It becomes a folder, so it has no slash.
+
+    Raises:
+        ConfigError: it is not valid.
+    """
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"{name!r} cannot be a name: use 1 to 64 letters (a-z), digits, dots, _ and -, and begin with a letter or "
+            "a digit"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))

@@ -16,7 +16,7 @@ from ceca.config import LossConfig, ModelConfig, TrainConfig
 from ceca.data.store import Store
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel, find_model
-from ceca.settings import to_mapping
+from ceca.settings import check_name, to_mapping
 from jobs.runtime.console import console, entry
 
 Data = Annotated[str, tyro.conf.arg(help="dataset URI: a folder, file://… or s3://bucket/prefix")]
@@ -31,6 +31,7 @@ def import_weights(
     image_width: Annotated[int, tyro.conf.arg(help="in pixels")] = 128,
 ) -> PublishedModel:
     """Publish a checkpoint of IRRA or RDE as a model, to evaluate, index and serve it."""
+    check_name(name)
     from ceca.model.foreign import import_checkpoint
     from ceca.model.weights import publish_model, serialize
 

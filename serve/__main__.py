@@ -48,9 +48,12 @@ def main(argv: list[str] | None = None) -> None:
     from ray import serve
 
     from serve.app import QUIET, application
+    from serve.describer import engine_settings
 
     images = edition.manifest("gallery").rows
     print(f"starting: {images:,} images of {edition.data}, model {edition.model_name}", flush=True)
+    if isinstance(engine := engine_settings(edition, config), str):
+        print(f"images that are added need a summary: {engine}", flush=True)
     try:
         config = _connect(config)
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)

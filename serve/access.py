@@ -31,6 +31,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ceca.errors import UserError
+from ceca.settings import check_name
 
 Scope = Literal["search", "write", "admin"]
 AUDIT = logging.getLogger("ceca.audit")
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     ) -> None:
         key = secrets.token_urlsafe(32)
         entry = {
-            "name": name,
+            "name": check_name(name),
             "sha256": hashlib.sha256(key.encode()).hexdigest(),
             "scopes": list(scopes),
             "per_minute": per_minute,
@@ -195,7 +196,11 @@ def main(argv: list[str] | None = None) -> None:
         )  # on stderr, so that a file with the output does not hold it
         print(yaml.safe_dump({"keys": [entry]}, sort_keys=False), end="")
 
-    tyro.cli(make, args=argv, prog="python -m serve.access", description="Make an API key.")
+    try:
+        tyro.cli(make, args=argv, prog="python -m serve.access", description="Make an API key.")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

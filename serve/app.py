@@ -30,9 +30,10 @@ from ceca.errors import UserError
 from ceca.search.edition import Edition, find_edition
 from ceca.settings import from_mapping
 from serve.access import read_keys
+from serve.describer import engine_settings
 from serve.encoder import QueryEncoder
 from serve.ingress import Ingress
-from serve.intake import Intake, engine_settings
+from serve.intake import Intake
 from serve.searcher import GallerySearch
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)

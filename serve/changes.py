@@ -18,8 +18,8 @@ from ceca.data.names import FAILED
 from ceca.data.store import Store, version_of
 from ceca.datasets.images import open_image
 from ceca.errors import UserError
+from serve.describer import engine_settings, refuse_without_engine
 from serve.following import Following
-from serve.intake import engine_settings, refuse_without_engine
 from serve.replicas import Replicas
 from serve.schema import Job, Status
 from serve.service import NewImage

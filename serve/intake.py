@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.serve.handle import DeploymentHandle
 
-from ceca.config import DialogueConfig, ServeConfig
+from ceca.config import ServeConfig
 from ceca.data import schema
 from ceca.data.changes import (
     ADDED,
@@ -41,10 +41,8 @@ from ceca.data.lease import Holders, LeaseError, this_process
 from ceca.data.names import ARRIVALS, FAILED
 from ceca.data.store import Store
 from ceca.dialogue.conversation import DialogueError, Subject
-from ceca.errors import UserError
 from ceca.search.edition import Edition, find_edition
-from ceca.settings import from_mapping
-from serve.describer import Questioner
+from serve.describer import EngineSettings, Questioner
 from serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -55,40 +53,24 @@ SMALL = 16  # more small objects of `added` than this are joined into one
 WHOLE = 1024  # an object with this number of images is not small
 
 
-def engine_settings(edition: Edition, config: ServeConfig) -> DialogueConfig | None:
-    """Settings of the dialogue about an added image: the same as for the dataset's images.
-
-    Returns:
-        None if no engine can look at new images: the dialogues were imported, or come from the simulated annotator,
-        which knows only drawn people.
-    """
-    dialogues = edition.told()
-    if dialogues is None or "engine" not in dialogues.config or dialogues.config.get("published"):
-        return None
-    settings = {**dialogues.config, "only_missing": False}
-    if config.engine_url:
-        settings["openai"] = {**settings["openai"], "base_url": config.engine_url}
-    config_of_dialogue = from_mapping(DialogueConfig, settings, "dialogues")
-    return None if config_of_dialogue.engine == "oracle" else config_of_dialogue
-
-
 class Intake:
     """The single replica that carries out the changes in the store and then waits for more.
 
     Args:
         data: dataset URI.
         config: settings of the service.
-        settings: settings of the dialogue; None if no engine can look at new images.
+        settings: settings of the dialogue, or why no engine can look at new images.
         encoder: handle of `QueryEncoder`.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it, so there is an event loop for the task
-        self, data: str, config: ServeConfig, settings: DialogueConfig | None, encoder: DeploymentHandle
+        self, data: str, config: ServeConfig, settings: EngineSettings, encoder: DeploymentHandle
     ):
         self.store, self.config, self.encoder = Store(data), config, encoder
         self.metrics = Metrics()
         self.more = asyncio.Event()
-        self.questioner = Questioner(self.store, settings, config, self.more.set) if settings else None
+        self.no_engine = settings if isinstance(settings, str) else ""
+        self.questioner = None if isinstance(settings, str) else Questioner(self.store, settings, config, self.more.set)
         self.unasked: set[str] = set()  # arrivals that wait for the engine while others are carried out
         self.problem = self.postponed = ""
         self.holders = Holders(self.store)
@@ -211,7 +193,7 @@ class Intake:
             given = {"turns": [], "attributes": {}, "flags": ["given"], "dialogue_model": "given"}
             return {**given, "summary": record["summary"]}
         if self.questioner is None:
-            return DialogueError("no_engine", NO_ENGINE)
+            return DialogueError("no_engine", self.no_engine)
         try:
             dialogue = await self.questioner.converse(Subject(record["image_id"], record["image"]))
         except DialogueError as error:
@@ -253,12 +235,6 @@ class Intake:
         if written:
             await self._write(edition, written, (pair[0][kept], pair[1][kept]))
         return written
-
-
-NO_ENGINE = (
-    "no engine can look at a new image here, because the dataset's dialogues were imported or come from the simulated "
-    "annotator; describe the person in `summary`"
-)
 
 
 def added_table(rows: Sequence[dict[str, Any]], pair: tuple[np.ndarray, ...]) -> pa.Table:
@@ -303,13 +279,3 @@ def _join_small(edition: Edition) -> None:
 def _rows(store: Store, digest: str, name: str) -> int:
     with store.open(ADDED, digest, name) as file:
         return pq.read_metadata(file).num_rows
-
-
-def refuse_without_engine(settings: DialogueConfig | None, summary: str) -> None:
-    """Refuse an image that nothing can describe, before it is acknowledged.
-
-    Raises:
-        UserError: it has no summary, and no engine can write one.
-    """
-    if settings is None and not summary:
-        raise UserError(NO_ENGINE)

@@ -116,9 +116,15 @@ class ServeConfig:
     follow_s: PositiveFloat = 5.0
     """Seconds between checks for a newer gallery and for added or removed images. Changes need no restart."""
     engine_url: str = ""
-    """URL of the `openai` engine that describes added images; empty means the URL used for the dataset's dialogues."""
+    """URL of the `openai` engine that describes added images. The URL in the dataset is never used."""
+    engine_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key of this engine."""
+    engine_model: str = ""
+    """Model that the `vllm` engine of added images runs: a name on the hub, a folder or a URI; empty means the model of
+    the dataset's dialogues, if it is this program's default or lies in the dataset."""
     engine_gpus: NonNegative = 1
-    """GPUs, times tensor_parallel, that the `vllm` engine of added images takes when needed; 0 uses the CPU build."""
+    """GPUs that the `vllm` engine of added images takes when needed, with its model split across them; 0 uses the CPU
+    build."""
 
     def __post_init__(self) -> None:
         for name in ("ingress", "encoder", "search"):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ceca.config.ingest import Split
-from ceca.settings import NonNegative, Positive, PositiveFloat, Share, added, config, execution
+from ceca.settings import Name, NonNegative, Positive, PositiveFloat, Share, added, config, execution
 
 
 @config
@@ -119,7 +119,7 @@ class AugmentationConfig:
 class TrainConfig:
     """Train CECA, or a method that it is compared with, on Ray Train and DeepSpeed."""
 
-    name: str = "ceca"
+    name: Name = "ceca"
     """Name of the model below the dataset URI. Training under the same name resumes."""
     model: ModelConfig = ModelConfig()
     losses: LossConfig = LossConfig()

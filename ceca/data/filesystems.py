@@ -52,6 +52,17 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path.rstrip("/")
 
 
+def below(root: str, *names: str) -> str:
+    """Path of an object below a dataset's root. Names come from manifests too, and anybody may have written those.
+
+    Raises:
+        StoreError: the names lead out of the dataset.
+    """
+    if any(".." in name.split("/") for name in names):
+        raise StoreError(f"{'/'.join(names)!r} leads out of the dataset {root}; nothing is read or written there")
+    return "/".join([root, *names])
+
+
 def remove_exactly(fs: fsspec.AbstractFileSystem, path: str) -> None:
     """Remove an object, or all objects below a folder, if there are any. The path is a name and never a pattern."""
     if isinstance(fs, LocalFileSystem):

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from ceca.data.filesystems import StoreError, filesystem, remove_exactly
+from ceca.data.filesystems import StoreError, below, filesystem, remove_exactly
 from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
 
@@ -107,8 +107,8 @@ class Store:
         self.uri = uri if "://" in uri else str(Path(uri).absolute())
 
     def path(self, *names: str) -> str:
-        """Path of an object in the filesystem."""
-        return "/".join([self.root, *names])
+        """Path of an object in the filesystem; errors as in `below`."""
+        return below(self.root, *names)
 
     def place(self, *names: str) -> str:
         """URI of an object, for messages and other programs."""

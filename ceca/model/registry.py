@@ -121,7 +121,35 @@ def locate(store: Store, name: str) -> tuple[Store, tuple[str, ...]]:
         store: the dataset in which a plain name is looked up.
         name: the model, by name or URI.
     """
-    if "://" in name or "/" in name:
+    if _is_place(name):
         filesystem(name)  # raises a clear error for an unknown scheme
         return Store(name), ()
     return store, (MODELS, name)
+
+
+def _is_place(name: str) -> bool:
+    return "://" in name or "/" in name
+
+
+def lies_in(store: Store, uri: str) -> bool:
+    """Whether a URI or path names something below a dataset."""
+    return uri.startswith(f"{store.uri.rstrip('/')}/") and ".." not in uri.split("/")
+
+
+def named_model(store: Store, name: Any, by: str) -> str:
+    """Return the model that a manifest names, if it belongs to the dataset.
+
+    Args:
+        store: the dataset.
+        name: the model, by name or URI.
+        by: the manifest's place, for the error.
+
+    Raises:
+        StoreError: the manifest names a model elsewhere. Only a person does that: whoever wrote the dataset could
+            otherwise have this program read any address.
+    """
+    if not isinstance(name, str) or (_is_place(name) and not lies_in(store, name)):
+        raise StoreError(
+            f"{by} names the model {name!r}, which is not in this dataset; if you trust it, pass it as --model"
+        )
+    return name

@@ -19,7 +19,7 @@ import pyarrow as pa
 from ceca.data.changes import added_objects, read_added, removed_images
 from ceca.data.names import REMOVED
 from ceca.data.store import Manifest, Store, StoreError, version_of
-from ceca.model.registry import require_model
+from ceca.model.registry import named_model, require_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def find_edition(store: Store, model: str = "") -> Edition:
         StoreError: the gallery or the model is missing, another model made the gallery, or its images are gone.
     """
     gallery = store.current("gallery", "index")
-    published = require_model(store, model or gallery.notes["model"])
+    published = require_model(store, model or named_model(store, gallery.notes.get("model"), store.place("gallery")))
     if gallery.made_from["model"] != published.digest:
         raise StoreError(
             f"the gallery was made by model {gallery.made_from['model']}, but {published.uri} is {published.digest}; "

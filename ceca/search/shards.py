@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -110,6 +111,10 @@ def sweep(folder: Path, current: set[str]) -> None:
 
 def _shard(source: StoredPart | AddedObject, folder: Path) -> np.ndarray:
     """Map one shard, made first if it is missing."""
+    if not re.fullmatch("[0-9a-f]+", source.digest):  # it comes from the dataset, and names a file here
+        raise StoreError(
+            f"the gallery names a part by {source.digest!r}, which is no digest; run the stage `index` again"
+        )
     path = folder / f"{source.digest}.npy"
     try:
         os.utime(path)  # `sweep` counts days from now

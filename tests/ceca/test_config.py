@@ -10,7 +10,7 @@ import pytest
 from ceca.commandline import RECIPES, list_recipes, load_recipe, parse_arguments
 from ceca.config import STAGES, DialogueConfig, LossConfig, ModelConfig, TrainConfig
 from ceca.data.store import version_of
-from ceca.settings import ConfigError, from_mapping, to_mapping
+from ceca.settings import ConfigError, check_name, from_mapping, to_mapping
 
 BENCHMARKS = ("cuhk_pedes", "icfg_pedes", "rstpreid", "tiny")
 METHODS = sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))
@@ -143,3 +143,19 @@ def test_how_a_job_runs_does_not_change_what_its_result_is_called():
     assert version(TrainConfig()) != version(TrainConfig(seed=1))
     assert version(DialogueConfig()) == version(DialogueConfig(replicas=16, conversations=256))
     assert version(DialogueConfig()) != version(DialogueConfig(temperature=0.5))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../escaped", "a/b", "a\\b", "..", ".", "", " ", "a b", "a\n", "-x", ".hidden", "~", "é", "s3://b/m", "x" * 65],
+)
+def test_a_name_that_is_no_folder_of_its_own_is_refused_with_the_configuration(name: str):
+    with pytest.raises(ConfigError, match="cannot be a name: use 1 to 64 letters"):
+        TrainConfig(name=name)
+    with pytest.raises(ConfigError, match="cannot be a name"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["ceca", "ceca-vitb16", "no-summaries", "irra_2.1", "7"])
+def test_names_are_letters_digits_dots_and_lines(name: str):
+    assert TrainConfig(name=name).name == name

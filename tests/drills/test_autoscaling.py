@@ -172,6 +172,7 @@ def test_the_service_runs_on_such_nodes_and_a_real_vllm_describes_an_added_image
     picture = io.BytesIO()
     Image.open(next(drawn.rglob("*.jpg"))).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture, "JPEG")
     arguments = ("data=s3://bucket/data", "open=true", "gpus=0.5", "shrink_s=5")  # encoder and searcher share one
+    arguments += ("engine_model=s3://bucket/tiny-vlm",)
     for command in (
         ("start", "--http-host", "127.0.0.1", "--http-port", port),
         ("run", "--non-blocking", "--name", "people", "serve.app:build", *arguments),

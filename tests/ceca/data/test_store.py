@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceca.data.schema import SCHEMA_VERSION
-from ceca.data.store import ROW_GROUP, Manifest, Receipt, Reject, Store, StoreError, filesystem, version_of
+from ceca.data.store import ROW_GROUP, Manifest, Part, Receipt, Reject, Store, StoreError, filesystem, version_of
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -106,6 +106,24 @@ def test_a_manifest_that_is_not_json_is_told(store: Store):
     store.write_bytes(b"{half", "things", "manifest.json")
     with pytest.raises(StoreError, match=r"things/manifest\.json is not valid JSON"):
         store.current("things")
+
+
+@pytest.mark.parametrize("path", ["../secret", "v/../../secret", "..", "a/.."])
+def test_a_manifest_names_nothing_outside_its_dataset(tmp_path: Path, path: str):
+    (tmp_path / "secret").write_text("not part of the dataset")
+    store = Store(str(tmp_path / "data"))
+    manifest = Manifest("table", "v", 1, (Part(path, 1, 1, "0" * 64),), {}, {}, {}, "")
+    for attempt in (
+        lambda: store.read_part(manifest, 0),
+        lambda: store.read_columns(manifest, 0),
+        lambda: store.manifest("table", path),
+        lambda: store.write_bytes(b"", "table", path),
+        lambda: store.remove("table", path),
+        lambda: store.names("table", path),
+    ):
+        with pytest.raises(StoreError, match="leads out of the dataset"):
+            attempt()
+    assert (tmp_path / "secret").exists()
 
 
 def test_a_missing_table_names_the_stage_that_makes_it(store: Store):
