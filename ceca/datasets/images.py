@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ceca.datasets.costs import why_costly
+
 MAX_PIXELS = 50_000_000  # a pedestrian crop has about 30,000; a much larger image is a mistake or an attack
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
@@ -31,15 +33,18 @@ class Size(NamedTuple):
 
 
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image to RGB. The size in the header is checked before the pixels are decoded.
+    """Decode an image to RGB. What decoding costs in time and memory is checked before the pixels are decoded.
 
     Args:
         content: encoded image.
         max_pixels: largest accepted number of pixels.
 
     Raises:
-        ImageError: the bytes are not an image in one of FORMATS, or the image is too large or truncated.
+        ImageError: the bytes are not an image in one of FORMATS, or the image is too large, takes too
+            long to decode, or is truncated.
     """
+    if why := why_costly(content):
+        raise ImageError("costly_image", why)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
