@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from ceca.config import OpenAIConfig
-from ceca.datasets.images import ImageError, check_image, mime_type
+from ceca.datasets.images import ImageError, mime_type, plain_image
 from ceca.dialogue.attributes import Choices, json_schema
 from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subject, Turn, chat_messages, one_line
 
@@ -165,10 +165,10 @@ def _messages(subject: Subject, history: Sequence[Turn], question: str) -> list[
         DialogueError: the image cannot be decoded.
     """
     try:
-        check_image(subject.image)
+        image = plain_image(subject.image)
     except ImageError as error:
         raise DialogueError(error.reason, error.detail) from None
-    url = f"data:{mime_type(subject.image)};base64,{base64.b64encode(subject.image).decode()}"
+    url = f"data:{mime_type(image)};base64,{base64.b64encode(image).decode()}"
     return chat_messages(history, question, {"type": "image_url", "image_url": {"url": url}}, plain_answers=True)
 
 

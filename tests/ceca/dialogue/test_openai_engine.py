@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
@@ -123,6 +124,16 @@ def test_the_image_is_sent_unchanged(endpoint, form):
     ask(make(endpoint), Subject("one", content))
     url = endpoint.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]
     assert url == f"data:image/{form.lower()};base64,{base64.b64encode(content).decode()}"
+
+
+def test_an_image_that_endpoints_misread_is_sent_as_a_viewer_shows_it(endpoint):
+    infrared = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    content = io.BytesIO()
+    Image.fromarray(infrared).save(content, "PNG")
+    ask(make(endpoint), Subject("one", content.getvalue()))
+    url = endpoint.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    assert (np.asarray(sent.convert("L")) == infrared // 257).all()
 
 
 def test_model_length_temperature_and_seed_are_sent(endpoint):
