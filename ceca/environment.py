@@ -20,15 +20,20 @@ Variables of other programs are read or set where that program is used:
     DS_ACCELERATOR                            set in jobs/training/worker.py before DeepSpeed is imported
     WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME     read in jobs/training/watch.py
     OPENAI_API_KEY                            read in ceca/dialogue/openai.py; a setting can name another variable
+    http_proxy, https_proxy, all_proxy, no_proxy
+                                              read here, httpx and botocore read them themselves
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import tempfile
+import urllib.request
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from ceca.errors import UserError
 
@@ -93,3 +98,36 @@ def ray_job_id() -> str:
     """Submission id of the Ray job that started this process; empty if none did."""
     job = json.loads(os.environ.get(RAY_JOB_CONFIG, "{}"))
     return job.get("metadata", {}).get("job_submission_id", "")
+
+
+class Proxy(NamedTuple):
+    """A proxy of the environment: the variable that names it, and its address without a password."""
+
+    variable: str
+    address: str
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL is of this machine, so that no proxy may stand before it."""
+    try:
+        host = (urlsplit(url).hostname or "").rstrip(".")
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        address = ipaddress.ip_address(host)
+        address = getattr(address, "ipv4_mapped", None) or address
+        return address.is_loopback or address.is_unspecified
+    except ValueError:  # a name, or no URL
+        return False
+
+
+def find_proxy(url: str) -> Proxy | None:
+    """The proxy that the environment names for a URL; None if there is none, or `no_proxy` names the host."""
+    scheme, _, rest = url.partition("://")
+    proxies = urllib.request.getproxies()
+    scheme = scheme if scheme in proxies else "all"
+    if scheme not in proxies or urllib.request.proxy_bypass(rest.partition("/")[0].rpartition("@")[2]):
+        return None
+    kind, _, host = proxies[scheme].rpartition("@")
+    address = f"{kind.partition('://')[0]}://***@{host}" if kind else host
+    name = f"{scheme}_proxy"
+    return Proxy(name if os.environ.get(name) else name.upper(), address)

@@ -22,6 +22,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from ceca.environment import find_proxy, is_loopback
 from ceca.errors import UserError
 from serve.schema import ExplainResponse, Job, Proposed, Ready, SearchHit, SearchResponse, Sentence, Status, Word
 
@@ -88,10 +89,16 @@ class Client:
             raise ClientError("the key is empty or holds characters that no key can have; see `python -m serve.access`")
         self.url, self.timeout_s, self.job_timeout_s = url.rstrip("/"), timeout_s, job_timeout_s
         try:
-            self._http = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {})
+            self._http = httpx.Client(
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                trust_env=not is_loopback(self.url),  # a service on this machine is asked directly, past any proxy
+                verify=httpx.create_ssl_context(),
+            )
             httpx.URL(self.url)
         except httpx.InvalidURL as error:
             raise ClientError(f"{url!r} is no address of a service: {error}") from None
+        except (ImportError, ValueError) as error:  # a kind of proxy that cannot be used
+            raise ClientError(f"cannot ask {url} through the proxy of the environment: {error}") from None
 
     def __enter__(self) -> Client:
         return self
@@ -308,6 +315,8 @@ class Client:
                 raise ClientError(f"{name} cannot be sent: {error}") from None
             except httpx.RequestError as error:
                 problem, wait, connection_lost = str(error) or type(error).__name__, pause, True
+                if not is_loopback(self.url) and (proxy := find_proxy(self.url)):
+                    problem += f" (through the proxy {proxy.address} of ${proxy.variable})"
             else:
                 if response.is_success:
                     return response

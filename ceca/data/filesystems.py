@@ -15,6 +15,7 @@ import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
+from ceca.environment import find_proxy, is_loopback
 from ceca.errors import UserError
 
 REMOVED_AT_ONCE = 16  # requests to an object store
@@ -40,11 +41,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         checksums = ("request_checksum_calculation", "response_checksum_validation")
         # s3fs would find the endpoint by itself. fsspec caches filesystems by their options, and the endpoint among
         # them keeps two servers apart.
-        options = {
-            "use_listings_cache": False,
-            "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
-            "config_kwargs": dict.fromkeys(checksums, "when_required"),
-        }
+        endpoint = _s3_endpoint()
+        settings: dict[str, Any] = dict.fromkeys(checksums, "when_required")
+        if is_loopback(endpoint):  # asked directly, whatever proxy the environment names
+            settings["proxies"] = {}
+        options = {"use_listings_cache": False, "endpoint_url": endpoint or None, "config_kwargs": settings}
     try:
         fs, path = fsspec.core.url_to_fs(uri, **options)
     except (ValueError, ImportError) as error:
@@ -61,6 +62,18 @@ def below(root: str, *names: str) -> str:
     if any(".." in name.split("/") for name in names):
         raise StoreError(f"{'/'.join(names)!r} leads out of the dataset {root}; nothing is read or written there")
     return "/".join([root, *names])
+
+
+def _s3_endpoint() -> str:
+    """Address of the S3 server; empty for AWS."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def behind_proxy() -> str:
+    """Words for an error about the proxy that requests to the S3 server go through; empty if there is none."""
+    endpoint = _s3_endpoint() or "https://s3.amazonaws.com"
+    proxy = None if is_loopback(endpoint) else find_proxy(endpoint)
+    return f", and the proxy {proxy.address} of ${proxy.variable}" if proxy else ""
 
 
 def remove_exactly(fs: fsspec.AbstractFileSystem, path: str) -> None:

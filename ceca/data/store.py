@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from ceca.data.filesystems import StoreError, below, filesystem, remove_exactly
+from ceca.data.filesystems import StoreError, behind_proxy, below, filesystem, remove_exactly
 from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
 
@@ -484,14 +484,14 @@ class _Explained:
             # S3 answers the first request with a plain 403, also if this machine's clock is wrong.
             advice = (
                 "check the permissions; for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "and that the clock of this machine is right"
+                f"and that the clock of this machine is right{behind_proxy()}"
             )
         elif isinstance(error, OSError) and error.errno == 28:
             advice = "the disk is full: free some space and start the same command again, finished work is kept"
         elif isinstance(error, OSError | pa.ArrowException) or type(error).__module__.startswith(
             ("botocore", "aiobotocore")
         ):
-            advice = "check that the place exists and, for s3://, AWS_ENDPOINT_URL and the keys"
+            advice = f"check that the place exists and, for s3://, AWS_ENDPOINT_URL and the keys{behind_proxy()}"
         else:
             return False
         raise StoreError(f"{self.attempt}: {type(error).__name__}: {error}; {advice}") from error

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ceca.data.store import Reject
-from ceca.dialogue.conversation import Turn, one_line
+from ceca.dialogue.answers import one_line
+from ceca.dialogue.conversation import Turn
 
 PATH_KEYS = ("file_path", "img_path", "image_path", "path")
 SUMMARY_KEYS = ("summary", "text", "answer")

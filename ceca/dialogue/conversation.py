@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+from ceca.dialogue.answers import refuses, spoken
 from ceca.dialogue.attributes import Choices, read_attributes
 from ceca.errors import UserError
 
@@ -74,12 +75,14 @@ class Answer:
     """Answer of an engine.
 
     Attributes:
-        text: the answer.
+        text: the answer, from an engine as the model wrote it.
         prompt_tokens: tokens of the prompt.
         cached_tokens: prompt tokens that came from the engine's cache.
         reusable_tokens: prompt tokens that the previous turn had computed, in whole blocks of the engine's cache.
         completion_tokens: tokens of the answer.
         cut_off: the answer reached the length limit.
+        thought: the engine keeps thoughts of the model apart, or thoughts were removed from the text.
+        refusal: an endpoint's word that it refuses, beside the text; empty if it does not.
     """
 
     text: str
@@ -88,6 +91,8 @@ class Answer:
     reusable_tokens: int = 0
     completion_tokens: int = 0
     cut_off: bool = False
+    thought: bool = False
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,9 @@ class Dialogue:
         reusable_tokens: see `Answer`.
         completion_tokens: see `Answer`.
         attributes: structured answer; empty if none was requested.
-        flags: warnings about the text: `answer_cut_off` and `summary_cut_off` (length limit reached), `no_attributes`
-            (the structured answer does not follow its schema).
+        flags: warnings about the text: `answer_cut_off` and `summary_cut_off` (length limit reached), `answer_refused`
+            (the model refuses a question, but not the summary), `thoughts_removed`, `no_attributes` (the structured
+            answer does not follow its schema).
     """
 
     turns: tuple[Turn, ...]
@@ -173,26 +179,32 @@ async def converse(
         attribute_tokens: length limit of the structured answer.
 
     Raises:
-        DialogueError: the engine cannot answer about this image, or an answer is empty.
+        DialogueError: the engine cannot answer about this image, an answer is empty, or the summary is a refusal.
         EngineError: the engine cannot answer about any image.
     """
     turns: list[Turn] = []
     answers: list[Answer] = []
     for question in QUESTIONS[:questions]:
-        answers.append(await _ask(engine, subject, turns, question, answer_tokens))
+        answers.append(await ask(engine, subject, turns, question, answer_tokens))
         turns.append(Turn(question, answers[-1].text))
-    summary = await _ask(engine, subject, turns, SUMMARY_REQUEST, summary_tokens)
+    summary = await ask(engine, subject, turns, SUMMARY_REQUEST, summary_tokens)
+    if refuses(summary.text):
+        raise DialogueError("refused", f"{engine.model} refuses to describe the person: {summary.text:.200}")
     flags = []
     if any(answer.cut_off for answer in answers):
         flags.append("answer_cut_off")
     if summary.cut_off:
         flags.append("summary_cut_off")
+    if any(refuses(answer.text) for answer in answers):
+        flags.append("answer_refused")
     answers.append(summary)
+    if any(answer.thought for answer in answers):
+        flags.append("thoughts_removed")
     attributes: Mapping[str, str] | None = None
     if choices:
         history = (*turns, Turn(SUMMARY_REQUEST, summary.text))
         answers.append(await engine.answer(subject, history, ATTRIBUTES_REQUEST, attribute_tokens, choices))
-        attributes = read_attributes(answers[-1].text, choices)
+        attributes = read_attributes(spoken(answers[-1].text).text, choices)
         if attributes is None:
             flags.append("no_attributes")
     return Dialogue(
@@ -207,17 +219,23 @@ async def converse(
     )
 
 
-async def _ask(engine: Engine, subject: Subject, turns: Sequence[Turn], question: str, max_tokens: int) -> Answer:
+async def ask(engine: Engine, subject: Subject, turns: Sequence[Turn], question: str, max_tokens: int) -> Answer:
+    """Ask a question and return what counts of the answer: on one line, without thoughts.
+
+    Raises:
+        DialogueError: the engine cannot answer about this image, refuses to, or answers nothing.
+        EngineError: the engine cannot answer about any image.
+    """
     answer = await engine.answer(subject, tuple(turns), question, max_tokens)
-    text = one_line(answer.text)
+    text, thought = spoken(answer.text)
+    thought |= answer.thought
+    if answer.refusal:
+        raise DialogueError("refused", f"{engine.model} refuses {question!r}: {answer.refusal:.200}")
     if not text:
-        raise DialogueError("empty_answer", f"{engine.model} answered nothing to {question!r}")
-    return replace(answer, text=text)
-
-
-def one_line(text: str) -> str:
-    """Replace line breaks and repeated spaces by single spaces, as in the history and in the table of dialogues."""
-    return " ".join(text.split())
+        why = " but thoughts" if thought else ""
+        advice = f"; it reached the limit of {max_tokens} tokens" if answer.cut_off else ""
+        raise DialogueError("empty_answer", f"{engine.model} answered nothing{why} to {question!r}{advice}")
+    return replace(answer, text=text, thought=thought)
 
 
 def chat_messages(

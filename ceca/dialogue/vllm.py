@@ -22,6 +22,7 @@ from PIL import Image
 
 from ceca.config import VLLMConfig
 from ceca.datasets.images import ImageError, open_image
+from ceca.dialogue.answers import one_line
 from ceca.dialogue.attributes import Choices, json_schema
 from ceca.dialogue.conversation import (
     Answer,
@@ -31,7 +32,6 @@ from ceca.dialogue.conversation import (
     Subject,
     Turn,
     chat_messages,
-    one_line,
 )
 from ceca.dialogue.fetch import fetch_model
 from ceca.environment import usable_gpus
@@ -200,6 +200,7 @@ class VLLMEngine:
         output = result.outputs[0]
         prompt_tokens, answer_ids = len(result.prompt_token_ids or ()), list(output.token_ids)
         reusable = conversation.context // self.block * self.block if continues else 0
+        # An answer with thoughts differs from what will stand in the history, so the next prompt is rendered anew.
         conversation.turns = (*(turn.answer for turn in history), one_line(output.text))
         conversation.context = prompt_tokens + len(answer_ids)
         if answer_ids and answer_ids[-1] in self.special:  # the next prompt ends this answer in its own way

@@ -16,6 +16,7 @@ from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES
 from ceca.data.store import Manifest, Reject, Store
 from ceca.data.tables import ImageRow
+from ceca.dialogue.answers import refuses
 from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import (
     PROMPT_VERSION,
@@ -24,6 +25,7 @@ from ceca.dialogue.conversation import (
     DialogueError,
     EngineError,
     Subject,
+    ask,
     converse,
 )
 from ceca.dialogue.engines import generation_settings, make_engine
@@ -95,12 +97,12 @@ class DialogueWorker:
         """Ask for a description of each image, to stop a model that does not see the images before the work starts.
 
         Raises:
-            EngineError: no image got an answer, or all got the same one.
+            EngineError: no image got an answer, all got the same one, or the model refuses them all.
         """
 
         async def one(subject: Subject) -> str | DialogueError:
             try:
-                return (await self.engine.answer(subject, (), SUMMARY_REQUEST, self.config.summary_tokens)).text
+                return (await ask(self.engine, subject, (), SUMMARY_REQUEST, self.config.summary_tokens)).text
             except DialogueError as error:
                 return error
 
@@ -113,6 +115,11 @@ class DialogueWorker:
                 f"{self.engine.model} gives the same description of {len(answers)} different images "
                 f"({answers[0]!r:.120}): it may not see them; check the model and its chat template, or pass "
                 "--no-canary if the images are the same"
+            )
+        if all(refuses(answer) for answer in answers):
+            raise EngineError(
+                f"{self.engine.model} refuses to describe {len(answers)} of {len(results)} images "
+                f"({answers[0]!r:.120}); choose another model"
             )
 
     async def _converse(self, subjects: list[Subject]) -> Output:

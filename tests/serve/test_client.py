@@ -254,6 +254,20 @@ def test_a_lost_connection_is_asked_again_with_all_that_was_sent() -> None:
     assert [(method, body) for _, method, body in server.asked] == [("POST", b"image")] * 3
 
 
+def test_a_service_on_this_machine_is_asked_past_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    with Moody(FACETS) as server, Client(server.url) as client:
+        assert client.facets() == {"camera": ["c0"]}
+    with pytest.raises(ClientError, match="through the proxy"):
+        Client("http://search.example")
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://me:secret@127.0.0.1:9")
+    with Client("http://search.example", timeout_s=0.1) as client, pytest.raises(ClientError) as lost:
+        client.facets()
+    assert "through the proxy http://***@127.0.0.1:9 of $http_proxy" in str(lost.value)
+
+
 def test_asking_again_ends_with_the_time() -> None:
     began = time.monotonic()
     says = r"answered 503: too many requests wait; given up after 1.5 s"

@@ -110,6 +110,44 @@ def test_an_empty_answer_rejects_the_image(texts):
     assert "scripted" in caught.value.detail
 
 
+def test_thoughts_stand_neither_in_the_history_nor_in_the_summary():
+    engine = Scripted("<think>Hm.</think>a", *"bcde", "So it is.</think>A man.")
+    dialogue = talk(engine)
+    assert (dialogue.turns[0].answer, dialogue.summary) == ("a", "A man.")
+    assert dialogue.flags == ("thoughts_removed",)
+    assert engine.calls[1].history[0].answer == "a"
+
+
+def test_thoughts_alone_reject_the_image_and_say_why():
+    with pytest.raises(DialogueError, match=r"nothing but thoughts .*limit of 48 tokens") as caught:
+        talk(Scripted("<think>Is it a man? It", cut_off=True))
+    assert caught.value.reason == "empty_answer"
+
+
+def test_a_summary_that_is_a_refusal_rejects_the_image():
+    with pytest.raises(DialogueError, match="scripted refuses to describe the person: I'm sorry") as caught:
+        talk(Scripted(*"abcde", "I'm sorry, I can't help with that."))
+    assert caught.value.reason == "refused"
+
+
+def test_a_refused_question_is_flagged_if_the_summary_describes():
+    dialogue = talk(Scripted("I'm sorry, I can't identify people.", *"bcde", "A man in a red coat."))
+    assert dialogue.flags == ("answer_refused",)
+
+
+def test_halves_of_characters_are_replaced():
+    dialogue = talk(Scripted("a \ud83d b", *"bcde", "A man\0 \ude00."))
+    assert (dialogue.turns[0].answer, dialogue.summary) == ("a \ufffd b", "A man \ufffd.")
+
+
+def test_thoughts_before_a_structured_answer_do_no_harm():
+    engine = Scripted(*"abcde", "s", '<think>{"hat": "none"}</think>{"hat": "cap"}')
+    choices = {"hat": ("cap", "none")}
+    limits = {"questions": 5, "answer_tokens": 48, "summary_tokens": 128}
+    dialogue = asyncio.run(converse(engine, SUBJECT, **limits, choices=choices))
+    assert dialogue.attributes == {"hat": "cap"}
+
+
 def test_a_changed_prompt_has_another_version():
     """If this test fails, a prompt has changed: change PROMPT_VERSION and write the new values here."""
     digest = hashlib.sha256("\n".join([*QUESTIONS, SUMMARY_REQUEST]).encode()).hexdigest()[:8]

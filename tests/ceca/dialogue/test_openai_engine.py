@@ -3,8 +3,11 @@
 import asyncio
 import base64
 import email.utils
+import http.server
 import io
+import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -180,6 +183,141 @@ def test_something_other_than_a_completion_rejects_the_image(endpoint, reply):
     assert caught.value.reason == "endpoint_error"
 
 
+def message(finish_reason: str = "stop", **fields: Any) -> JSONResponse:
+    """Response with a message that has these fields."""
+    return JSONResponse({"choices": [{"message": {"role": "assistant", **fields}, "finish_reason": finish_reason}]})
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_thoughts_that_an_endpoint_keeps_apart_are_known_of(endpoint, field):
+    endpoint.replies = [message(content="a man", **{field: "Is it a man?"})]
+    assert ask(make(endpoint)) == Answer("a man", thought=True)
+
+
+def test_content_in_parts_is_joined_without_its_thoughts(endpoint):
+    parts = [{"type": "thinking", "thinking": [{"text": "Is it?"}]}, {"type": "text", "text": "a"}, "man"]
+    endpoint.replies = [message(content=parts)]
+    assert ask(make(endpoint)) == Answer("a man", thought=True)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        message(content=None, refusal="I can't help with that."),
+        message(content=[{"type": "refusal", "refusal": "I can't help with that."}]),
+        message("content_filter", content="A man in"),
+        message("content_filter", content=None),
+        message("SAFETY", content=""),
+        JSONResponse({"error": {"code": "content_filter", "message": "The response was filtered"}}, 400),
+        JSONResponse({"error": {"message": "your prompt was flagged: usage policy"}}, 400),
+        JSONResponse({"error": {"message": "requires moderation and your input was flagged"}}, 403),
+    ],
+)
+def test_a_refusal_beside_the_text_rejects_the_image(endpoint, reply):
+    endpoint.replies = [reply]
+    limits = {"questions": 1, "answer_tokens": 48, "summary_tokens": 128}
+    with pytest.raises(DialogueError) as caught:
+        use(make(endpoint), lambda engine: converse(engine, SUBJECT, **limits))
+    assert caught.value.reason == "refused"
+    assert len(endpoint.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (rb'{"choices": [{"message": {"content": "half \ud83d of a face"}}]}', "half \ud83d of a face"),
+        (b'{"choices": [{"message": {"content": "caf\xe9"}}]}', "caf\ufffd"),
+        (b'\xef\xbb\xbf{"choices": [{"message": {"content": "a man"}}]}', "a man"),
+    ],
+)
+def test_a_body_with_damaged_characters_is_read(endpoint, body, text):
+    endpoint.replies = [Response(body, media_type="application/json")]
+    assert ask(make(endpoint)).text == text
+
+
+@pytest.mark.parametrize("count", [float("inf"), -1, 10**30, "many", [1]])
+def test_a_number_of_tokens_that_is_none_counts_as_nothing(endpoint, count):
+    body = json.dumps({"choices": [{"message": {"content": "a man"}}], "usage": {"prompt_tokens": count}})
+    endpoint.replies = [Response(body, media_type="application/json")]
+    assert ask(make(endpoint)) == Answer("a man")
+
+
+def test_a_body_nested_without_end_rejects_the_image(endpoint):
+    endpoint.replies = [Response(b"[" * 100_000, media_type="application/json")]
+    with pytest.raises(DialogueError, match="not a chat completion"):
+        ask(make(endpoint))
+
+
+# --- what a model does not take ---------------------------------------------------------------------------
+
+
+def not_taken(text: str, status: int = 400, **fields: Any) -> JSONResponse:
+    return JSONResponse({"error": {"message": text, **fields}}, status)
+
+
+OTHER_NAME = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)
+
+
+def test_a_model_that_wants_the_other_name_of_the_limit_is_asked_again_and_it_is_remembered(endpoint, waits):
+    endpoint.replies = [not_taken(OTHER_NAME, param="max_tokens", code="unsupported_parameter"), completion()]
+
+    async def twice(engine: OpenAIEngine) -> list[str]:
+        return [(await engine.answer(SUBJECT, (), "Who?", 48)).text for _ in range(2)]
+
+    assert use(make(endpoint, retries=0), twice) == ["a man", "a man"]
+    assert [body.get("max_tokens") for body in endpoint.bodies] == [48, None, None]
+    assert [body.get("max_completion_tokens") for body in endpoint.bodies] == [None, 48, 48]
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    ("reply", "left_out"),
+    [
+        (
+            not_taken(
+                "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) value is "
+                "supported.",
+                param="temperature",
+            ),
+            "temperature",
+        ),
+        (not_taken("`temperature` is deprecated for this model."), "temperature"),
+        (not_taken("Unrecognized request argument supplied: seed"), "seed"),
+        (
+            JSONResponse({"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}, 422),
+            "seed",
+        ),
+    ],
+)
+def test_what_a_model_does_not_take_is_left_out(endpoint, caplog, reply, left_out):
+    endpoint.replies = [reply, completion()]
+    assert ask(make(endpoint)).text == "a man"
+    assert left_out in endpoint.bodies[0]
+    assert endpoint.bodies[1] == {name: value for name, value in endpoint.bodies[0].items() if name != left_out}
+    assert f"does not take {left_out} and is asked without" in caplog.text
+
+
+def test_several_parameters_are_left_out_one_after_the_other(endpoint):
+    taken = {"model", "messages"}
+
+    async def strict(body: dict[str, Any]) -> Response:
+        other = sorted(body.keys() - taken)
+        return not_taken(f"Unknown parameter: '{other[0]}'.", param=other[0]) if other else completion()
+
+    endpoint.replies = [strict]
+    assert ask(make(endpoint, retries=0)).text == "a man"
+    assert endpoint.bodies[-1].keys() == taken
+
+
+def test_a_limit_that_is_too_large_is_no_unknown_parameter(endpoint):
+    endpoint.replies = [not_taken("max_tokens is too large: 48. This model supports at most 32 tokens.")]
+    with pytest.raises(DialogueError, match="too large"):
+        ask(make(endpoint))
+    assert len(endpoint.bodies) == 1
+
+
 # --- temporary failures -----------------------------------------------------------------------------------
 
 
@@ -330,3 +468,62 @@ def test_an_invalid_key_is_refused_without_repeating_it(endpoint, monkeypatch):
     with pytest.raises(EngineError, match=r"\$OPENAI_API_KEY") as caught:
         ask(make(endpoint))
     assert KEY not in str(caught.value)
+
+
+# --- proxies ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Targets of the requests that reach the proxy of this environment."""
+    reached: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            reached.append(self.path)
+            self.send_error(502)
+
+        do_GET = do_POST
+        do_CONNECT = do_POST
+
+        def log_message(self, *_: object) -> None: ...
+
+    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://me:secret@127.0.0.1:{listening.server_port}")
+    yield reached
+    listening.shutdown()
+
+
+def test_an_endpoint_on_this_machine_is_asked_past_the_proxy(endpoint, proxy, monkeypatch):
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
+    port = endpoint.url.split(":")[-1]
+    for host in ("127.0.0.1", "localhost", "127.0.0.2"):
+        endpoint.url = f"http://{host}:{port}"
+        if host != "127.0.0.2":  # nothing listens there
+            assert ask(make(endpoint)).text == "a man"
+        else:
+            with pytest.raises(EngineError, match="nothing answers"):
+                ask(make(endpoint))
+    endpoint.url = f"http://127.0.0.1:{port}"
+    assert proxy == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_an_error_names_the_proxy_without_its_password(proxy, caplog, scheme):
+    engine = OpenAIEngine(OpenAIConfig(base_url=f"{scheme}://models.example/v1", model="m", retries=0), 0.0, 0)
+    with pytest.raises(
+        EngineError, match=rf"through the proxy http://\*\*\*@127\.0\.0\.1:\d+ of \${scheme}_proxy"
+    ) as caught:
+        ask(engine)
+    assert proxy
+    assert "pictures go to" in caplog.text
+    assert "secret" not in str(caught.value) + caplog.text
+
+
+def test_a_proxy_that_cannot_be_used_is_one_error(monkeypatch):
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
+    engine = OpenAIEngine(OpenAIConfig(base_url="http://models.example/v1", model="m"), 0.0, 0)
+    with pytest.raises(EngineError, match=r"through the proxy socks5://127\.0\.0\.1:9 of \$all_proxy"):
+        ask(engine)
