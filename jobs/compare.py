@@ -18,12 +18,12 @@ import tyro
 from rich.text import Text
 
 from ceca.commandline import load_recipe
-from ceca.config import EvaluateConfig, Split, TrainConfig
+from ceca.config import EvaluateConfig, Protocol, Split, TrainConfig
 from ceca.data.names import COMPARISONS
 from ceca.data.store import Store
 from ceca.errors import UserError
 from ceca.evaluation.names import METRICS
-from ceca.settings import from_mapping
+from ceca.settings import from_mapping, to_mapping
 from jobs.evaluate import evaluate
 from jobs.runtime.console import console, entry, text_table
 from jobs.runtime.ray_session import connect
@@ -49,27 +49,41 @@ def compare(
     ),
     seeds: Annotated[int, tyro.conf.arg(help="runs of each method, with seeds from 0")] = 3,
     split: Annotated[Split, tyro.conf.arg(help="the split to compare on")] = "test",
+    protocol: Annotated[
+        Protocol | None, tyro.conf.arg(help="how epochs are chosen; default: as the recipes say")
+    ] = None,
     picture: Annotated[Path | None, tyro.conf.arg(help="also draw the table (.png, .webp)")] = None,
 ) -> dict[str, Any]:
     """Train methods on a dataset, several seeds each, and print their table: mean ± deviation, percent."""
     if seeds < 1 or not methods:
         raise UserError(f"--seeds must be at least 1 and --methods name one, found {seeds} and {list(methods)}")
-    runs = [plan(method, recipe, seed, split) for method in methods for seed in range(seeds)]  # typos first
+    runs = [plan(method, recipe, seed, split, protocol) for method in methods for seed in range(seeds)]  # typos first
     connect()
     results: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    made: dict[str, dict[str, Any]] = {}
     for number, (method, training, evaluation) in enumerate(runs, 1):
         console.print(f"compare: {training.name} ({number} of {len(runs)})")
         train(data, training)
-        results[method].append(evaluate(data, evaluation)["metrics"]["fused"])
+        found = evaluate(data, evaluation)
+        results[method].append(found["metrics"]["fused"])
+        made[method] = {
+            "recipe": f"{method}+{recipe}",
+            "protocol": found["protocol"],
+            "omega": found["omega"],
+            "train": to_mapping(training, results_only=True),
+        }
     store = Store(data)
     rows = {method: summarise(of_seeds) for method, of_seeds in results.items()}
-    comparison = {"recipe": recipe, "split": split, "seeds": seeds, "methods": results, "summary": rows}
-    store.write_json(comparison, COMPARISONS, f"{recipe.replace('/', '_')}.json")
-    print_comparison(recipe, split, seeds, rows)
+    comparison = {
+        "recipe": recipe, "split": split, "seeds": seeds, "made": made, "methods": results, "summary": rows
+    }  # fmt: skip
+    name = recipe.replace("/", "_") + ("-released" if protocol == "released" else "")
+    store.write_json(comparison, COMPARISONS, f"{name}.json")
+    print_comparison(comparison)
     if picture is not None:
         from ceca.report.figures import draw_comparison
 
-        draw_comparison(rows, picture)
+        draw_comparison(labelled(comparison), picture)
         console.print(f"compare: → {picture}")
     return comparison
 
@@ -82,11 +96,14 @@ class PlannedRun(NamedTuple):
     evaluation: EvaluateConfig
 
 
-def plan(method: str, recipe: str, seed: int, split: Split) -> PlannedRun:
-    """Combine a method's recipe with the benchmark's."""
+def plan(method: str, recipe: str, seed: int, split: Split, protocol: Protocol | None = None) -> PlannedRun:
+    """Combine a method's recipe with the benchmark's. Models of a protocol that is asked for have their own names."""
     sections = load_recipe(f"{method}+{recipe}")
     training: TrainConfig = from_mapping(TrainConfig, sections.get("train", {}), f"recipe {method}+{recipe}: train")
-    name = f"{Path(method).stem if 'train' in load_recipe(method) else 'ceca'}-{seed}"
+    name = Path(method).stem if "train" in load_recipe(method) else "ceca"
+    if protocol is not None and protocol != training.protocol:
+        training, name = dataclasses.replace(training, protocol=protocol), f"{name}-{protocol}"
+    name = f"{name}-{seed}"
     evaluation = from_mapping(EvaluateConfig, {**sections.get("evaluate", {}), "model": name, "split": split})
     return PlannedRun(method, dataclasses.replace(training, name=name, seed=seed), evaluation)
 
@@ -102,11 +119,22 @@ def summarise(results: list[dict[str, float]]) -> dict[str, tuple[float, float]]
     }
 
 
-def print_comparison(recipe: str, split: str, seeds: int, rows: dict[str, dict[str, tuple[float, float]]]) -> None:
-    """Print a row per method; the best figure of each column is bold."""
-    title = f"{recipe}, split {split}, {seeds} seeds: mean ± deviation, percent"
-    table = text_table(title, "method", *METRICS.values(), left="method")
-    published = PUBLISHED.get(recipe, {})
+def labelled(comparison: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
+    """The summary with each method's protocol beside its name, unless it is `validation`."""
+    made = comparison.get("made", {})  # comparisons before 0.2 have none
+    labels = {method: made.get(method, {}).get("protocol", "validation") for method in comparison["summary"]}
+    return {
+        method if labels[method] == "validation" else f"{method} (protocol {labels[method]})": row
+        for method, row in comparison["summary"].items()
+    }
+
+
+def print_comparison(comparison: dict[str, Any]) -> None:
+    """Print a row per method with its recipe and protocol; the best figure of each column is bold."""
+    recipe, rows = comparison["recipe"], comparison["summary"]
+    title = f"{recipe}, split {comparison['split']}, {comparison['seeds']} seeds: mean ± deviation, percent"
+    table = text_table(title, "method", "recipe", "protocol", *METRICS.values(), left="method")
+    published = PUBLISHED.get(recipe.split("+")[0], {})
     if published:
         table.add_column("published Rank-1 (mAP)", justify="right")
     best = {key: max(row[key][0] for row in rows.values()) for key in METRICS}
@@ -117,7 +145,9 @@ def print_comparison(recipe: str, split: str, seeds: int, rows: dict[str, dict[s
         ]
         known = published.get(method)
         words = [f"{known[0]:.2f} ({known[1] or '–'})" if known else ""] if published else []
-        table.add_row(method, *marked, *words)
+        made = comparison["made"][method]
+        short = "+".join(Path(part).stem for part in made["recipe"].split("+"))
+        table.add_row(method, short, f"{made['protocol']}, ω {made['omega']:g}", *marked, *words)
     console.print(table)
 
 

@@ -8,6 +8,7 @@ compared with the gallery a strip at a time, on the cluster's CPUs if there are 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ceca.commandline import parse_arguments
@@ -38,18 +39,20 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
 
     store = Store(data)
     queries, gallery = embed_split(store, config, redo=redo)
-    texts, images = embedded_sides(config, queries, gallery)
-    omegas = dict(zip(SIMILARITIES, (0.0, 1.0, config.omega), strict=True))
+    model = require_model(store, config.model)
+    omega = model.omega(config.omega)
+    texts, images = embedded_sides(dataclasses.replace(config, omega=omega), queries, gallery)
+    omegas = dict(zip(SIMILARITIES, (0.0, 1.0, omega), strict=True))
     by_omega = rank(texts, images, sorted(set(omegas.values())), config.rerank)
     figures = {similarity: by_omega[omega] for similarity, omega in omegas.items()}
     by_omega = rank(images, texts, sorted(set(omegas.values())))
     reverse_figures = {similarity: by_omega[omega] for similarity, omega in omegas.items()}
-    model = require_model(store, config.model)
     result: dict[str, Any] = {
         "model": config.model,
         "model_digest": model.digest,
         "split": config.split,
-        "omega": config.omega,
+        "protocol": model.protocol,
+        "omega": omega,
         "neighbours": config.neighbours,
         "rerank": config.rerank,
         "queries": len(texts.identities),
@@ -65,8 +68,9 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     store.write_bytes(content, EVALUATIONS, model.digest, f"{name}.queries.parquet")
     store.write_json(result, EVALUATIONS, model.digest, f"{name}.json")
     size = f"{result['queries']:,} queries, {result['gallery']:,} images"
-    print_metrics(f"{config.model} on {config.split}, text to image: {size}", result["metrics"])
-    print_metrics(f"{config.model} on {config.split}, image to text", result["image_to_text"])
+    measured = f"ω {omega:g}, protocol {model.protocol}"
+    print_metrics(f"{config.model} on {config.split}, text to image: {size}; {measured}", result["metrics"])
+    print_metrics(f"{config.model} on {config.split}, image to text; {measured}", result["image_to_text"])
     console.print(f"evaluate: → {store.place(EVALUATIONS, model.digest, f'{name}.json')}")
     return result
 

@@ -85,8 +85,9 @@ class QueryEncoder:
 
     def _images(self, edition: Edition, images: list[bytes], summaries: list[str] | None) -> Embeddings:
         model = self._model(edition)
-        size = model.config.image_height, model.config.image_width
-        pixels = [decode_image(content, *size) for content in images]
+        config = model.config
+        form = config.image_height, config.image_width, config.image_resize
+        pixels = [decode_image(content, *form) for content in images]
         return _to_numpy(embed_images(model, pixels, summaries, self.device))
 
 

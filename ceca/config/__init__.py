@@ -11,7 +11,16 @@ from __future__ import annotations
 from ceca.config.dialogue import DialogueConfig, OpenAIConfig, OracleConfig, VLLMConfig
 from ceca.config.evaluate import EvaluateConfig, IndexConfig, ServeConfig
 from ceca.config.ingest import DrawConfig, IngestConfig, Split
-from ceca.config.train import AugmentationConfig, LossConfig, ModelConfig, OptimiserConfig, Term, TrainConfig
+from ceca.config.train import (
+    OMEGA,
+    AugmentationConfig,
+    LossConfig,
+    ModelConfig,
+    OptimiserConfig,
+    Protocol,
+    Term,
+    TrainConfig,
+)
 
 STAGES: dict[str, type] = {
     "draw": DrawConfig,
@@ -24,6 +33,7 @@ STAGES: dict[str, type] = {
 }
 
 __all__ = [
+    "OMEGA",
     "STAGES",
     "AugmentationConfig",
     "DialogueConfig",
@@ -36,6 +46,7 @@ __all__ = [
     "OpenAIConfig",
     "OptimiserConfig",
     "OracleConfig",
+    "Protocol",
     "ServeConfig",
     "Split",
     "Term",

@@ -18,8 +18,9 @@ class EvaluateConfig:
     """Name of the model below the dataset URI, or a URI of its own."""
     split: Split = "test"
     """Split to evaluate on."""
-    omega: Share = 0.3
-    """ω: weight of the local similarity in the fused one, 0 to 1; 0 uses only the global similarity."""
+    omega: Share | None = None
+    """ω: weight of the local similarity in the fused one, 0 to 1; 0 uses only the global similarity. None means that
+    of the model's protocol: 0.5 for `released`, else 0.3."""
     neighbours: NonNegative = 0
     """Number of nearest images averaged into each gallery embedding, so that views of one person agree; 0 is off."""
     rerank: NonNegative = 0

@@ -22,6 +22,8 @@ class ModelConfig:
     """Height in pixels to which images are resized."""
     image_width: Positive = 128
     """Width in pixels to which images are resized."""
+    image_resize: Literal["bicubic", "bilinear"] = added("bicubic")
+    """How images are resized, in training and in use, antialiased; the released programs take `bilinear`."""
     summary_weight: Share = 0.3
     """λ: weight of the summary in the visual embeddings, 0 to 1; 0 uses no summaries."""
     local_branch: bool = True
@@ -42,6 +44,9 @@ class ModelConfig:
     gate_start: float = -3.0
     """Initial value of γ in the mixer's gate, `query + sigmoid(γ)·Δ`."""
 
+
+Protocol = Literal["validation", "released"]
+OMEGA: dict[Protocol, float] = {"validation": 0.3, "released": 0.5}  # ω by protocol, where no setting says another
 
 Term = Literal["tal_global", "tal_local", "cawl", "infonce", "sdm", "identity", "words"]
 
@@ -129,6 +134,9 @@ class TrainConfig:
     """Number of passes over the training pairs."""
     global_batch: Positive = 64
     """Samples per step over all workers; it does not depend on their number."""
+    last_batch: Literal["drop", "keep"] = added("drop")
+    """Pairs at the end of an epoch that fill no batch: left out, or `keep`, a smaller batch as in the released
+    programs."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number type of the computation; fp16 needs a GPU."""
     backward: Literal["same", "bf16"] = "same"
@@ -143,6 +151,11 @@ class TrainConfig:
     """Fraction of training pairs, 0 to 1, that exchange captions with each other (noisy correspondence); 0 is off."""
     noise_file: str | None = execution(None)
     """Path or URI of a published index file of noisy correspondence (.npy), used instead of `caption_noise`."""
+    division: Literal["none", "consensus"] = added("none")
+    """`consensus` finds noisy pairs before each epoch by the losses of both branches, and learns from the others only,
+    as RDE does."""
+    division_fit: Literal["quick", "close"] = added("quick")
+    """Fit of the consensus division: RDE's program takes `close` for RSTPReid and for noise above 40 %."""
     summary_swap: Share = 0.0
     """Probability, 0 to 1, that a sample takes the summary of another image of its identity; 0 is off."""
     caption_swap: Share = 0.0
@@ -150,7 +163,10 @@ class TrainConfig:
     validate_every: NonNegative = 1
     """Epochs between validations; 0 never validates and keeps the last epoch."""
     validation_omega: Share = added(0.3)
-    """ω of the validations that choose the epoch; the released programs take 0.5."""
+    """ω of the validations that choose the epoch, unless `protocol` is `released`."""
+    protocol: Protocol = added("validation")
+    """How the epoch is chosen: on the split `val`, or as the released programs choose it, on `test` with ω 0.5. All
+    figures of such a model name the protocol."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = execution(1)
     """DeepSpeed ZeRO stage: 1 splits optimiser states across workers, 2 also gradients, 3 also weights; 0 is off."""
     offload: bool = execution(False)
@@ -193,6 +209,8 @@ class TrainConfig:
             raise ValueError("offload needs zero_stage 1 or more: without it DeepSpeed has no optimiser state to move")
         if self.backward == "bf16" and (self.precision != "fp32" or self.zero_stage == 3):
             raise ValueError("backward bf16 is for precision fp32 with zero_stage 0, 1 or 2")
+        if self.division == "consensus" and not self.model.local_branch:
+            raise ValueError("division consensus compares the losses of both branches: set local_branch")
         needs = {
             "tal_local": (self.model.local_branch, "local_branch"),
             "cawl": (self.model.summary_weight > 0, "summary_weight above 0"),

@@ -204,13 +204,14 @@ def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Size:
     return Size(*open_image(content, max_pixels).size)
 
 
-def decode_image(content: bytes, height: int, width: int) -> np.ndarray:
+def decode_image(content: bytes, height: int, width: int, resize: str = "bicubic") -> np.ndarray:
     """Decode and resize an image.
 
     Args:
         content: encoded image.
         height: height of the result in pixels.
         width: width of the result in pixels.
+        resize: `bicubic` or `bilinear`, with antialiasing, as Pillow and torchvision do it.
 
     Returns:
         uint8 [height, width, 3].
@@ -220,5 +221,5 @@ def decode_image(content: bytes, height: int, width: int) -> np.ndarray:
     """
     image = open_image(content)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), Image.Resampling[resize.upper()])
     return np.asarray(image)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ceca.config import EvaluateConfig
+from ceca.config import OMEGA, EvaluateConfig
 from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_strip, slices
 from ceca.model.ceca import fused_similarity
 from ceca.search.agreement import agree_with_neighbours
@@ -41,7 +41,8 @@ def embedded_sides(config: EvaluateConfig, queries: pa.Table, gallery: pa.Table)
         for table in (queries, gallery)
     )
     if config.neighbours:
-        pair = agree_with_neighbours(images.pair, config.neighbours, config.omega)
+        omega = OMEGA["validation"] if config.omega is None else config.omega
+        pair = agree_with_neighbours(images.pair, config.neighbours, omega)
         images = dataclasses.replace(images, pair=pair)
     return texts, images
 

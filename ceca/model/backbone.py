@@ -149,12 +149,12 @@ class Packing(NamedTuple):
     def unpack(self, x: Tensor) -> Tensor:
         """[T, D] → [B, L, D], zeros for padding."""
         full = x.new_zeros(self.batch * self.length, x.shape[-1]).index_copy(0, self.places, x)
-        return full.view(self.batch, self.length, -1)
+        return full.view(self.batch, self.length, x.shape[-1])
 
 
 def trim(ids: Tensor) -> Tensor:
-    """[B, 77] → [B, L]: without the columns that are padding in every row."""
-    return ids[:, : int(ids.argmax(dim=1).max()) + 1]
+    """[B, 77] → [B, L]: without the columns that are padding in every row; one column if there are no rows."""
+    return ids[:, : max(ids.argmax(dim=1).tolist(), default=0) + 1]
 
 
 def _block(block: Any, x: Tensor, causal: bool, packing: Packing | None) -> Tensor:

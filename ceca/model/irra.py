@@ -100,7 +100,8 @@ class IRRAHeads(nn.Module):
         seen = torch.cat([image.summit[:, None], image.tokens], dim=1)
         present = F.pad(image.present, (1, 0), value=True)
         x = self.cross_attention(self.text_norm(text.tokens), self.image_norm(seen), present)
-        x = self.layers(x, src_key_padding_mask=~(text.present if text.inside is None else text.inside))
+        padding = ~(text.present if text.inside is None else text.inside)
+        x = self.layers(x, src_key_padding_mask=padding if len(x) else None)  # torch cannot mask a worker's empty part
         rows, columns = task.positions()
         losses = F.cross_entropy(self.decoder(x[rows, columns]).float(), task.targets, reduction="none")
         sums = torch.zeros(len(x), 2, device=x.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ceca.config import OMEGA
 from ceca.data.names import MANIFEST, MODELS
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError, filesystem
@@ -27,6 +28,7 @@ class PublishedModel:
         training: training.json, the training record.
         made_from: names and versions of the tables that it was trained on.
         version: of the model, from settings and tables.
+        protocol: how its epoch was chosen: `validation`, `released`, or `epoch on test` (programs before 0.2).
     """
 
     uri: str
@@ -37,6 +39,20 @@ class PublishedModel:
     training: dict[str, Any]
     made_from: dict[str, str]
     version: str
+
+    @property
+    def protocol(self) -> str:
+        protocol = self.config["train"].get("protocol", "validation") if self.config.get("train") else "validation"
+        on_test = self.training.get("validation_split") == "test"
+        return "epoch on test" if protocol == "validation" and on_test else protocol
+
+    def omega(self, given: float | None = None) -> float:
+        """The ω of this model's figures: a given one, or that of its protocol."""
+        return given if given is not None else OMEGA["released" if self.protocol == "released" else "validation"]
+
+    def label(self, name: str) -> str:
+        """The model's name in a table or a picture, with its protocol if the epoch was chosen on test."""
+        return name if self.protocol == "validation" else f"{name} (protocol {self.protocol})"
 
 
 def find_model(store: Store, name: str) -> PublishedModel | None:

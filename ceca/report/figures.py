@@ -285,7 +285,7 @@ def draw_statistics(
 
 
 def draw_attributes(
-    confused: Mapping[str, tuple[float, float]], rank1: Mapping[str, tuple[float, int]], out: Path
+    confused: Mapping[str, tuple[float, float]], rank1: Mapping[str, tuple[float, int]], out: Path, title: str = ""
 ) -> Path:
     """Draw a model's errors: by attribute on the left, by condition of the image on the right.
 
@@ -294,6 +294,7 @@ def draw_attributes(
             same share among random images of other people).
         rank1: condition of the described image → (Rank-1 in percent, number of queries).
         out: the file.
+        title: of the figure.
     """
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 1.2 + 0.28 * max(len(confused), len(rank1))), layout="constrained"
@@ -311,6 +312,8 @@ def draw_attributes(
     right.set_yticks(range(len(names)), [f"{name} ({rank1[name][1]:,})" for name in names])
     right.set(xlabel="Rank-1 of sentences about such images, percent", xlim=(0, 100))
     _open_frame(left, right)
+    if title:
+        figure.suptitle(title, fontsize=9)
     return _save(figure, out)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
@@ -49,6 +50,7 @@ class Progress:
         workers: number of workers that wrote the checkpoint.
         zero_stage: ZeRO stage of the checkpoint.
         curve: the losses of every step.
+        clean: which pairs of the present epoch are clean, in its order; None without a division.
     """
 
     steps: int = 0
@@ -57,18 +59,22 @@ class Progress:
     workers: int = 1
     zero_stage: int = 0
     curve: Curve = dataclasses.field(default_factory=Curve)
+    clean: np.ndarray | None = None
 
     def save(self, folder: Path) -> None:
-        """Write progress.json, and the curve as curve.parquet."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "curve"}
-        (folder / "progress.json").write_text(json.dumps(plain))
+        """Write progress.json, the curve as curve.parquet, and a division as clean.npy."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("curve", "clean")]
+        (folder / "progress.json").write_text(json.dumps({name: getattr(self, name) for name in names}))
         pq.write_table(self.curve.table(), folder / "curve.parquet")
+        if self.clean is not None:
+            np.save(folder / "clean.npy", self.clean)
 
     @classmethod
     def load(cls, folder: Path) -> Progress:
         """Read what `save` wrote."""
         plain = json.loads((folder / "progress.json").read_text())
-        return cls(**plain, curve=Curve.from_table(pq.read_table(folder / "curve.parquet")))
+        clean = np.load(folder / "clean.npy") if (folder / "clean.npy").exists() else None
+        return cls(**plain, curve=Curve.from_table(pq.read_table(folder / "curve.parquet")), clean=clean)
 
 
 def import_deepspeed(module: str = "deepspeed") -> Any:

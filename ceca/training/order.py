@@ -1,4 +1,4 @@
-"""The order in which an epoch visits the training pairs, and the caption and summary that each pair takes.
+"""The order in which an epoch visits the training pairs, its batches, and the texts that each pair takes.
 
 Notable: everything follows from (seed, epoch) alone, so the order is the same for any number of workers and after any
 restart. Each purpose has a random stream of its own: changing how often summaries are swapped leaves the order as it
@@ -7,12 +7,64 @@ is. A pair is one (image, caption) of the training split; P is their number.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import NamedTuple
 
 import numpy as np
 
-STREAMS = {"order": 0, "summaries": 1, "captions": 2, "noise": 3}  # one random stream per purpose
+from ceca.config import TrainConfig
+
+STREAMS = {"order": 0, "summaries": 1, "captions": 2, "noise": 3, "division": 4}  # one random stream per purpose
+
+
+def batch_slice(rank: int, size: int, batch: int) -> slice:
+    """The rows of a global batch that one worker takes; the slices differ by at most one row.
+
+    Args:
+        rank: the worker, from 0.
+        size: number of workers.
+        batch: samples in the global batch.
+    """
+    return slice(rank * batch // size, (rank + 1) * batch // size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The global batches of an epoch, one per step: equal ones, and if `keep_last` a smaller one at the end.
+
+    Attributes:
+        pairs: P, number of training pairs.
+        batch: samples in an equal batch.
+        keep_last: whether the pairs that fill no batch make a smaller one, or are left out.
+    """
+
+    pairs: int
+    batch: int
+    keep_last: bool = False
+
+    @classmethod
+    def of(cls, pairs: int, config: TrainConfig) -> Batches:
+        """The batches that the settings ask for."""
+        return cls(pairs, config.global_batch, config.last_batch == "keep")
+
+    def __len__(self) -> int:
+        """Number of steps in an epoch."""
+        return -(-self.pairs // self.batch) if self.keep_last else self.pairs // self.batch
+
+    @property
+    def samples(self) -> int:
+        """Number of pairs that an epoch visits."""
+        return min(self.pairs, len(self) * self.batch)
+
+    def size(self, step: int) -> int:
+        """Samples in the global batch of a step."""
+        return min(self.batch, self.pairs - step * self.batch)
+
+    def places(self, step: int, rank: int, size: int) -> range:
+        """The places in the epoch's order that one of `size` workers takes in a step; none if there are too few."""
+        first, rows = step * self.batch, batch_slice(rank, size, self.size(step))
+        return range(first + rows.start, first + rows.stop)
 
 
 def epoch_order(identities: np.ndarray, seed: int, epoch: int, group: int = 1) -> np.ndarray:
@@ -25,7 +77,7 @@ def epoch_order(identities: np.ndarray, seed: int, epoch: int, group: int = 1) -
         group: number of pairs of one identity that follow each other; the last group of an identity may be smaller.
             Groups are shuffled; 1 shuffles single pairs.
     """
-    order = _random(seed, epoch, "order").permutation(len(identities))
+    order = random_stream(seed, epoch, "order").permutation(len(identities))
     if group == 1:
         return order
     # The shuffled pairs of each identity are cut into groups. A group stands where its first pair stood.
@@ -52,7 +104,7 @@ def epoch_partners(
         share: probability of another image's text.
         purpose: `summaries` or `captions`; the two are drawn independently.
     """
-    random = _random(seed, epoch, purpose)
+    random = random_stream(seed, epoch, purpose)
     touched, drawn = random.random(len(identities)) < share, random.random(len(identities))
     # In this order, the pairs of an identity lie next to each other, and among them the pairs of an image.
     order = np.lexsort((images, identities))
@@ -78,7 +130,7 @@ def shuffled_captions(pairs: int, seed: int, share: float) -> np.ndarray:
         seed: seed of the noise.
         share: share of the pairs that exchange captions.
     """
-    random = _random(seed, 0, "noise")
+    random = random_stream(seed, 0, "noise")
     taken = np.sort(random.permutation(pairs)[: round(share * pairs)])
     result = np.arange(pairs)
     result[taken] = random.permutation(taken)
@@ -131,5 +183,6 @@ def _inverse(order: np.ndarray) -> np.ndarray:
     return place
 
 
-def _random(seed: int, epoch: int, purpose: str) -> np.random.Generator:
+def random_stream(seed: int, epoch: int, purpose: str) -> np.random.Generator:
+    """The random numbers of a purpose (`STREAMS`) in an epoch."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, STREAMS[purpose]]))

@@ -23,42 +23,74 @@ from ceca.model.ceca import Features
 from ceca.training.workers import world
 
 
-def loss_terms(features: Features, identities: Tensor, config: LossConfig) -> dict[str, Tensor]:
+def loss_terms(
+    features: Features, identities: Tensor, config: LossConfig, clean: Tensor | None = None
+) -> dict[str, Tensor]:
     """The configured losses over a batch: name of the term → fp32 scalar.
 
     Args:
         features: of the batch; over the global batch in training (`workers.gather_features`).
         identities: [B] of its samples.
         config: the terms and their constants.
+        clean: [B] booleans. The losses of other samples do not count, but others are compared with them. None: all.
 
     Raises:
         ValueError: a term needs features that the model does not compute.
     """
     similarity = cosine_similarity(features.text, features.visual)  # shared by the terms on global features
-    return {term: _term(term, features, similarity, identities, config) for term in config.terms}
+    return {term: _term(term, features, similarity, identities, config, clean) for term in config.terms}
 
 
-def _term(term: Term, features: Features, similarity: Tensor, identities: Tensor, config: LossConfig) -> Tensor:
-    tal = {"temperature": config.temperature, "margin": config.margin}
+def _term(
+    term: Term,
+    features: Features,
+    similarity: Tensor,
+    identities: Tensor,
+    config: LossConfig,
+    clean: Tensor | None,
+) -> Tensor:
     match term:
         case "tal_global":
-            return triplet_alignment_loss(similarity, identities, **tal).sum()
+            return _chosen(_tal(similarity, identities, config), clean).sum()
         case "tal_local":
-            local_text, local_visual = _needed(features, term, "local_text", "local_visual")
-            return triplet_alignment_loss(cosine_similarity(local_text, local_visual), identities, **tal).sum()
+            return _chosen(_tal(_local_similarity(features, term), identities, config), clean).sum()
         case "cawl":
-            return cawl(features, identities, config)[0].mean()
+            return _mean(cawl(features, identities, config)[0], clean)
         case "infonce":
-            return contrastive_loss(similarity, scale=config.scale).mean()
+            return _mean(contrastive_loss(similarity, scale=config.scale), clean)
         case "sdm":
-            return similarity_distribution_matching(similarity, identities, scale=config.scale).mean()
+            return _mean(similarity_distribution_matching(similarity, identities, scale=config.scale), clean)
         case "identity":
             (identity_loss,) = _needed(features, term, "identity_loss")
-            return config.identity_weight * identity_loss.mean()
+            return config.identity_weight * _mean(identity_loss[:, 0], clean)
         case "words":
             (word_loss,) = _needed(features, term, "word_loss")
-            loss, words = word_loss.sum(dim=0)
+            loss, words = _chosen(word_loss, clean).sum(dim=0)
             return loss / words.clamp(min=1)
+
+
+def branch_losses(features: Features, identities: Tensor, config: LossConfig) -> Tensor:
+    """The triplet alignment loss of every sample by the global and the local branch, [2, B]."""
+    similarities = (cosine_similarity(features.text, features.visual), _local_similarity(features, "division"))
+    return torch.stack([_tal(similarity, identities, config) for similarity in similarities])
+
+
+def _tal(similarity: Tensor, identities: Tensor, config: LossConfig) -> Tensor:
+    return triplet_alignment_loss(similarity, identities, temperature=config.temperature, margin=config.margin)
+
+
+def _local_similarity(features: Features, term: str) -> Tensor:
+    return cosine_similarity(*_needed(features, term, "local_text", "local_visual"))
+
+
+def _chosen(losses: Tensor, clean: Tensor | None) -> Tensor:
+    """The losses [B, …], 0 for samples that are not clean."""
+    return losses if clean is None else losses.masked_fill(~clean.view(-1, *[1] * (losses.ndim - 1)), 0.0)
+
+
+def _mean(losses: Tensor, clean: Tensor | None) -> Tensor:
+    """The mean over clean samples; 0 without one."""
+    return losses.mean() if clean is None else _chosen(losses, clean).sum() / clean.sum().clamp(min=1)
 
 
 def cawl(features: Features, identities: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ceca.model.ceca import Features
+from ceca.training.order import batch_slice
 
 
 def world() -> tuple[int, int]:
@@ -19,17 +20,6 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def batch_slice(rank: int, size: int, batch: int) -> slice:
-    """The rows of a global batch that one worker takes; the slices differ by at most one row.
-
-    Args:
-        rank: the worker, from 0.
-        size: number of workers.
-        batch: samples in the global batch.
-    """
-    return slice(rank * batch // size, (rank + 1) * batch // size)
 
 
 def gather_features(features: Features, batch: int) -> Features:

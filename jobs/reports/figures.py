@@ -36,6 +36,8 @@ from ceca.model.tokens import CONTEXT
 from ceca.report.records import Described, RankedList
 from jobs.runtime.console import console, text_table
 
+OMEGA_HELP = "share of the local similarity, 0 to 1; default: that of the model's protocol"
+
 
 def report_dialogues(
     data: Annotated[tuple[str, ...], tyro.conf.arg(help="dataset URIs; each gets a block of the picture")],
@@ -68,9 +70,10 @@ def report_training(
     for name in models:
         model = require_model(store, name)
         table = pq.read_table(pa.BufferReader(model_file(store, name, "curve.parquet")))
-        curves[name] = table.to_pydict()
+        label = model.label(name)
+        curves[label] = table.to_pydict()
         validated = [record for record in model.training["history"] if "val_rank1" in record]
-        validation[name] = ([record["epoch"] for record in validated], [record["val_rank1"] for record in validated])
+        validation[label] = ([record["epoch"] for record in validated], [record["val_rank1"] for record in validated])
     draw_training(curves, validation, picture)
     console.print(f"report: {len(curves)} models → {picture}")
 
@@ -93,13 +96,14 @@ def report_omega(
         raise UserError(f"--steps must be at least 1 and --models name one, found {steps} and {list(models)}")
     curves = {}
     for name in models:
+        label = require_model(Store(data), name).label(name)
         config = EvaluateConfig(model=name, split=split)
         texts, images = embedded_sides(config, *embed_split(Store(data), config))
         by_omega = rank(texts, images, [step / steps for step in range(steps + 1)])
         metrics = {omega: RetrievalMetrics.of(per_query) for omega, per_query in by_omega.items()}
-        curves[name] = {omega: (means.rank1, means.rsum) for omega, means in metrics.items()}
-        best, (rank1, rsum) = max(curves[name].items(), key=lambda point: point[1])
-        console.print(f"report: {name} is best at ω = {best:g}: Rank-1 {rank1:.2f}, Rsum {rsum:.2f}")
+        curves[label] = {omega: (means.rank1, means.rsum) for omega, means in metrics.items()}
+        best, (rank1, rsum) = max(curves[label].items(), key=lambda point: point[1])
+        console.print(f"report: {label} is best at ω = {best:g}: Rank-1 {rank1:.2f}, Rsum {rsum:.2f}")
     draw_omega(curves, picture)
     console.print(f"report: ω curve → {picture}")
     return curves
@@ -128,7 +132,8 @@ def report_significance(
     if first["caption_id"] != second["caption_id"]:
         raise UserError(f"{models[0]} and {models[1]} were evaluated on other queries; run `ceca evaluate` for both")
     differences = compare_runs(first, second)
-    title = f"{models[1]} minus {models[0]} on {split}, {first.num_rows:,} queries"
+    labels = [require_model(store, name).label(name) for name in models]
+    title = f"{labels[1]} minus {labels[0]} on {split}, {first.num_rows:,} queries"
     shown = text_table(title, "", "difference", "95 % interval", "p")
     for label in COMPARED:
         shown.add_row(label, *differences[label].cells())
@@ -140,7 +145,7 @@ def report_ranked(
     data: Annotated[str, tyro.conf.arg(help="dataset URI")],
     models: Annotated[tuple[str, ...], tyro.conf.arg(help="one or two published models")] = ("ceca",),
     split: Annotated[Split, tyro.conf.arg(help="the split to search")] = "test",
-    omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
+    omega: Annotated[float | None, tyro.conf.arg(help=OMEGA_HELP)] = None,
     count: Annotated[int, tyro.conf.arg(help="number of sentences")] = 4,
     top_k: Annotated[int, tyro.conf.arg(help="images of each list")] = 8,
     seed: Annotated[int, tyro.conf.arg(help="chooses the sentences")] = 0,
@@ -158,8 +163,14 @@ def report_ranked(
     store = Store(data)
     tables = [embed_split(store, EvaluateConfig(model=name, split=split)) for name in models]
     sides = [embedded_sides(EvaluateConfig(), *both) for both in tables]
+    published = [require_model(store, name) for name in models]
+    omegas = [model.omega(omega) for model in published]
+    labels = [
+        model.label(name) if len(models) > 1 else model.label("") for model, name in zip(published, models, strict=True)
+    ]
     right = [
-        images.identities[best_images(texts, images, omega, 1)[:, 0]] == texts.identities for texts, images in sides
+        images.identities[best_images(texts, images, of_model, 1)[:, 0]] == texts.identities
+        for (texts, images), of_model in zip(sides, omegas, strict=True)
     ]
     captions = store.read(store.current("captions", "ingest"), ["caption_id", "text"])
     words = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
@@ -168,8 +179,8 @@ def report_ranked(
     lists = []
     for query in choose_queries((right[0], right[-1]), count, seed):
         # Each model has its own gallery: a model without summaries also embeds images without a dialogue.
-        for name, (texts, images), (queries, gallery) in zip(models, sides, tables, strict=True):
-            best = best_images(texts, images, omega, top_k, slice(query, query + 1))[0]
+        for label, of_model, (texts, images), (queries, gallery) in zip(labels, omegas, sides, tables, strict=True):
+            best = best_images(texts, images, of_model, top_k, slice(query, query + 1))[0]
             ids = gallery["image_id"].take(best).to_pylist()
             encoded = store.take(images_table, [places[image_id] for image_id in ids], ["image"])["image"].to_pylist()
             lists.append(
@@ -178,7 +189,7 @@ def report_ranked(
                     int(texts.identities[query]),
                     [open_image(content) for content in encoded],
                     images.identities[best].tolist(),
-                    name if len(models) > 1 else "",
+                    label.strip(),
                 )
             )
     draw_ranked_lists(lists, picture)
@@ -190,7 +201,7 @@ def report_attributes(
     data: Annotated[str, tyro.conf.arg(help="URI of a dataset of drawn pedestrians: their attributes are known")],
     model: Annotated[str, tyro.conf.arg(help="name or URI of a published model")] = "ceca",
     split: Annotated[Split, tyro.conf.arg(help="the split to search")] = "test",
-    omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
+    omega: Annotated[float | None, tyro.conf.arg(help=OMEGA_HELP)] = None,
     picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path(
         "attributes.png"
     ),
@@ -207,15 +218,16 @@ def report_attributes(
         raise UserError(f"{store.uri} has no table of attributes: this report is for drawn pedestrians")
     queries, gallery = embed_split(store, EvaluateConfig(model=model, split=split))
     texts, images = embedded_sides(EvaluateConfig(), queries, gallery)
+    published = require_model(store, model)
     drawn = {row["image_id"]: {**row, "attributes": dict(row["attributes"])} for row in store.read(truth).to_pylist()}
     errors = attribute_errors(
         [drawn[image_of(caption_id)] for caption_id in queries["caption_id"].to_pylist()],
         [drawn[image_id] for image_id in gallery["image_id"].to_pylist()],
         texts.identities,
         images.identities,
-        best_images(texts, images, omega, 1)[:, 0],
+        best_images(texts, images, published.omega(omega), 1)[:, 0],
     )
-    draw_attributes(errors.confused, errors.rank1, picture)
+    draw_attributes(errors.confused, errors.rank1, picture, published.label(""))
     console.print(f"report: {errors.wrong} of {errors.queries} first places are wrong → {picture}")
     return errors.confused
 

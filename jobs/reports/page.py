@@ -18,8 +18,10 @@ from ceca.errors import UserError
 from ceca.evaluation.names import METRICS, SIMILARITIES
 from ceca.model.registry import find_model, list_models, require_model
 from ceca.report.html import paragraph, picture, table, write_page
+from jobs.compare import labelled
 from jobs.evaluate import evaluate
 from jobs.reports.figures import (
+    OMEGA_HELP,
     report_attributes,
     report_dialogues,
     report_omega,
@@ -59,7 +61,7 @@ def report_page(
         tuple[str, ...], tyro.conf.arg(help="published models; default: all models of this dataset")
     ] = (),
     split: Annotated[Split, tyro.conf.arg(help="the split to evaluate")] = "test",
-    omega: Annotated[float, tyro.conf.arg(help="share of the local similarity, 0 to 1")] = 0.3,
+    omega: Annotated[float | None, tyro.conf.arg(help=OMEGA_HELP)] = None,
     folder: Annotated[Path, tyro.conf.arg(help="where index.html and the figures are written")] = Path("report"),
     seed: Annotated[int, tyro.conf.arg(help="chooses the samples")] = 0,
 ) -> Path:
@@ -68,7 +70,7 @@ def report_page(
     names = models or tuple(name for name in list_models(store) if find_model(store, name))
     if not names:
         raise UserError(f"{store.uri} has no published model to report on; run the stage `train` first")
-    if not 0 <= omega <= 1:
+    if omega is not None and not 0 <= omega <= 1:
         raise UserError(f"--omega must be between 0 and 1, found {omega}")
     figures = Figures(folder)
     results = {name: evaluate(data, EvaluateConfig(model=name, split=split, omega=omega)) for name in names}
@@ -76,7 +78,7 @@ def report_page(
     other = next((name for name in names if name != best), None)
     pair = tuple(name for name in (other, best) if name)
     sections: list[Section] = [
-        ("Results", _results(results, omega)),
+        ("Results", _results({require_model(store, name).label(name): result for name, result in results.items()})),
         ("Local and global similarity", _omega(figures, data, names, split)),
         ("Ranked lists", _ranked(figures, data, pair, split, omega, seed)),
         *_attributes(figures, store, best, split, omega),
@@ -101,25 +103,37 @@ def _row(name: str, metrics: dict[str, float]) -> list[str]:
     return [name, *(f"{metrics[key]:.2f}" for key in METRICS)]
 
 
-def _results(results: dict[str, Any], omega: float) -> list[str]:
+def _results(results: dict[str, Any]) -> list[str]:
     headings = ["", *METRICS.values()]
+    omegas = ", ".join(sorted({f"ω = {result['omega']:g}" for result in results.values()}))
+    if "," in omegas:
+        results = {f"{name}, ω = {result['omega']:g}": result for name, result in results.items()}
+    protocols = " and ".join(sorted({result["protocol"] for result in results.values()}))
     parts = []
     for key, title in (("metrics", "Text to image"), ("image_to_text", "Image to text")):
         rows = [_row(name, result[key]["fused"]) for name, result in results.items()]
         chance = next(iter(results.values()))[key]["chance"]
-        parts.append(table(f"{title}, ω = {omega:g}, percent", headings, [*rows, _row("chance", chance)], best=True))
+        parts.append(
+            table(
+                f"{title}, {omegas}, protocol {protocols}, percent",
+                headings,
+                [*rows, _row("chance", chance)],
+                best=True,
+            )
+        )
     rows = [
         _row(f"{name}, {similarity}", result["metrics"][similarity])
         for name, result in results.items()
         for similarity in SIMILARITIES
     ]
-    return [*parts, table("Text to image by similarity, percent", headings, rows)]
+    return [*parts, table(f"Text to image by similarity, protocol {protocols}, percent", headings, rows)]
 
 
 def _significance(data: str, models: tuple[str, str], split: Split) -> str:
     differences = report_significance(data, models, split)
+    labels = [require_model(Store(data), name).label(name) for name in models]
     rows = [[label, *difference.cells()] for label, difference in differences.items()]
-    caption = f"{models[1]} minus {models[0]}: paired bootstrap over the people described"
+    caption = f"{labels[1]} minus {labels[0]}: paired bootstrap over the people described"
     return table(caption, ["", "difference", "95 % interval", "p"], rows)
 
 
@@ -130,15 +144,15 @@ def _comparisons(figures: Figures, store: Store) -> list[str]:
     parts = []
     for number, name in enumerate(store.names(COMPARISONS)):
         comparison: dict[str, Any] = store.read_json(COMPARISONS, name) or {}
+        summary = labelled(comparison)
         rows = [
-            [method, *(f"{row[key][0]:.2f} ± {row[key][1]:.2f}" for key in METRICS)]
-            for method, row in comparison["summary"].items()
+            [method, *(f"{row[key][0]:.2f} ± {row[key][1]:.2f}" for key in METRICS)] for method, row in summary.items()
         ]
         caption = (
             f"{comparison['recipe']}, split {comparison['split']}, {comparison['seeds']} seeds: "
             "mean ± deviation, percent"
         )
-        draw = functools.partial(draw_comparison, comparison["summary"])
+        draw = functools.partial(draw_comparison, summary)
         parts.append(table(caption, ["method", *METRICS.values()], rows, best=True))
         parts.append(figures.add(f"comparison-{number}", draw, caption))
     return parts
@@ -163,7 +177,9 @@ def _omega(figures: Figures, data: str, models: tuple[str, ...], split: Split) -
     return [*words, shown]
 
 
-def _ranked(figures: Figures, data: str, models: tuple[str, ...], split: Split, omega: float, seed: int) -> list[str]:
+def _ranked(
+    figures: Figures, data: str, models: tuple[str, ...], split: Split, omega: float | None, seed: int
+) -> list[str]:
     words = "A green frame marks the person described."
     if len(models) == 2:
         words = (
@@ -177,7 +193,7 @@ def _ranked(figures: Figures, data: str, models: tuple[str, ...], split: Split, 
     return [paragraph(words), figures.add("ranked", draw, "Ranked lists", photographs=True)]
 
 
-def _attributes(figures: Figures, store: Store, model: str, split: Split, omega: float) -> list[Section]:
+def _attributes(figures: Figures, store: Store, model: str, split: Split, omega: float | None) -> list[Section]:
     if store.manifest("attributes") is None:
         return []
     words = (

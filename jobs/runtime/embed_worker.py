@@ -95,7 +95,7 @@ class EmbedWorker:
     def _decode(self, image_id: str, content: bytes) -> np.ndarray | Reject:
         config = self.model.config
         try:
-            return decode_image(content, config.image_height, config.image_width)
+            return decode_image(content, config.image_height, config.image_width, config.image_resize)
         except ImageError as error:
             return Reject(image_id, error.reason, error.detail)
 

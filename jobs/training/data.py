@@ -8,7 +8,7 @@ trainer and send uint8. They import no torch, which would cost each of them seco
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,8 @@ from ceca.config import TrainConfig
 from ceca.data.store import Manifest, Store
 from ceca.data.tables import ImageRow
 from ceca.datasets.images import decode_image
-from ceca.training.order import epoch_order, epoch_partners
-from ceca.training.workers import batch_slice
+from ceca.model.tokens import CONTEXT
+from ceca.training.order import Batches, epoch_order, epoch_partners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,8 @@ class EncodedImages:
 class LoadSamples:
     """Ray Data actor: sample numbers → decoded images and tokens.
 
-    A sample number counts this worker's samples through all epochs. The order of an epoch gives the global batches;
-    this worker loads its own part of each batch.
+    A sample number counts this worker's samples through all passes. The order of an epoch gives the global batches;
+    this worker loads its own part of each batch. An epoch has two equal passes if it begins with a division.
 
     Args:
         config: settings of the training.
@@ -118,16 +118,16 @@ class LoadSamples:
         self.config, self.start = config, start
         self.samples: TrainingSet = ray.get(samples)
         self.images = EncodedImages(images)
-        self.rows = batch_slice(rank, size, config.global_batch)
-        self.steps = len(self.samples) // config.global_batch
+        self.places = worker_places(Batches.of(len(self.samples), config), rank, size)
         self.epoch = -1
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         samples = self.samples
         pairs, captions, summaries = np.array([self._pair(self.start + int(sample)) for sample in batch["id"]]).T
-        height, width = self.config.model.image_height, self.config.model.image_width
+        model = self.config.model
+        form = model.image_height, model.image_width, model.image_resize
         pixels = [
-            decode_image(self.images(part, row), height, width)
+            decode_image(self.images(part, row), *form)
             for part, row in zip(samples.part[pairs].tolist(), samples.row[pairs].tolist(), strict=True)
         ]
         return {
@@ -139,11 +139,10 @@ class LoadSamples:
 
     def _pair(self, sample: int) -> tuple[int, int, int]:
         """Positions of a sample's three pairs: the image's, the caption's and the summary's."""
-        step, offset = divmod(sample, self.rows.stop - self.rows.start)
-        epoch, step = divmod(step, self.steps)
-        if self.epoch != epoch:
-            self._begin(epoch)
-        pair = int(self.order[step * self.config.global_batch + self.rows.start + offset])
+        number, place = divmod(sample, len(self.places))
+        if self.epoch != number // passes(self.config):
+            self._begin(number // passes(self.config))
+        pair = int(self.order[self.places[place]])
         return pair, int(self.captions[pair]), int(self.summaries[pair])
 
     def _begin(self, epoch: int) -> None:
@@ -155,23 +154,75 @@ class LoadSamples:
         self.summaries = epoch_partners(*views, config.summary_swap, "summaries")
 
 
+def passes(config: TrainConfig) -> int:
+    """How often an epoch visits its pairs: before training for a division, and to train."""
+    return 2 if config.division == "consensus" else 1
+
+
+def worker_places(batches: Batches, rank: int, size: int) -> np.ndarray:
+    """The places in an epoch's order that a worker takes in all its steps, one after the other."""
+    return np.concatenate([batches.places(step, rank, size) for step in range(len(batches))]).astype(np.int64)
+
+
 def stream_batches(
     config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: dict[int, Any], start_step: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This worker's batches in order, from `start_step` (counted through all epochs) to the end of training."""
-    steps = len(ray.get(samples)) // config.global_batch * config.epochs - start_step
-    rows = batch_slice(rank, size, config.global_batch)
-    per_step = rows.stop - rows.start
+    """This worker's batches in order, to the end of training.
+
+    Args:
+        config: settings of the training.
+        rank: number of this worker.
+        size: number of workers.
+        samples: reference to the TrainingSet.
+        images: part → reference to its encoded images.
+        start_step: finished training steps. A division's pass comes before the first step of its epoch.
+    """
+    batches = Batches.of(len(ray.get(samples)), config)
+    rows = [len(batches.places(step, rank, size)) for step in range(len(batches))]
+    epoch, step = divmod(start_step, len(batches))
+    done = epoch * passes(config) + (passes(config) - 1 if step else 0)  # passes
+    start, stop = done * sum(rows) + sum(rows[:step]), config.epochs * passes(config) * sum(rows)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    numbers = ray.data.range(steps * per_step, override_num_blocks=max(1, min(steps // 4, 1000)))
+    sizes = (rows * (config.epochs * passes(config) - done))[step:]
+    if start == stop:  # fewer pairs than workers
+        return cut_batches(iter(()), sizes, empty_batch(config))
+    numbers = ray.data.range(stop - start, override_num_blocks=max(1, min(len(sizes) // 4, 1000)))
     loaded = numbers.map_batches(
         LoadSamples,
-        fn_constructor_args=(config, rank, size, samples, images, start_step * per_step),
-        batch_size=per_step,
+        fn_constructor_args=(config, rank, size, samples, images, start),
+        batch_size=max(rows),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.loaders_per_worker),
         num_cpus=config.cpus_per_loader,
     )
-    return iter(loaded.iter_batches(batch_size=per_step, prefetch_batches=2))
+    return cut_batches(iter(loaded.iter_batches(batch_size=max(rows), prefetch_batches=2)), sizes, empty_batch(config))
+
+
+def empty_batch(config: TrainConfig) -> dict[str, np.ndarray]:
+    """The part of a batch with fewer pairs than workers, for a worker that gets none."""
+    pixels = np.zeros((0, config.model.image_height, config.model.image_width, 3), np.uint8)
+    ids = np.zeros((0, CONTEXT), np.int32)
+    return {"image": pixels, "caption": ids, "summary": ids, "identity": np.zeros(0, np.int64)}
+
+
+def cut_batches(
+    stream: Iterator[dict[str, np.ndarray]], sizes: Iterable[int], empty: dict[str, np.ndarray]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Cut a stream of rows in pieces of any size into batches of the given sizes.
+
+    Args:
+        stream: column → values; together at least as many rows as the sizes.
+        sizes: rows of each batch.
+        empty: a batch without rows.
+    """
+    held = empty
+    for size in sizes:
+        while len(held["identity"]) < size:
+            piece = next(stream)
+            held = (
+                {name: np.concatenate([held[name], piece[name]]) for name in held} if len(held["identity"]) else piece
+            )
+        yield {name: values[:size] for name, values in held.items()}
+        held = {name: values[size:] for name, values in held.items()}

@@ -60,11 +60,12 @@ def train_and_publish(
     connect()
     started = time.monotonic()
     pairs = training_pairs(store, config, tables)
-    validation = held_out(store, tables) if config.validate_every else None
+    validation = held_out(store, tables, config.protocol) if config.validate_every else None
     checkpoint = fit(store, config, make_run(store, config, tables["images"], folder, pairs, validation))
     record, weights, curve = _best(store, folder, checkpoint)
     validation_split = validation.split if validation is not None else None
     record |= {
+        "protocol": config.protocol,
         "validation_split": validation_split,
         "seconds": round(time.monotonic() - started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__},
@@ -84,7 +85,11 @@ def train_and_publish(
     )
     store.remove(folder)
     best = record["best"]
-    chosen = f", best on {validation_split} with Rank-1 {best['rank1']:.1f}" if "rank1" in best else ""
+    chosen = (
+        f", best on {validation_split} with Rank-1 {best['rank1']:.1f} (protocol {config.protocol})"
+        if "rank1" in best
+        else ""
+    )
     console.print(f"train: {config.name} of epoch {best['epoch']}{chosen}; {record['seconds']:.0f} s → {published.uri}")
     return published
 

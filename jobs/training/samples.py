@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from ceca.config import TrainConfig
+from ceca.config import Protocol, TrainConfig
 from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Reject, Store, filesystem
 from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs
@@ -36,7 +36,7 @@ def training_pairs(
     if missing:
         label("warning", "yellow", f"{len(missing)} images have no summary and are left out of training")
     pairs = make_pairs(store, rows, tables["captions"])
-    if pairs.num_rows < config.global_batch:
+    if not pairs.num_rows or (pairs.num_rows < config.global_batch and config.last_batch == "drop"):
         raise UserError(
             f"split {config.split!r} has {pairs.num_rows} image-caption pairs, fewer than one global batch of "
             f"{config.global_batch}; lower --global-batch or check the dataset"
@@ -101,17 +101,16 @@ def number_identities(pairs: pa.Table) -> np.ndarray:
     return np.unique(keys, axis=1, return_inverse=True)[1].ravel()
 
 
-def held_out(store: Store, tables: Mapping[str, Manifest]) -> HeldOut | None:
-    """The images and captions of the validation split, or of the test split if there is none.
+def held_out(store: Store, tables: Mapping[str, Manifest], protocol: Protocol = "validation") -> HeldOut | None:
+    """The images and captions by which the epoch is chosen: of `val`, or with the protocol `released` of `test`.
 
     Returns None if there are no such images or captions.
     """
-    split = "val"
+    split = "test" if protocol == "released" else "val"
     images, _ = _summarised(store, tables, split)
     if not images:
-        split = "test"
-        images, _ = _summarised(store, tables, split)
-        label("warning", "yellow", "there is no split val; the model is chosen on test, as its benchmark does")
+        hint = "; --protocol released chooses it on test, as published tables do" if split == "val" else ""
+        label("warning", "yellow", f"there is no split {split}: the last epoch is kept{hint}")
     pairs = make_pairs(store, images, tables["captions"])
     if not images or not pairs.num_rows:
         return None

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ceca.config import OMEGA
 from ceca.datasets.images import decode_image
 from ceca.metrics import retrieval_metrics
 from ceca.model.backbone import tokenize, trim
@@ -52,7 +53,9 @@ def validate(model: CECA, run: Run, device: torch.device, batch: int = 64) -> di
     if rank == 0:
         gallery = _join([share.gallery for share in shares if share.gallery])
         queries = _join([share.queries for share in shares if share.queries])
-        similarity = fused_similarity(queries, gallery, run.config.validation_omega)  # type: ignore[arg-type]
+        config = run.config
+        omega = OMEGA["released"] if config.protocol == "released" else config.validation_omega
+        similarity = fused_similarity(queries, gallery, omega)  # type: ignore[arg-type]
         query_identities = np.concatenate([share.query_identities for share in shares])
         gallery_identities = np.concatenate([share.gallery_identities for share in shares])
         metrics = [retrieval_metrics(similarity, query_identities, gallery_identities).as_dict()]
@@ -68,13 +71,12 @@ def _embed_share(model: CECA, run: Run, device: torch.device, batch: int) -> Emb
     encoded = EncodedImages(run.images)
     model.eval()
     config, dtype = run.config.model, next(model.parameters()).dtype
+    form = config.image_height, config.image_width, config.image_resize
     gallery, queries = [], []
     rows = held_out.images[rank::size]
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        pixels = np.stack(
-            [decode_image(encoded(row.part, row.row), config.image_height, config.image_width) for row in part]
-        )
+        pixels = np.stack([decode_image(encoded(row.part, row.row), *form) for row in part])
         images = normalize(torch.from_numpy(pixels).to(device)).to(dtype)
         summaries = trim(tokenize([row.summary for row in part])).to(device)
         gallery.append([side.cpu() for side in model.embed_gallery(images, summaries)])

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ceca.model.backbone import trim
 from ceca.model.ceca import CECA, Features
 from ceca.model.weights import build_model, serialize
 from ceca.training.augment import augment_images, draw, generator, hide_words, mask_words
+from ceca.training.division import divide
 from ceca.training.engine import (
     Progress,
     import_deepspeed,
@@ -36,9 +38,10 @@ from ceca.training.engine import (
     save_checkpoint,
     whole_model,
 )
+from ceca.training.order import Batches, batch_slice
 from ceca.training.precision import BF16Backward, keep_freed_memory
-from ceca.training.step import cawl, loss_terms, scaled_loss
-from ceca.training.workers import batch_slice, gather_features, gather_identities, world
+from ceca.training.step import branch_losses, cawl, loss_terms, scaled_loss
+from ceca.training.workers import gather_features, gather_identities, world
 from jobs.runtime.noise import tell, tell_warnings
 from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches
@@ -60,15 +63,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     model = build_model(config.model)
     if {"identity", "words"} & set(config.losses.terms):
         model.add_heads(samples.identities)
-    steps = len(samples) // config.global_batch
+    batches = Batches.of(len(samples), config)
     scratch = _scratch(run)
-    engine = make_engine(model, config, steps)
-    progress = _resume(engine, config, steps)
-    total = steps * config.epochs
-    if progress.steps < total:
-        watch = Watch(config, Store(run.store_uri), run.run, steps, progress.steps) if rank == 0 else None
+    engine = make_engine(model, config, len(batches))
+    progress = _resume(engine, config, len(batches))
+    if progress.steps < len(batches) * config.epochs:
+        watch = Watch(config, Store(run.store_uri), run.run, len(batches), progress.steps) if rank == 0 else None
         try:
-            _train(engine, run, progress, steps, device, watch, scratch)
+            _train(engine, run, progress, batches, device, watch, scratch)
         finally:
             if watch is not None:
                 watch.close()
@@ -88,20 +90,29 @@ def _prepare_device(config: TrainConfig, size: int) -> torch.device:
 
 
 def _train(
-    engine: Any, run: Run, progress: Progress, steps: int, device: torch.device, watch: Watch | None, scratch: Path
+    engine: Any,
+    run: Run,
+    progress: Progress,
+    batches: Batches,
+    device: torch.device,
+    watch: Watch | None,
+    scratch: Path,
 ) -> None:
     """Take the steps that are left: watch them, validate at the end of an epoch, and save checkpoints."""
-    config = run.config
-    batches = stream_batches(config, *world(), run.samples, run.images, progress.steps)
+    config, steps = run.config, len(batches)
+    stream = stream_batches(config, *world(), run.samples, run.images, progress.steps)
     engine.train()
     waited, begun, first = 0.0, time.perf_counter(), progress.steps
     kept = progress.steps  # of the last checkpoint
     while progress.steps < steps * config.epochs:
-        before = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - before
         epoch, step = divmod(progress.steps, steps)
-        features, identities, terms = _train_step(engine, batch, config, epoch, step, device)
+        if step == 0 and config.division == "consensus":
+            progress.clean = _divide(engine, stream, batches, config, epoch, device)
+        before = time.perf_counter()
+        batch = next(stream)
+        waited += time.perf_counter() - before
+        clean = _of_step(progress.clean, batches, step, device)
+        features, identities, terms = _train_step(engine, batch, config, epoch, step, batches.size(step), clean, device)
         progress.curve.add(terms)
         progress.steps += 1
         ends_epoch = step + 1 == steps
@@ -112,7 +123,7 @@ def _train(
             _watch_step(watch, engine, progress, features, identities, config)
         if ends_epoch:
             seconds = time.perf_counter() - begun
-            rate = (progress.steps - first) * config.global_batch / seconds
+            rate = (batches.samples - first % steps * config.global_batch) / seconds
             record = {
                 "epoch": epoch + 1,
                 **progress.curve.mean(steps),
@@ -121,6 +132,8 @@ def _train(
                 "input_wait": waited / seconds,
                 **model_flops_utilisation(config, ray.get(run.samples), rate),
             }
+            if progress.clean is not None:
+                record["clean"] = float(progress.clean.mean())
             record |= _validate_and_keep_best(engine, run, progress, epoch, device)
             progress.history.append(record)
             if watch is not None:
@@ -134,9 +147,76 @@ def _train(
 
 
 def _train_step(
-    engine: Any, batch: dict[str, np.ndarray], config: TrainConfig, epoch: int, step: int, device: torch.device
+    engine: Any,
+    batch: dict[str, np.ndarray],
+    config: TrainConfig,
+    epoch: int,
+    step: int,
+    whole: int,
+    clean: Tensor | None,
+    device: torch.device,
 ) -> tuple[Features, Tensor, dict[str, Tensor]]:
-    """Take one step over the global batch.
+    """Take one step over the global batch; arguments as `_features`.
+
+    Args:
+        clean: [B] booleans, the samples to learn from; None: all.
+
+    Returns:
+        The features and identities of the global batch, and the loss terms.
+    """
+    features, identities = _features(engine, batch, config, epoch, step, whole, device)
+    terms = loss_terms(features, identities, config.losses, clean)
+    engine.backward(scaled_loss(terms))
+    engine.step()
+    return features, identities, terms
+
+
+@torch.no_grad()
+def _divide(
+    engine: Any,
+    stream: Iterator[dict[str, np.ndarray]],
+    batches: Batches,
+    config: TrainConfig,
+    epoch: int,
+    device: torch.device,
+) -> np.ndarray:
+    """Pass over an epoch's pairs without learning, and divide them into clean and noisy ones by their losses.
+
+    Returns:
+        [P] booleans in the order of the epoch, on every worker those of rank 0.
+    """
+    engine.eval()
+    losses = []
+    for step in range(len(batches)):
+        features, identities = _features(engine, next(stream), config, epoch, step, batches.size(step), device)
+        losses.append(branch_losses(features, identities, config.losses))
+    engine.train()
+    clean = divide(torch.cat(losses, dim=1).cpu().numpy(), config.seed, epoch, config.division_fit)
+    if world()[1] > 1:  # machines of different kinds may differ in the last digit
+        shared = torch.from_numpy(clean).to(device, torch.uint8)
+        torch.distributed.broadcast(shared, src=0)
+        clean = shared.cpu().numpy().astype(bool)
+    return clean
+
+
+def _of_step(clean: np.ndarray | None, batches: Batches, step: int, device: torch.device) -> Tensor | None:
+    """Which samples of a step are clean, [B]; None without a division."""
+    if clean is None:
+        return None
+    first = step * batches.batch
+    return torch.from_numpy(clean[first : first + batches.size(step)]).to(device)
+
+
+def _features(
+    engine: Any,
+    batch: dict[str, np.ndarray],
+    config: TrainConfig,
+    epoch: int,
+    step: int,
+    whole: int,
+    device: torch.device,
+) -> tuple[Features, Tensor]:
+    """Compute the features of the global batch.
 
     Args:
         engine: DeepSpeed's engine.
@@ -144,12 +224,12 @@ def _train_step(
         config: settings of the training.
         epoch: number of the epoch, from 0.
         step: number of the step in the epoch, from 0.
+        whole: B, samples in the global batch.
         device: device of the model.
 
     Returns:
-        The features and identities of the global batch, and the loss terms.
+        The features and identities of the global batch.
     """
-    whole = config.global_batch
     mine = batch_slice(*world(), whole)
     ids = torch.tensor(batch["caption"], dtype=torch.long)
     source = generator(config.seed, epoch, step)
@@ -172,12 +252,7 @@ def _train_step(
     summaries = parts[1] if config.model.summary_weight > 0 else None
     with BF16Backward() if config.backward == "bf16" else contextlib.nullcontext():
         local_features = engine(images, parts[0], summaries, labels, words)
-    features = gather_features(local_features, whole)
-    identities = gather_identities(identity, whole)
-    terms = loss_terms(features, identities, config.losses)
-    engine.backward(scaled_loss(terms))
-    engine.step()
-    return features, identities, terms
+    return gather_features(local_features, whole), gather_identities(identity, whole)
 
 
 @torch.no_grad()

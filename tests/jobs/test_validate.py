@@ -26,3 +26,6 @@ def test_the_similarities_are_fused_with_the_settings_omega(monkeypatch: Any, om
     config = from_mapping(TrainConfig, {"validation_omega": omega})
     metrics = validate(SimpleNamespace(), SimpleNamespace(config=config), torch.device("cpu"))  # type: ignore[arg-type]
     assert metrics["rank1"] == rank_1
+    released = from_mapping(TrainConfig, {"validation_omega": omega, "protocol": "released"})
+    metrics = validate(SimpleNamespace(), SimpleNamespace(config=released), torch.device("cpu"))  # type: ignore[arg-type]
+    assert metrics["rank1"] == 0.0  # ω 0.5, whatever the setting

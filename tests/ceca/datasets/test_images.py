@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torchvision.transforms
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
@@ -301,3 +302,12 @@ def test_only_images_that_programs_may_misread_are_encoded_again():
     ):
         plain = plain_image(special)
         assert (np.asarray(Image.open(io.BytesIO(plain)).convert("RGB")) == shown(special)).all()
+
+
+@pytest.mark.parametrize(("resize", "mode"), [("bilinear", "BILINEAR"), ("bicubic", "BICUBIC")])
+@pytest.mark.parametrize("size", [(16, 8), (384, 128)], ids=["smaller", "larger"])
+def test_images_are_resized_as_torchvision_does_it(resize: str, mode: str, size: tuple[int, int]):
+    content = encoded("PNG")
+    transform = torchvision.transforms.Resize(size, torchvision.transforms.InterpolationMode[mode], antialias=True)
+    assert np.array_equal(decode_image(content, *size, resize), np.asarray(transform(Image.open(io.BytesIO(content)))))
+    assert np.array_equal(decode_image(content, *size), decode_image(content, *size, "bicubic"))

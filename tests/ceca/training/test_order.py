@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceca.training.order import epoch_order, epoch_partners, published_noise, shuffled_captions
+from ceca.training.order import Batches, epoch_order, epoch_partners, published_noise, shuffled_captions
 
 
 @settings(deadline=None)
@@ -97,3 +97,16 @@ def test_a_published_index_file_says_whose_caption_a_pair_gets():
 def test_another_file_is_refused_and_runs_no_code(content: bytes, problem: str):
     with pytest.raises(ValueError, match=problem):
         published_noise(content, 4)
+
+
+@settings(max_examples=40)
+@given(pairs=st.integers(1, 200), batch=st.integers(1, 30), workers=st.integers(1, 9), keep=st.booleans())
+def test_workers_share_every_batch_of_an_epoch_and_the_last_one_is_kept_or_dropped(
+    pairs: int, batch: int, workers: int, keep: bool
+):
+    batches = Batches(pairs, batch, keep)
+    steps = [[p for rank in range(workers) for p in batches.places(s, rank, workers)] for s in range(len(batches))]
+    assert [place for step in steps for place in step] == list(range(batches.samples))
+    assert [len(step) for step in steps] == [batches.size(step) for step in range(len(batches))]
+    full, rest = divmod(pairs, batch)
+    assert [len(step) for step in steps] == [batch] * full + ([rest] if keep and rest else [])
