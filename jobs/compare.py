@@ -122,11 +122,11 @@ def summarise(results: list[dict[str, float]]) -> dict[str, tuple[float, float]]
 def labelled(comparison: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
     """The summary with each method's protocol beside its name, unless it is `validation`."""
     made = comparison.get("made", {})  # comparisons before 0.2 have none
-    labels = {method: made.get(method, {}).get("protocol", "validation") for method in comparison["summary"]}
-    return {
-        method if labels[method] == "validation" else f"{method} (protocol {labels[method]})": row
-        for method, row in comparison["summary"].items()
-    }
+    found = {}
+    for method, row in comparison["summary"].items():
+        protocol = made.get(method, {}).get("protocol", "validation")
+        found[Path(method).stem + ("" if protocol == "validation" else f" (protocol {protocol})")] = row
+    return found
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         words = [f"{known[0]:.2f} ({known[1] or '–'})" if known else ""] if published else []
         made = comparison["made"][method]
         short = "+".join(Path(part).stem for part in made["recipe"].split("+"))
-        table.add_row(method, short, f"{made['protocol']}, ω {made['omega']:g}", *marked, *words)
+        table.add_row(Path(method).stem, short, f"{made['protocol']}, ω {made['omega']:g}", *marked, *words)
     console.print(table)
 
 

@@ -17,7 +17,7 @@ from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.environment import usable_gpus
 from ceca.errors import UserError
-from ceca.model.registry import PublishedModel, find_model
+from ceca.model.registry import PublishedModel, find_model, find_named
 from ceca.settings import to_mapping
 from jobs.runtime.alone import alone
 from jobs.runtime.console import console, entry
@@ -43,6 +43,8 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
         from jobs.training.samples import read_noise_file
 
         made_from["noise_file"] = hashlib.sha256(read_noise_file(config.noise_file)).hexdigest()
+    if config.model.pretrained is not None and (start := find_named(store, config.model.pretrained)) is not None:
+        made_from["pretrained"] = start.digest  # another model may be published under its name later
     version = version_of("train", SCHEMA_VERSION, made_from, to_mapping(config, results_only=True))
     if not redo and (published := _published(store, config, version)):
         return published

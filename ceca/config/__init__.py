@@ -14,6 +14,7 @@ from ceca.config.ingest import DrawConfig, IngestConfig, Split
 from ceca.config.train import (
     OMEGA,
     AugmentationConfig,
+    Format,
     LossConfig,
     ModelConfig,
     OptimiserConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "DialogueConfig",
     "DrawConfig",
     "EvaluateConfig",
+    "Format",
     "IndexConfig",
     "IngestConfig",
     "LossConfig",

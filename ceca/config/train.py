@@ -17,7 +17,8 @@ class ModelConfig:
     backbone: str = "ViT-B-16-quickgelu"
     """Name of an open_clip ViT, or `ceca-tiny`, a small ViT that trains from random weights on a CPU."""
     pretrained: str | None = None
-    """CLIP weights: an open_clip tag, a local file or a URI. None means random weights, and nothing is downloaded."""
+    """Weights to start from: a file or URI (CLIP, IRRA, RDE, CECA), an open_clip tag, or a published model by name or
+    URI. None means random weights, and nothing is downloaded."""
     image_height: Positive = 384
     """Height in pixels to which images are resized."""
     image_width: Positive = 128
@@ -45,6 +46,7 @@ class ModelConfig:
     """Initial value of γ in the mixer's gate, `query + sigmoid(γ)·Δ`."""
 
 
+Format = Literal["open_clip", "openai", "irra", "rde", "ceca"]  # of weights for other programs
 Protocol = Literal["validation", "released"]
 OMEGA: dict[Protocol, float] = {"validation": 0.3, "released": 0.5}  # ω by protocol, where no setting says another
 

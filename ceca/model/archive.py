@@ -1,8 +1,9 @@
-"""Weights in torch's files, read without running anything that a file brings along.
+"""Files of weights, read without running anything that a file brings along.
 
-A file of `torch.save` and a TorchScript archive are zips of one pickle and raw storages. The pickle is read by an
-unpickler that knows tensors and plain containers. `argparse.Namespace`, which trainers keep beside the weights, and
-the module classes of TorchScript become records of their attributes; every other class is an error.
+Notable: safetensors hold nothing but tensors. A file of `torch.save` and a TorchScript archive are zips of one pickle
+and raw storages. The pickle is read by an unpickler that knows tensors and plain containers. `argparse.Namespace`,
+which trainers keep beside the weights, and the module classes of TorchScript become records of their attributes; every
+other class is an error.
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import fsspec
+import safetensors.torch
 import torch
 from torch import Tensor
+
+from ceca.model.backbone import WeightsError
+
+NESTED = ("state_dict", "model", "model_state_dict")  # where trainers keep weights beside the optimiser's state
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -30,6 +37,64 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+
+class Content(NamedTuple):
+    """What is in a file: weights by name, and the names of what lies beside them."""
+
+    weights: dict[str, Tensor]
+    others: list[str]
+
+
+def read_weights(name: str, source: str) -> Content:
+    """The content of a file of weights: safetensors, a torch file, or OpenAI's TorchScript archive.
+
+    Args:
+        name: the backbone's name, for tags.
+        source: open_clip tag, local file or URI.
+
+    Raises:
+        WeightsError: it is not found, is damaged, holds code, or has no weights.
+    """
+    path = _find_weights(name, source)
+    try:
+        if path.suffix == ".safetensors":
+            return Content(safetensors.torch.load_file(path), [])
+        found = read_archive(path)
+        found = tensors_of(found) if isinstance(found, Record) else found  # OpenAI's own files are TorchScript
+    except Exception as error:
+        raise WeightsError(f"{source!r} cannot be read as weights ({type(error).__name__}: {error})") from error
+    others: list[str] = []
+    while isinstance(found, dict) and (inner := next((key for key in NESTED if key in found), None)):
+        others += [str(key) for key in found if key != inner]
+        found = found[inner]
+    content = found if isinstance(found, dict) else {}
+    weights = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise WeightsError(f"{source!r} holds something else than named weights")
+    return Content(weights, others + [str(key) for key in content if str(key) not in weights])
+
+
+def _find_weights(name: str, source: str) -> Path:
+    if "://" in source:
+        try:
+            return Path(fsspec.open_local(f"simplecache::{source}"))
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"cannot fetch weights from {source!r}: {error}") from error
+    if Path(source).is_file():
+        return Path(source)
+    import open_clip  # slow to import, and only a download needs it
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if source not in tags:
+        raise WeightsError(f"no weights {source!r}: not a file, and the tags of {name} are {', '.join(tags) or 'none'}")
+    try:
+        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, source)))
+    except Exception as error:
+        raise WeightsError(
+            f"cannot download {name} {source!r} ({type(error).__name__}: {error}); "
+            "fetch the file where there is a network and pass its path as --model.pretrained"
+        ) from error
 
 
 class Record:

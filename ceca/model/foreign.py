@@ -1,7 +1,8 @@
-"""Other programs' weights: import checkpoints of IRRA and RDE, export a model's CLIP part for open_clip.
+"""Other programs' weights: what a checkpoint holds under our names, and a model under theirs.
 
-Notable: files are read as tensors and nothing else; a pickle that holds code is refused, and the code never runs. A
-weight that cannot be placed is an error, so that no import silently loses a part of a model.
+Notable: CLIP's towers alone (OpenAI, open_clip), IRRA's format, RDE's, the released CECA program's, and published
+models of ours are read alike, to import them and to start a training. A weight of the towers or of the local branch
+that cannot be placed is an error; other names that nothing here uses are listed.
 """
 
 from __future__ import annotations
@@ -10,104 +11,123 @@ import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ceca.config import ModelConfig
+from ceca.config import Format, ModelConfig
+from ceca.data.store import Store
+from ceca.errors import UserError
+from ceca.model.archive import read_weights
 from ceca.model.backbone import WeightsError
 from ceca.model.ceca import CECA
-from ceca.model.weights import NOT_WEIGHTS, read_weights
+from ceca.model.registry import find_named, model_file
+from ceca.settings import from_mapping
 
-# RDE's names, misspelt there → ours. Two modules that RDE creates and never uses are left out: the images' second
-# projection (`linear`) and the normalisation of the output.
-RDE_NAMES = {
-    r"visul_emb_layer\.fc\.": "visual_embedding.linear.",
-    r"texual_emb_layer\.linear\.": "textual_embedding.linear.",
-    r"visul_emb_layer\.mlp\.layers\.0\.": "visual_embedding.hidden.",
-    r"texual_emb_layer\.mlp\.layers\.0\.": "textual_embedding.hidden.",
-    r"visul_emb_layer\.mlp\.bns\.0\.": "visual_embedding.norm.",
-    r"texual_emb_layer\.mlp\.bns\.0\.": "textual_embedding.norm.",
-    r"visul_emb_layer\.mlp\.layers\.1\.": "visual_embedding.out.",
-    r"texual_emb_layer\.mlp\.layers\.1\.": "textual_embedding.out.",
+# What files of CLIP carry besides weights, and the scale that nothing here uses.
+NOT_WEIGHTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
+LOCAL = ("visual_mixer", "textual_mixer", "visual_embedding", "textual_embedding")  # taken whole or not at all
+
+# RDE's sides, misspelt there, and the released CECA program's mixers → ours.
+SIDES = {"visul_emb_layer": "visual", "texual_emb_layer": "textual"}
+PARTS = {
+    "mlp.layers.0.": "embedding.hidden.",
+    "mlp.bns.0.": "embedding.norm.",
+    "mlp.layers.1.": "embedding.out.",
+    "refiner.g": "mixer.gate",
+    "refiner.ln_q.": "mixer.self_norm.",
+    "refiner.ln_c.": "mixer.cross_norm.",
+    "refiner.sa.out_proj.": "mixer.self_attention.out.",
+    "refiner.ca.out_proj.": "mixer.cross_attention.out.",
+    "refiner.sa.in_proj_": "mixer.self_attention.in_proj_",  # q, k and v in one tensor
+    "refiner.ca.in_proj_": "mixer.cross_attention.in_proj_",
+    "refiner.mlp.": "mixer.mlp.",
 }
-# The mixers of the released CECA program, in which an attention's q, k and v are one tensor.
-for _side, _ours in (("visul", "visual"), ("texual", "textual")):
-    RDE_NAMES |= {
-        rf"{_side}_emb_layer\.refiner\.g$": f"{_ours}_mixer.gate",
-        rf"{_side}_emb_layer\.refiner\.ln_q\.": f"{_ours}_mixer.self_norm.",
-        rf"{_side}_emb_layer\.refiner\.ln_c\.": f"{_ours}_mixer.cross_norm.",
-        rf"{_side}_emb_layer\.refiner\.sa\.out_proj\.": f"{_ours}_mixer.self_attention.out.",
-        rf"{_side}_emb_layer\.refiner\.ca\.out_proj\.": f"{_ours}_mixer.cross_attention.out.",
-        rf"{_side}_emb_layer\.refiner\.sa\.in_proj_": f"{_ours}_mixer.self_attention.in_proj_",
-        rf"{_side}_emb_layer\.refiner\.ca\.in_proj_": f"{_ours}_mixer.cross_attention.in_proj_",
-        rf"{_side}_emb_layer\.refiner\.mlp\.": f"{_ours}_mixer.mlp.",
-    }
-UNUSED = re.compile(
-    r"visul_emb_layer\.linear\.|(visul|texual)_emb_layer\.mlp\.bns\.1\.|.*num_batches_tracked$|logit_scale$"
-    # IRRA's heads, which only training needs
-    r"|classifier\.|cross_attn\.|cross_modal_transformer\.|ln_pre_[ti]\.|ln_post\.|mlm_head\."
-)
+LINEAR = {"visul_emb_layer": "fc.", "texual_emb_layer": "linear."}
+THEIR_NAMES = {
+    f"{SIDES[side]}_{ours}": f"{side}.{theirs}"
+    for side in SIDES
+    for theirs, ours in {LINEAR[side]: "embedding.linear.", **PARTS}.items()
+}
+# Two modules of RDE that it creates and never uses: the images' second projection and the output's normalisation.
+UNUSED = re.compile(r"visul_emb_layer\.linear\.|(visul|texual)_emb_layer\.mlp\.bns\.1\.|.*num_batches_tracked$")
 
 
-def import_checkpoint(source: str, config: ModelConfig) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read a checkpoint of IRRA or RDE as a model of this program.
+class Checkpoint(NamedTuple):
+    """Weights of some program, in fp32 under our names.
+
+    Attributes:
+        source: where it was read.
+        kind: `CLIP`, `IRRA`, `RDE`, `CECA` or `published model`.
+        state: the weights.
+        origin: their names in the file, by ours.
+        not_used: names in the file that no model of ours takes.
+        config: settings of a published model; other files do not state any.
+    """
+
+    source: str
+    kind: str
+    state: dict[str, Tensor]
+    origin: dict[str, str]
+    not_used: list[str]
+    config: ModelConfig | None = None
+
+
+# --- in ---------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(source: str, config: ModelConfig, store: Store | None = None) -> Checkpoint:
+    """Read a checkpoint of any known program.
 
     Args:
-        source: local file or URI.
-        config: backbone and image size, which a checkpoint does not state.
-
-    Returns:
-        The settings of the model and its weights.
+        source: local file, URI of a file, open_clip tag, or a published model by name or URI.
+        config: its backbone, of which open_clip has tags.
+        store: the dataset, in which names of published models are looked up.
 
     Raises:
-        WeightsError: the file is no such checkpoint, is of another backbone or image size, or holds more than tensors.
+        WeightsError: it is not found or of no known program, holds code, or has weights that would be lost.
     """
-    checkpoint = read_weights(config.backbone, source)
-    checkpoint = {name.removeprefix("module."): value for name, value in checkpoint.items()}
-    if "base_model.visual.conv1.weight" not in checkpoint:
-        first = ", ".join(sorted(checkpoint)[:3])
-        raise WeightsError(
-            f"{source!r} is no checkpoint of IRRA or RDE: it has no base_model.visual.conv1.weight (found {first}, …)"
-        )
-    local = any(name.startswith("visul_emb_layer.") for name in checkpoint)
-    state = _translate(checkpoint, source)
-    mixed = "visual_mixer.gate" in state
-    config = dataclasses.replace(
-        config,
-        pretrained=None,
-        summary_weight=0.3 if mixed else 0.0,
-        local_branch=local,
-        mixer="bidirectional" if mixed else "none",
-        mixer_order="released" if mixed else "alternating",
-        token_ratio=0.3 if local and not mixed else 1.0,
-        local_dim=len(state["visual_embedding.out.bias"]) if local else config.local_dim,
-    )
-    _require_fit(state, config, source)
-    return config, state
-
-
-def _translate(checkpoint: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The weights of a checkpoint in fp32 under our names, without those that retrieval never uses.
-
-    Raises:
-        WeightsError: neither IRRA nor RDE has a weight of some name.
-    """
-    state: dict[str, Tensor] = {}
-    unknown = []
-    for name, value in checkpoint.items():
-        ours = _our_name(name)
+    published = find_named(store, source) if store is not None else None
+    if store is not None and published is not None:
+        state = safetensors.torch.load(model_file(store, source, "model.safetensors"))
+        settings = from_mapping(ModelConfig, published.config["model"], f"{published.uri} config.json")
+        return Checkpoint(source, "published model", state, {name: name for name in state}, [], settings)
+    content = read_weights(config.backbone, source)
+    weights = {name.removeprefix("module."): name for name in content.weights}  # PyTorch's wrapper for many GPUs
+    kind = _kind(weights, source)
+    found = Checkpoint(source, kind, {}, {}, list(content.others))
+    lost = []
+    for name, theirs in weights.items():
+        ours = _our_name(f"base_model.{name}" if kind == "CLIP" else name)
         if ours is not None:
-            state |= _split(ours, value.float())
-        elif not UNUSED.match(name) and name.removeprefix("base_model.") not in NOT_WEIGHTS:
-            unknown.append(name)
-    if unknown:
+            for part, value in _split(ours, content.weights[theirs].float()).items():
+                found.state[part], found.origin[part] = value, theirs
+        elif name.startswith(tuple(SIDES)) and not UNUSED.match(name):
+            lost.append(theirs)
+        else:
+            found.not_used.append(theirs)
+    if lost:
         raise WeightsError(
-            f"{source!r} has {len(unknown)} weights that neither IRRA nor RDE has, e.g. {sorted(unknown)[0]}; "
-            "the imported model would lose them"
+            f"{source!r} has {len(lost)} weights in its local branch that neither RDE nor CECA has, e.g. "
+            f"{sorted(lost)[0]}; a model without them would give other embeddings"
         )
-    return state
+    return found
+
+
+def _kind(names: dict[str, str], source: str) -> str:
+    if "visual.conv1.weight" in names:
+        return "CLIP"
+    if "base_model.visual.conv1.weight" not in names:
+        first = ", ".join(sorted(names)[:3])
+        raise WeightsError(
+            f"{source!r} is no checkpoint of CLIP, IRRA or RDE: it has no visual.conv1.weight (found {first}, …)"
+        )
+    if any(".refiner." in name for name in names):
+        return "CECA"
+    return "RDE" if any(name.startswith(tuple(SIDES)) for name in names) else "IRRA"
 
 
 def _our_name(name: str) -> str | None:
@@ -117,9 +137,9 @@ def _our_name(name: str) -> str | None:
         return None if rest in NOT_WEIGHTS else f"backbone.clip.{rest}"
     if UNUSED.match(name):
         return None
-    for theirs, ours in RDE_NAMES.items():
-        if re.match(theirs, name):
-            return re.sub(theirs, ours, name, count=1)
+    for ours, theirs in THEIR_NAMES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
     return None
 
 
@@ -132,13 +152,87 @@ def _split(name: str, value: Tensor) -> dict[str, Tensor]:
     return {name: value.reshape(1) if name.endswith(".gate") else value}
 
 
-def _require_fit(state: dict[str, Tensor], config: ModelConfig, source: str) -> None:
-    """Check that weights have the names and shapes of a model.
+def import_checkpoint(
+    source: str | Checkpoint, config: ModelConfig, store: Store | None = None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Take a checkpoint as a model that embeds as its own program does.
+
+    Args:
+        source: what `read_checkpoint` takes or returned.
+        config: backbone and image size, which most checkpoints do not state.
+        store: the dataset, in which names of published models are looked up.
+
+    Returns:
+        The settings of the model and its weights.
 
     Raises:
-        WeightsError: they do not; the message gives one difference and the number of others.
+        WeightsError: the checkpoint is of another backbone or image size, or `read_checkpoint` raises.
     """
-    shapes = {name: value.shape for name, value in CECA(config).state_dict().items()}
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source, config, store)
+    state = dict(checkpoint.state)
+    if checkpoint.config is not None:
+        return dataclasses.replace(checkpoint.config, pretrained=None), state
+    local, mixed = checkpoint.kind in ("RDE", "CECA"), checkpoint.kind == "CECA"
+    width = state.get("visual_embedding.out.bias")
+    config = dataclasses.replace(
+        config,
+        pretrained=None,
+        summary_weight=0.3 if mixed else 0.0,
+        local_branch=local,
+        mixer="bidirectional" if mixed else "none",
+        mixer_order="released" if mixed else "alternating",
+        token_ratio=0.3 if local and not mixed else 1.0,
+        local_dim=config.local_dim if width is None else len(width),
+        image_resize=config.image_resize if checkpoint.kind == "CLIP" else "bilinear",
+    )
+    model = CECA(config)
+    if checkpoint.kind == "CLIP":  # CLIP was not trained on images of this shape
+        state |= _positions(state, model)
+    problems = _differences({name: value.shape for name, value in model.state_dict().items()}, state)
+    if problems:
+        others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise WeightsError(
+            f"{checkpoint.source!r} does not fit {config.backbone} at {config.image_height}x{config.image_width}: "
+            f"{problems[0]}{others}"
+        )
+    return config, state
+
+
+def fitting_weights(checkpoint: Checkpoint, model: CECA) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The weights of a checkpoint with which a model can start training.
+
+    The towers must fit, but for the size of images: their positions are interpolated. A module of the local branch is
+    taken if all its weights fit.
+
+    Returns:
+        The weights; the names in the file that are not taken; the modules of the model that the file does not have.
+
+    Raises:
+        WeightsError: the towers are of another backbone.
+    """
+    own = model.published_state()
+    state = checkpoint.state | _positions(checkpoint.state, model)
+    taken: dict[str, Tensor] = {}
+    not_used, at_random = list(checkpoint.not_used), []
+    for module in ("backbone", *LOCAL):
+        mine = {name: value.shape for name, value in own.items() if name.startswith(f"{module}.")}
+        theirs = {name: value for name, value in state.items() if name.startswith(f"{module}.")}
+        problems = _differences(mine, theirs)
+        if problems and module == "backbone":
+            raise WeightsError(
+                f"{checkpoint.source!r} does not hold the weights of {model.config.backbone} ({len(problems)} "
+                f"differences, e.g. {problems[0].removeprefix('backbone.clip.')}); choose the matching --model.backbone"
+            )
+        if not problems:
+            taken |= theirs
+            continue
+        not_used += dict.fromkeys(checkpoint.origin[name] for name in theirs)
+        at_random += [module] if mine else []
+    return taken, not_used, at_random
+
+
+def _differences(shapes: dict[str, torch.Size], state: dict[str, Tensor]) -> list[str]:
+    """What keeps weights from having these names and shapes, in words, sorted."""
     problems = [f"{name} is missing" for name in shapes.keys() - state.keys()]
     problems += [f"{name} is not known" for name in state.keys() - shapes.keys()]
     problems += [
@@ -146,23 +240,111 @@ def _require_fit(state: dict[str, Tensor], config: ModelConfig, source: str) -> 
         for name in shapes.keys() & state.keys()
         if state[name].shape != shapes[name]
     ]
-    if problems:
-        others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return sorted(problems)
+
+
+def _positions(state: dict[str, Tensor], model: CECA) -> dict[str, Tensor]:
+    """The position embeddings of a state for a model's images, by name; nothing if they cannot be interpolated."""
+    name = "backbone.clip.visual.positional_embedding"
+    visual = model.backbone.clip.visual
+    if name not in state or state[name].shape[1] != visual.positional_embedding.shape[1]:
+        return {}
+    return {name: interpolate_positions(state[name], visual.grid_size)}
+
+
+def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[1 + n, D] position embeddings, class first → [1 + h·w, D], bilinearly.
+
+    Args:
+        positions: of a square image, or of one that is two or three times as high as wide.
+        grid: height h and width w in patches of the result.
+
+    Raises:
+        WeightsError: n patches are no such image.
+    """
+    start, patches = positions[:1], positions[1:]
+    if len(patches) == grid[0] * grid[1]:
+        return positions
+    widths = {ratio: math.isqrt(len(patches) // ratio) for ratio in (1, 2, 3)}
+    ratio = next((ratio for ratio, width in widths.items() if ratio * width**2 == len(patches)), None)
+    if ratio is None:
         raise WeightsError(
-            f"{source!r} does not fit {config.backbone} at {config.image_height}x{config.image_width}: "
-            f"{sorted(problems)[0]}{others}"
+            f"position embeddings of {len(patches)} patches are from no square grid, nor from one 2 or 3 times as high"
+        )
+    image = patches.reshape(1, ratio * widths[ratio], widths[ratio], -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(image, size=grid, mode="bilinear", align_corners=False)
+    return torch.cat([start, resized.flatten(2).transpose(1, 2)[0]])
+
+
+# --- out --------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(model: CECA, out: Path, form: Format, scale: float = 50.0) -> list[str]:
+    """Write a model in another program's format.
+
+    Args:
+        model: the model.
+        out: the file: .safetensors for `open_clip`, .pt or .pth for the others.
+        form: the format.
+        scale: factor of the cosines, written as `logit_scale` for CLIP's own programs; our models have none.
+
+    Returns:
+        Names of the model's weights that the format has no place for.
+
+    Raises:
+        UserError: the suffix is another, or the model's local branch is not the format's.
+    """
+    suffixes = (".safetensors",) if form == "open_clip" else (".pt", ".pth")
+    if out.suffix not in suffixes:
+        raise UserError(f"--out must end in {' or '.join(suffixes)} for the format {form}, found {out}")
+    own = {name: value.detach().cpu().contiguous() for name, value in model.published_state().items()}
+    clip = {name.removeprefix("backbone.clip."): own.pop(name) for name in list(own) if name.startswith("backbone.")}
+    if form in ("open_clip", "openai"):
+        clip["logit_scale"] = torch.tensor(math.log(scale))
+    if form == "openai":
+        context, words = len(clip["positional_embedding"]), len(clip["token_embedding.weight"])
+        size = model.config.image_height
+        numbers = {"input_resolution": size, "context_length": context, "vocab_size": words}
+        clip |= {name: torch.tensor(number) for name, number in numbers.items()}
+    content = clip
+    if form in ("irra", "rde", "ceca"):
+        content = {f"base_model.{name}": value for name, value in clip.items()}
+    if form in ("rde", "ceca"):
+        _require_local_branch(model, form)
+        content |= _their_names(own)
+        own = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if form == "open_clip":
+        safetensors.torch.save_file(content, out)
+    else:
+        torch.save(content if form == "openai" else {"model": content}, out)
+    return sorted(own)
+
+
+def _require_local_branch(model: CECA, form: str) -> None:
+    config = model.config
+    has = (config.local_branch, config.mixer, config.mixer_order if config.mixer != "none" else "")
+    needed = {"rde": (True, "none", ""), "ceca": (True, "bidirectional", "released")}[form]
+    if has != needed or (form == "ceca" and not model.uses_summaries):
+        fitting = ", ".join(["open_clip", "openai", "irra"])
+        raise UserError(
+            f"the format {form} has no place for this model (mixer {config.mixer}, mixer_order {config.mixer_order}, "
+            f"local_branch {config.local_branch}); formats of the towers alone: {fitting}"
         )
 
 
-def export_clip(model: CECA, out: Path, scale: float = 50.0) -> None:
-    """Write a model's CLIP part as safetensors; open_clip loads it as `pretrained=`, with `force_image_size`.
-
-    Args:
-        model: its text and image towers are written.
-        out: the file.
-        scale: factor of the cosines, written as `logit_scale`; our models have none.
-    """
-    state = {name: value.contiguous() for name, value in model.backbone.clip.state_dict().items()}
-    state["logit_scale"] = torch.tensor(math.log(scale))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(state, out)
+def _their_names(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The local branch under the names of RDE and of the released CECA program."""
+    found: dict[str, Tensor] = {}
+    for name, value in own.items():
+        place, _, part = name.partition("attention.query.")
+        if part:
+            name, value = (
+                f"{place}attention.in_proj_{part}",
+                torch.cat([value, own[f"{place}attention.key_value.{part}"]]),
+            )
+        elif "attention.key_value." in name:
+            continue
+        ours = next(start for start in THEIR_NAMES if name.startswith(start))
+        found[THEIR_NAMES[ours] + name.removeprefix(ours)] = value.reshape(()) if name.endswith(".gate") else value
+    return found

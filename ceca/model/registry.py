@@ -7,6 +7,7 @@ Notable: this module imports no torch, so looking a model up is quick. A model i
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ceca.config import OMEGA
@@ -88,6 +89,13 @@ def find_model(store: Store, name: str) -> PublishedModel | None:
         made_from=manifest["made_from"],
         version=manifest["version"],
     )
+
+
+def find_named(store: Store, source: str) -> PublishedModel | None:
+    """The published model that a name or URI means; None if it is a file or anything else."""
+    if Path(source).is_file() or Path(source).suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
+        return None
+    return find_model(store, source)
 
 
 def require_model(store: Store, name: str) -> PublishedModel:

@@ -1,4 +1,4 @@
-"""Weights in and out: CLIP weights from a tag, file or URI; published models as safetensors beside their config.
+"""Models to train, from random weights or a checkpoint; published models as safetensors beside their config.
 
 A published model is three objects and a manifest written last:
     models/<name>/<digest>/{model.safetensors, config.json, training.json}    models/<name>/manifest.json
@@ -10,118 +10,71 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import fsspec
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ceca.config import ModelConfig
 from ceca.data.names import MANIFEST, MODELS
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError
-from ceca.model.archive import Record, read_archive, tensors_of
-from ceca.model.backbone import Backbone, WeightsError
 from ceca.model.ceca import CECA
+from ceca.model.foreign import fitting_weights, interpolate_positions, read_checkpoint
 from ceca.model.registry import PublishedModel, locate, require_model
 from ceca.settings import from_mapping, to_mapping
 
-# What OpenAI's files carry besides weights, and the scale that nothing here uses.
-NOT_WEIGHTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
+__all__ = [
+    "Start",
+    "build_model",
+    "interpolate_positions",
+    "load_model",
+    "load_weights",
+    "publish_model",
+    "serialize",
+    "start_model",
+]
 
 
-def load_clip_weights(backbone: Backbone, name: str, source: str) -> None:
-    """Load CLIP weights, position embeddings interpolated to the backbone's image size.
+class Start(NamedTuple):
+    """A model to train, and where its weights come from.
+
+    Attributes:
+        model: the model.
+        kind: what its weights were read from, e.g. `RDE`; empty for random ones.
+        not_used: names in the file that the model does not take.
+        at_random: modules of the model that the file does not have.
+    """
+
+    model: CECA
+    kind: str = ""
+    not_used: tuple[str, ...] = ()
+    at_random: tuple[str, ...] = ()
+
+
+def start_model(config: ModelConfig, store: Store | None = None) -> Start:
+    """Make a model to train: weights of `config.pretrained` where it has them, random ones elsewhere.
 
     Args:
-        name: the backbone's name. source: open_clip tag (downloaded), local file, or URI.
+        config: settings of the model.
+        store: the dataset, in which `config.pretrained` may name a published model.
 
     Raises:
-        WeightsError: not found, not weights, or weights of another model.
+        WeightsError: the weights are not found, or are those of another backbone.
     """
-    weights = read_weights(name, source)
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    weights = {key: value.float() for key, value in weights.items() if key not in NOT_WEIGHTS}
-    own = {key: value for key, value in backbone.clip.state_dict().items() if key not in NOT_WEIGHTS}
-    key = "visual.positional_embedding"
-    if key in weights and key in own and weights[key].shape[1] == own[key].shape[1]:
-        weights[key] = interpolate_positions(weights[key], backbone.clip.visual.grid_size)
-    wrong = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    problems = {"missing": own.keys() - weights.keys(), "unknown": weights.keys() - own.keys(), "of other shape": wrong}
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what}, e.g. {sorted(keys)[0]}" for what, keys in problems.items() if keys)
-        raise WeightsError(
-            f"{source!r} does not hold the weights of {name}: {found}; choose the matching --model.backbone"
-        )
-    backbone.clip.load_state_dict(weights, strict=False)
-
-
-def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[1 + n², D] position embeddings, class first → [1 + h·w, D], bilinearly from the square grid."""
-    start, patches = positions[:1], positions[1:]
-    side = round(len(patches) ** 0.5)
-    if side * side != len(patches):
-        raise WeightsError(f"position embeddings of {len(patches)} patches are not from a square grid")
-    square = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
-    return torch.cat([start, resized.flatten(2).transpose(1, 2)[0]])
-
-
-def read_weights(name: str, source: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: safetensors, a plain torch file, or OpenAI's TorchScript archive.
-
-    Args:
-        name: the backbone's name, for tags. source: open_clip tag, local file or URI.
-
-    Raises:
-        WeightsError: not found, or something else than tensors is in it.
-    """
-    path = _find_weights(name, source)
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        found = read_archive(path)
-        found = tensors_of(found) if isinstance(found, Record) else found  # OpenAI's own files are TorchScript
-    except Exception as error:
-        raise WeightsError(f"{source!r} cannot be read as weights ({type(error).__name__}: {error})") from error
-    for key in ("state_dict", "model"):  # where trainers keep weights beside the optimiser's state
-        found = found.get(key, found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise WeightsError(f"{source!r} holds something else than named weights")
-    return found
-
-
-def _find_weights(name: str, source: str) -> Path:
-    if "://" in source:
-        try:
-            return Path(fsspec.open_local(f"simplecache::{source}"))
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"cannot fetch weights from {source!r}: {error}") from error
-    if Path(source).is_file():
-        return Path(source)
-    import open_clip  # slow to import, and only a download needs it
-
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if source not in tags:
-        raise WeightsError(f"no weights {source!r}: not a file, and the tags of {name} are {', '.join(tags) or 'none'}")
-    try:
-        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, source)))
-    except Exception as error:
-        raise WeightsError(
-            f"cannot download {name} {source!r} ({type(error).__name__}: {error}); "
-            "fetch the file where there is a network and pass its path as --model.pretrained"
-        ) from error
-
-
-def build_model(config: ModelConfig) -> CECA:
-    """A model to train: CLIP's weights where the configuration names them, random ones elsewhere."""
     model = CECA(config)
-    if config.pretrained is not None:
-        load_clip_weights(model.backbone, config.backbone, config.pretrained)
-    return model
+    if config.pretrained is None:
+        return Start(model)
+    checkpoint = read_checkpoint(config.pretrained, config, store)
+    taken, not_used, at_random = fitting_weights(checkpoint, model)
+    model.load_state_dict(taken, strict=False)
+    return Start(model, checkpoint.kind, tuple(not_used), tuple(at_random))
+
+
+def build_model(config: ModelConfig, store: Store | None = None) -> CECA:
+    """The model of `start_model`."""
+    return start_model(config, store).model
 
 
 # --- published models -------------------------------------------------------------------------------------

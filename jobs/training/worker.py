@@ -27,7 +27,7 @@ from ceca.errors import UserError
 from ceca.metrics import better
 from ceca.model.backbone import trim
 from ceca.model.ceca import CECA, Features
-from ceca.model.weights import build_model, serialize
+from ceca.model.weights import Start, serialize, start_model
 from ceca.training.augment import augment_images, draw, generator, hide_words, mask_words
 from ceca.training.division import divide
 from ceca.training.engine import (
@@ -60,13 +60,18 @@ def train_worker(settings: dict[str, Any]) -> None:
     device = _prepare_device(config, size)
     samples: TrainingSet = ray.get(run.samples)
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
+    start = start_model(config.model, Store(run.store_uri))
+    model = start.model
     if {"identity", "words"} & set(config.losses.terms):
         model.add_heads(samples.identities)
     batches = Batches.of(len(samples), config)
     scratch = _scratch(run)
     engine = make_engine(model, config, len(batches))
     progress = _resume(engine, config, len(batches))
+    if not progress.steps and config.model.pretrained is not None:
+        _tell_start(start, config)
+        if not start.at_random:
+            _validate_the_start(engine, run, progress, device)
     if progress.steps < len(batches) * config.epochs:
         watch = Watch(config, Store(run.store_uri), run.run, len(batches), progress.steps) if rank == 0 else None
         try:
@@ -74,6 +79,25 @@ def train_worker(settings: dict[str, Any]) -> None:
         finally:
             if watch is not None:
                 watch.close()
+
+
+def _tell_start(start: Start, config: TrainConfig) -> None:
+    """Say what the training starts from, and what of it is not used."""
+    if world()[0] != 0:
+        return
+    rest = f"; at random: {', '.join(start.at_random)}" if start.at_random else ""
+    tell(f"{config.name}: starts from {config.model.pretrained} ({start.kind}){rest}")
+    if start.not_used:
+        tell(f"{config.name}: not used of {config.model.pretrained}: {', '.join(sorted(start.not_used))}")
+
+
+def _validate_the_start(engine: Any, run: Run, progress: Progress, device: torch.device) -> None:
+    """Validate a model before its first step, as epoch 0: it is whole already, and may be the best."""
+    metrics = _validate_and_keep_best(engine, run, progress, -1, device)
+    if metrics:
+        progress.history.append({"epoch": 0, **metrics})
+        if world()[0] == 0:
+            tell(f"{run.config.name}: before the first step  val Rank-1 {metrics['val_rank1']:.1f}")
 
 
 def _prepare_device(config: TrainConfig, size: int) -> torch.device:
