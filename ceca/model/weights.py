@@ -45,12 +45,14 @@ class Start(NamedTuple):
         kind: what its weights were read from, e.g. `RDE`; empty for random ones.
         not_used: names in the file that the model does not take.
         at_random: modules of the model that the file does not have.
+        otherwise: settings that a published model was trained with, where they differ.
     """
 
     model: CECA
     kind: str = ""
     not_used: tuple[str, ...] = ()
     at_random: tuple[str, ...] = ()
+    otherwise: tuple[str, ...] = ()
 
 
 def start_model(config: ModelConfig, store: Store | None = None) -> Start:
@@ -69,7 +71,11 @@ def start_model(config: ModelConfig, store: Store | None = None) -> Start:
     checkpoint = read_checkpoint(config.pretrained, config, store)
     taken, not_used, at_random = fitting_weights(checkpoint, model)
     model.load_state_dict(taken, strict=False)
-    return Start(model, checkpoint.kind, tuple(not_used), tuple(at_random))
+    otherwise = []
+    if checkpoint.config is not None:
+        theirs, ours = to_mapping(checkpoint.config), to_mapping(config)
+        otherwise = [f"{key} {theirs[key]}" for key in ours if key != "pretrained" and theirs[key] != ours[key]]
+    return Start(model, checkpoint.kind, tuple(not_used), tuple(at_random), tuple(otherwise))
 
 
 def build_model(config: ModelConfig, store: Store | None = None) -> CECA:

@@ -86,6 +86,7 @@ def _tell_start(start: Start, config: TrainConfig) -> None:
     if world()[0] != 0:
         return
     rest = f"; at random: {', '.join(start.at_random)}" if start.at_random else ""
+    rest += f"; it was trained with {', '.join(start.otherwise)}" if start.otherwise else ""
     tell(f"{config.name}: starts from {config.model.pretrained} ({start.kind}){rest}")
     if start.not_used:
         tell(f"{config.name}: not used of {config.model.pretrained}: {', '.join(sorted(start.not_used))}")

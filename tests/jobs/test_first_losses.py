@@ -110,7 +110,7 @@ def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) ->
     for step in range(5):
         where = (step // STEPS, step % STEPS, BATCH)
         _, _, terms = _train_step(engine, batch(step), config, *where, None, torch.device("cpu"))
-        found.append(sum(float(value) for value in terms.values()))
+        found.append(sum(value.item() for value in terms.values()))
     engine.destroy()
     assert found == pytest.approx(expected, rel=1e-4)
     assert len({round(loss, 2) for loss in found}) == 5

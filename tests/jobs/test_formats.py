@@ -12,6 +12,7 @@ from ceca.config import Format
 from ceca.data.store import Store
 from ceca.model.archive import read_weights
 from ceca.model.registry import require_model
+from jobs.weights import export_weights, import_weights
 from tests.ceca.model.test_foreign import write
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
@@ -31,35 +32,38 @@ SETTINGS = {
 }
 
 
-def test_a_checkpoint_of_each_format_is_imported_trained_evaluated_and_exported(run, drawn, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def data(run, drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("formats") / "data"
+    run("ingest", *SMALL, "--source", drawn, "--data", folder)
+    run("dialogue", *SMALL, "--data", folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", get_args(Format))
+def test_a_checkpoint_of_each_format_is_imported_trained_evaluated_and_exported(
+    form: str, run, data: Path, tmp_path: Path
+) -> None:
     """The first validation of a model that starts from a published one, or from its file, is that model's own."""
-    data = tmp_path / "data"
     store = Store(str(data))
-    run("ingest", *SMALL, "--source", drawn, "--data", data)
-    run("dialogue", *SMALL, "--data", data)
+    path, _ = write(form, tmp_path)
+    import_weights(str(data), path, form, backbone="ceca-tiny", image_height=128, image_width=64)
+    run("evaluate", "--data", data, "--model", form, "--split", "val", "--omega", 0.3)
+    own = store.read_json("evaluations", require_model(store, form).digest, "val.json")["metrics"]["fused"]
     size = ("--model.image-height", 128, "--model.image-width", 64, "--model.local-dim", 256)
-    for form in get_args(Format):
-        (tmp_path / form).mkdir()
-        path, _ = write(form, tmp_path / form)
-        imported = ("--name", form, "--backbone", "ceca-tiny", "--image-height", 128, "--image-width", 64)
-        run("weights", "import", "--data", data, "--checkpoint", path, *imported)
-        run("evaluate", "--data", data, "--model", form, "--split", "val", "--omega", 0.3)
-        digest = require_model(store, form).digest
-        own = store.read_json("evaluations", digest, "val.json")["metrics"]["fused"]
-        for source in (form, path):
-            name = f"{form}-from-{'file' if source == path else 'model'}"
-            once = ("--epochs", 1, "--model.pretrained", source, "--name", name)
-            said = run("train", *SMALL, "--data", data, *size, *SETTINGS[form], *once).stdout
-            assert f"starts from {source}" in " ".join(said.split())
-            model = require_model(store, name)
-            first, last = model.training["history"]
-            assert (first["epoch"], last["epoch"]) == (0, 1)
-            for metric in ("rank1", "mean_average_precision"):
-                assert first[f"val_{metric}"] == pytest.approx(own[metric], abs=1e-3), (form, source, metric)
-        run("evaluate", "--data", data, "--model", name)
-        out = tmp_path / f"{form}{'.safetensors' if form == 'open_clip' else '.pth'}"
-        run("weights", "export", "--data", data, "--model", name, "--out", out, "--format", form)
-        given, back = (read_weights("ceca-tiny", str(file)).weights for file in (path, out))
-        names = {name.removeprefix("module.") for name in given} & back.keys()
-        assert len(names) > 50
-        assert all(torch.isfinite(back[name]).all() for name in names)
+    for source, name in ((form, f"{form}-from-model"), (path, f"{form}-from-file")):
+        once = ("--epochs", 1, "--model.pretrained", source, "--name", name)
+        said = run("train", *SMALL, "--data", data, *size, *SETTINGS[form], *once).stdout
+        assert f"starts from {source}" in " ".join(said.split())
+        first, last = require_model(store, name).training["history"]
+        assert (first["epoch"], last["epoch"]) == (0, 1)
+        for metric in ("rank1", "mean_average_precision"):
+            assert first[f"val_{metric}"] == pytest.approx(own[metric], abs=1e-3), (source, metric)
+    assert ("clean" in last) == (form == "rde")
+    run("evaluate", "--data", data, "--model", name)
+    out = tmp_path / f"back{'.safetensors' if form == 'open_clip' else '.pth'}"
+    export_weights(str(data), out, name, form)
+    given, back = (read_weights("ceca-tiny", str(file)).weights for file in (path, out))
+    names = {name.removeprefix("module.") for name in given} & back.keys()
+    assert len(names) > 50
+    assert all(torch.isfinite(back[name]).all() for name in names)
