@@ -82,11 +82,11 @@ def dataset(undisturbed, tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def curve(data: Path, name: str = "ceca") -> dict[str, np.ndarray]:
+def curve(data: Path, name: str = "ceca", steps: int = STEPS) -> dict[str, np.ndarray]:
     model = find_model(Store(str(data)), name)
     assert model is not None
     table = pq.read_table(data / "models" / name / model.digest / "curve.parquet")
-    assert table["step"].to_pylist() == list(range(1, STEPS + 1))
+    assert table["step"].to_pylist() == list(range(1, steps + 1))
     return {column: table[column].to_numpy() for column in ("loss", "tal_global", "tal_local", "cawl")}
 
 
@@ -211,6 +211,25 @@ def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, d
     assert f"from 2 workers to {workers}" in output
     assert_same_curve(dataset, undisturbed, OTHER_ORDER)
     torch.testing.assert_close(variances(dataset), variances(undisturbed), rtol=1e-4, atol=0)
+
+
+@pytest.mark.long
+def test_a_divided_run_goes_on_with_its_division_on_another_number_of_workers(start, undisturbed, dataset):
+    """Of 84 pairs an epoch's sixth batch has four; the pairs called noisy are the same after the interruption."""
+    settings = ("--division", "consensus", "--last-batch", "keep")
+    finish(start("train", *TRAIN, *settings, "--name", "divided", "--data", undisturbed))
+    kill_the_driver(start, dataset, *settings)
+    output = finish(start("train", *TRAIN, *settings, "--workers", 3, "--data", dataset))
+    assert "from 2 workers to 3" in output
+    found, expected = curve(dataset, steps=18), curve(undisturbed, "divided", steps=18)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=OTHER_ORDER, err_msg=name)
+    shares = [
+        [record["clean"] for record in find_model(Store(str(data)), name).training["history"]]  # type: ignore[union-attr]
+        for data, name in ((dataset, "ceca"), (undisturbed, "divided"))
+    ]
+    assert shares[0] == shares[1]
+    assert all(0 < share < 1 for share in shares[0])
 
 
 def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset, monkeypatch):

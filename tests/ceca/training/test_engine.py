@@ -9,11 +9,12 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch.utils.cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from ceca.training.engine import compile_operation, import_deepspeed
+from ceca.training.engine import Progress, compile_operation, import_deepspeed
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -61,6 +62,17 @@ def test_a_compilation_that_was_killed_is_done_again(tmp_path: Path, monkeypatch
 
     assert torch.ops.loaded_libraries & {str(tmp_path / "cache/extensions/answer/answer.so")}
     assert "TORCH_EXTENSIONS_DIR" not in os.environ
+
+
+def test_progress_comes_back_with_the_division_of_its_epoch(tmp_path: Path) -> None:
+    clean = np.array([True, False, True])
+    Progress(steps=3, best={"epoch": 1.0}, clean=clean).save(tmp_path)
+    found = Progress.load(tmp_path)
+    assert (found.steps, found.best) == (3, {"epoch": 1.0})
+    assert np.array_equal(found.clean, clean)
+    (tmp_path / "without").mkdir()
+    Progress(steps=3).save(tmp_path / "without")
+    assert Progress.load(tmp_path / "without").clean is None
 
 
 def test_training_on_cpus_compiles_nothing() -> None:
