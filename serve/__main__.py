@@ -14,10 +14,10 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 
 from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
+from ceca.environment import ray_address, ray_folder, started_here
 from ceca.errors import UserError
 from serve.environment import ENVIRONMENT
 
@@ -38,11 +38,12 @@ def main(argv: list[str] | None = None) -> None:
             f"others can reach {config.host}, and this searches for people: give --keys FILE "
             "(`python -m serve.access NAME` makes a key), or --open if a proxy in front of it authenticates users"
         )
+    named = ray_address()
     from ceca.data.store import Store
     from ceca.search.edition import find_edition
 
     edition = find_edition(Store(arguments.data), config.model)
-    if not os.environ.get("RAY_ADDRESS"):
+    if not named:
         _check_port(config.host, config.port)
     import ray
     from ray import serve
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     images = edition.manifest("gallery").rows
     print(f"starting: {images:,} images of {edition.data}, model {edition.model_name}", flush=True)
     if isinstance(engine := engine_settings(edition, config), str):
-        print(f"images that are added need a summary: {engine}", flush=True)
+        print(f"images that are added need a summary: {engine}", file=sys.stderr)
     try:
-        config = _connect(config)
+        config = _connect(config, named or started_here())
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
         serve.run(application(edition, config), name=NAME, route_prefix="/", logging_config=QUIET)
         print(f"http://{_reachable(config.host)}:{config.port}", flush=True)
@@ -69,8 +70,12 @@ def main(argv: list[str] | None = None) -> None:
         _stop()
 
 
-def _connect(config: ServeConfig) -> ServeConfig:
-    """Join the cluster that RAY_ADDRESS names, or one that `ray start` left on this machine, or start Ray.
+def _connect(config: ServeConfig, address: str) -> ServeConfig:
+    """Join a cluster, or start Ray.
+
+    Args:
+        config: settings of the service.
+        address: of the cluster; empty starts Ray.
 
     Returns:
         The settings, with the CPUs per replica if Ray was started here.
@@ -82,31 +87,19 @@ def _connect(config: ServeConfig) -> ServeConfig:
     quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS") or _left_here()
     if address:  # the cluster has its own number of CPUs
-        ray.init(address=address, **quiet)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            raise UserError(f"cannot join the cluster at RAY_ADDRESS={address}: {error}") from error
         return config
     cores = os.cpu_count() or 1
     cpus = config.cpus or min(cores, CORES)
     encoders = config.encoder_replicas_max or config.encoder_replicas
     searchers = config.shards * (config.search_replicas_max or config.search_replicas)
-    ray.init(address="local", num_cpus=max(cpus * (encoders + searchers), cores), include_dashboard=False, **quiet)
+    cores = max(cpus * (encoders + searchers), cores)
+    ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=ray_folder(), **quiet)
     return dataclasses.replace(config, cpus=cpus)
-
-
-def _left_here() -> str | None:
-    """The address of the cluster that `ray start` left on this machine, if it answers.
-
-    Ray keeps the address of a killed cluster, and would wait for that cluster for minutes.
-    """
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    try:
-        address = file.read_text().strip()
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except (OSError, ValueError):
-        return None
-    return address
 
 
 def _stop() -> None:

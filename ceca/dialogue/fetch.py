@@ -44,7 +44,6 @@ def fetch_model(model: str) -> str:
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     cache = cache_folder("models")
     folder = cache / digest
-    cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{digest}.lock"):
         if not folder.exists():
             try:

@@ -34,7 +34,7 @@ from ceca.dialogue.conversation import (
     chat_messages,
 )
 from ceca.dialogue.fetch import fetch_model
-from ceca.environment import usable_gpus
+from ceca.environment import cache_folder, socket_folder, usable_gpus
 
 CONVERSATIONS_KEPT = 512  # conversations in memory; more than are in flight at once
 ANSWER_MARK = "\u2603answer\u2603"  # stands for the last answer in a rendered chat, to cut out the text after it
@@ -91,6 +91,9 @@ class VLLMEngine:
         # Answers are greedy. FlashInfer's sampler would be compiled at the first start, for which many machines lack
         # nvcc or a library.
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        # Their defaults are below TMPDIR, whose path may be too long for sockets, and which is open to other users.
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(socket_folder("vllm")))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
         try:
             from transformers import AutoProcessor
             from vllm import SamplingParams
@@ -108,7 +111,7 @@ class VLLMEngine:
         weights = await asyncio.to_thread(fetch_model, self.config.model)
         arguments = self._engine_arguments(weights)
         try:
-            self._use_processor(AutoProcessor.from_pretrained(weights))
+            self._use_processor(AutoProcessor.from_pretrained(weights, trust_remote_code=False))
             children = set(multiprocessing.active_children())
             self.engine = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
         except Exception as error:

@@ -105,8 +105,9 @@ def publish_model(
     """Publish a model under models/<name>, `extras` beside it by name; the manifest comes last."""
     global_dim = safetensors.torch.load(weights)["backbone.clip.text_projection"].shape[1]
     local_dim = model.local_dim if model.local_branch else global_dim
-    described = {"schema_version": SCHEMA_VERSION, "model": to_mapping(model), "train": config}
-    digest = hashlib.sha256(weights + json.dumps(described["model"], sort_keys=True).encode()).hexdigest()[:16]
+    settings = to_mapping(model)
+    described = {"schema_version": SCHEMA_VERSION, "model": settings, "train": config}
+    digest = model_digest(weights, settings)
     store.write_bytes(weights, MODELS, name, digest, "model.safetensors")
     store.write_json(described, MODELS, name, digest, "config.json")
     store.write_json(training, MODELS, name, digest, "training.json")
@@ -127,6 +128,16 @@ def publish_model(
     return PublishedModel(place, digest, global_dim, local_dim, described, training, made_from, version)
 
 
+def model_digest(weights: bytes, settings: Mapping[str, Any]) -> str:
+    """Digest of a model: names the folder of its objects.
+
+    Args:
+        weights: content of model.safetensors.
+        settings: of the model, as config.json has them.
+    """
+    return hashlib.sha256(weights + json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def load_model(store: Store, name: str, device: str | torch.device = "cpu") -> tuple[CECA, PublishedModel]:
     """A published model, ready to embed.
 
@@ -145,14 +156,23 @@ def load_weights(store: Store, name: str, digest: str, device: str | torch.devic
     """
     home, names = locate(store, name)
     place = home.place(*names, digest)
-    described = home.read_json(*names, digest, "config.json")
+    described = home.read_record(*names, digest, "config.json", kind="a model's settings", fields={"model": dict})
     if described is None:
         raise StoreError(f"{place} has no config.json; train the model again with --redo")
-    model = CECA(from_mapping(ModelConfig, described["model"], f"{place} config.json"))
     try:
-        model.load_state_dict(safetensors.torch.load(home.read_bytes(*names, digest, "model.safetensors")))
+        weights = home.read_bytes(*names, digest, "model.safetensors")
     except FileNotFoundError:
         raise StoreError(f"{place} has no model.safetensors; train it again with --redo") from None
+    published = home.read_json(*names, MANIFEST) or {}
+    expected = published.get("weights_sha256") if published.get("digest") == digest else None
+    if model_digest(weights, described["model"]) != digest or expected not in (
+        None,
+        hashlib.sha256(weights).hexdigest(),
+    ):
+        raise StoreError(f"{place} is damaged: it does not hold what was published; train it again with --redo")
+    model = CECA(from_mapping(ModelConfig, described["model"], f"{place} config.json"))
+    try:
+        model.load_state_dict(safetensors.torch.load(weights))
     except Exception as error:
         raise StoreError(f"{place} is damaged: {error}; train it again with --redo") from error
     return model.to(device).eval()

@@ -97,8 +97,10 @@ def sweep(folder: Path, current: set[str]) -> None:
         current: digests of the shards to keep.
     """
     for file in folder.parent.glob("*/*"):
+        if file.parent.is_symlink():  # it leads to files that are no shards
+            continue
         try:
-            age = time.time() - file.stat().st_mtime
+            age = time.time() - file.lstat().st_mtime
             outdated = file.parent == folder and file.stem not in current
             abandoned = file.suffix == ".tmp" and age > 3600  # its writer was killed
             if abandoned or (file.suffix == ".npy" and (outdated or age > CACHED_DAYS * 86_400)):

@@ -16,8 +16,8 @@ import importlib
 import io
 import json
 import os
+import pickle
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock
 
 from ceca.config import TrainConfig
-from ceca.environment import cache_folder
+from ceca.environment import cache_folder, temporary_folder
 from ceca.errors import UserError
 from ceca.model.ceca import CECA, HEADS
 from ceca.model.mixer import GlobalBatchNorm
@@ -137,7 +137,6 @@ def compile_operation(builder: Any) -> None:
         builder: an operation builder of DeepSpeed: `name`, and `load()`, which compiles with torch.
     """
     place = cache_folder("extensions")
-    place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / f"{builder.name}.lock"), _environment_variable("TORCH_EXTENSIONS_DIR", str(place)):
         (place / builder.name / "lock").unlink(missing_ok=True)
         builder.load()
@@ -230,7 +229,7 @@ def load_checkpoint(engine: Any, folder: Path, node: str = "alone") -> Progress:
         node: name of this machine among the nodes of the run; its workers share one converted copy.
 
     Raises:
-        UserError: the checkpoint is from another ZeRO stage.
+        UserError: the checkpoint is from another ZeRO stage, or holds more than tensors and DeepSpeed's records.
     """
     progress = Progress.load(folder)
     stage = engine.zero_optimization_stage()
@@ -239,14 +238,42 @@ def load_checkpoint(engine: Any, folder: Path, node: str = "alone") -> Progress:
             f"the last checkpoint is from ZeRO {progress.zero_stage} and this run has {stage}; resume with "
             f"--zero-stage {progress.zero_stage} or start anew under another --name"
         )
-    if stage == 0 or progress.workers == world()[1]:
-        engine.load_checkpoint(str(folder), tag=TAG)
-        return progress
-    with _universal(folder, node) as universal:
-        _load_universal(engine, universal)
-        if world()[1] > 1:
-            torch.distributed.barrier()  # no worker may delete the folder before all have read it
+    with _running_no_code(folder):
+        if stage == 0 or progress.workers == world()[1]:
+            engine.load_checkpoint(str(folder), tag=TAG)
+            return progress
+        with _universal(folder, node) as universal:
+            _load_universal(engine, universal)
+            if world()[1] > 1:
+                torch.distributed.barrier()  # no worker may delete the folder before all have read it
     return progress
+
+
+@contextlib.contextmanager
+def _running_no_code(folder: Path) -> Iterator[None]:
+    """In this block torch reads only tensors and DeepSpeed's records from files. DeepSpeed asks it to read anything.
+
+    Raises:
+        UserError: a file holds more.
+    """
+    scalers = import_deepspeed("deepspeed.runtime.fp16.loss_scaler")
+    records = [
+        *(scalers.LossScaler, scalers.DynamicLossScaler),
+        import_deepspeed("deepspeed.runtime.zero.config").ZeroStageEnum,
+        import_deepspeed("deepspeed.utils.tensor_fragment").fragment_address,
+    ]
+    with (
+        _environment_variable("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0"),
+        _environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"),
+        torch.serialization.safe_globals(records),
+    ):
+        try:
+            yield
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"the checkpoint {folder} holds more than tensors, and no code in it is run: it is damaged, or "
+                f"somebody else wrote it; remove it and train again ({' '.join(str(error).split())[:200]})"
+            ) from None
 
 
 def _load_universal(engine: Any, folder: Path) -> None:
@@ -268,7 +295,7 @@ def _load_universal(engine: Any, folder: Path) -> None:
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
-    saved = torch.load(min((folder / TAG).glob("*model_states.pt")), map_location="cpu", weights_only=False)["module"]
+    saved = torch.load(min((folder / TAG).glob("*model_states.pt")), map_location="cpu", weights_only=True)["module"]
     for name, buffer in engine.module.named_buffers():
         if name in saved:
             buffer.copy_(saved[name])
@@ -279,7 +306,7 @@ def _universal(folder: Path, node: str) -> Iterator[Path]:
     """Convert a checkpoint to DeepSpeed's universal form, once per node; the copy is deleted after the block."""
     converter = import_deepspeed("deepspeed.checkpoint.ds_to_universal")
     name = hashlib.sha256(f"{folder} {node}".encode()).hexdigest()[:16]
-    place = Path(tempfile.gettempdir()) / f"ceca-universal-{name}"
+    place = temporary_folder("universal") / name
     with FileLock(f"{place}.lock"):
         if not (place / "done").exists():
             shutil.rmtree(place, ignore_errors=True)

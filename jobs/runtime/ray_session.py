@@ -8,8 +8,9 @@ import os
 import sys
 from typing import Any
 
-from ceca.environment import RAY_JOB_CONFIG
-from jobs.runtime.console import divert_stderr
+from ceca.environment import RAY_JOB_CONFIG, ray_address, ray_folder
+from ceca.errors import UserError
+from jobs.runtime.console import divert_stderr, plain
 from jobs.runtime.noise import forward
 
 # Environment of Ray's worker processes, unless it is set otherwise.
@@ -24,14 +25,24 @@ def connect() -> None:
 
     On one machine Ray gets at least eight logical CPUs: each worker of the trainer holds one while other processes
     decode the images.
+
+    Raises:
+        UserError: there is no such cluster, or Ray does not start.
     """
     import ray
 
     if not ray.is_initialized():
+        address = ray_address()
+        options = _options(address)
         for name, value in WORKERS.items():
             os.environ.setdefault(name, value)
         _quiet_driver()
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, **_options())
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            if not address:
+                raise
+            raise UserError(f"cannot join the cluster at RAY_ADDRESS={address}: {plain(error)}") from error
     quiet()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -49,16 +60,37 @@ def _quiet_driver() -> None:
         worker.print_to_stdstream = forward(log, worker.print_to_stdstream)
 
 
-def _options() -> dict[str, Any]:
-    """Arguments of `ray.init` for this machine, a cluster, or a submitted job."""
-    if not os.environ.get("RAY_ADDRESS"):
-        return {"address": "local", "num_cpus": max(8, os.cpu_count() or 1)}
+def _options(address: str) -> dict[str, Any]:
+    """Arguments of `ray.init` for this machine, a cluster, or a submitted job.
+
+    Args:
+        address: the cluster's; empty starts Ray on this machine.
+    """
+    if not address:
+        return {"address": "local", "num_cpus": max(8, os.cpu_count() or 1), "_temp_dir": ray_folder()}
     if RAY_JOB_CONFIG not in os.environ:
-        # Workers on other machines reach the object store with the variables of this process.
-        names = [name for name in os.environ if name.startswith("AWS_") or name in WORKERS]
-        return {"runtime_env": {"env_vars": {name: os.environ[name] for name in names}}}
+        return {"address": address, "runtime_env": {"env_vars": _worker_variables(), **_object_store()}}
     submitted = json.loads(os.environ[RAY_JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
-    return {"runtime_env": {"env_vars": {name: os.environ[name] for name in WORKERS if name not in submitted}}}
+    env_vars = {name: value for name, value in _worker_variables().items() if name not in submitted}
+    return {"address": address, "runtime_env": {"env_vars": env_vars}}
+
+
+def _worker_variables() -> dict[str, str]:
+    return {name: os.environ.get(name, value) for name, value in WORKERS.items()}
+
+
+def _object_store() -> dict[str, Any]:
+    """Let workers on other machines reach the object store as this process does, unless their machines know how to.
+
+    The variables travel as a function's content. As `env_vars` they would be in the job's description, which Ray shows
+    and writes to its logs.
+    """
+    variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+    def reach_object_store() -> None:
+        os.environ.update(variables)
+
+    return {"worker_process_setup_hook": reach_object_store} if variables else {}
 
 
 def quiet() -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ceca.config import TrainConfig
 from ceca.data.store import Store
+from ceca.environment import temporary_folder
 from ceca.errors import UserError
 from ceca.metrics import better
 from ceca.model.backbone import trim
@@ -48,6 +51,7 @@ from jobs.training.data import Run, TrainingSet, stream_batches
 from jobs.training.validate import validate
 from jobs.training.watch import Watch, model_flops_utilisation
 
+HELD: list[FileLock] = []  # locks that end with this process
 SELECTED_BY = ("rank1", "mean_average_precision")
 
 
@@ -65,7 +69,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if {"identity", "words"} & set(config.losses.terms):
         model.add_heads(samples.identities)
     batches = Batches.of(len(samples), config)
-    scratch = _scratch(run)
+    scratch = _scratch()
     engine = make_engine(model, config, len(batches))
     progress = _resume(engine, config, len(batches))
     if not progress.steps and config.model.pretrained is not None:
@@ -327,11 +331,21 @@ def _validate_and_keep_best(
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 
-def _scratch(run: Run) -> Path:
-    """An empty folder for this worker's checkpoints until they are uploaded."""
-    place = Path(tempfile.gettempdir()) / f"ceca-{Path(run.run).name}-worker-{world()[0]}"
-    shutil.rmtree(place, ignore_errors=True)  # a killed worker may have left files
-    place.mkdir()
+def _scratch() -> Path:
+    """An empty folder of this process for checkpoints until they are uploaded.
+
+    Whoever makes one removes those of processes that were killed: nobody holds their locks.
+    """
+    folder = temporary_folder("checkpoints")
+    for file in folder.glob("*.lock"):
+        with contextlib.suppress(Timeout), FileLock(file, blocking=False):
+            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+            file.unlink(missing_ok=True)
+    place = folder / uuid.uuid4().hex
+    held = FileLock(place.with_suffix(".lock"))
+    held.acquire()
+    HELD.append(held)
+    place.mkdir(mode=0o700)
     return place
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import pickle
 import unittest.mock
 
@@ -185,6 +186,28 @@ def test_damaged_weights_are_an_error_that_says_where(published):
     store.write_bytes(b"short", "models", "m", made.digest, "model.safetensors")
     with pytest.raises(StoreError, match="damaged"):
         load_model(store, "m")
+
+
+def test_weights_and_settings_that_were_not_published_are_refused(tmp_path):
+    store, model = Store(str(tmp_path)), CECA(TINY)
+    made = publish_model(
+        store, "m", serialize(model.state_dict()), model=TINY, config={}, training={}, made_from={}, version="v"
+    )
+    load_model(store, "m")
+    others = serialize(CECA(TINY).state_dict())
+    settings = json.dumps({"model": {**made.config["model"], "mixer_order": "released"}}).encode()
+    manifest = json.dumps({**store.read_json("models", "m", "manifest.json"), "weights_sha256": "0" * 64}).encode()
+    for replaced, content in (
+        ((made.digest, "model.safetensors"), others),
+        ((made.digest, "config.json"), settings),
+        (("manifest.json",), manifest),
+    ):
+        before = store.read_bytes("models", "m", *replaced)
+        store.write_bytes(content, "models", "m", *replaced)
+        with pytest.raises(StoreError, match="is damaged: it does not hold what was published"):
+            load_model(store, "m")
+        store.write_bytes(before, "models", "m", *replaced)
+    load_model(store, "m")
 
 
 # --- what an embedding depends on -------------------------------------------------------------------------

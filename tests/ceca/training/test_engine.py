@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.utils.cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from ceca.training.engine import Progress, compile_operation, import_deepspeed
+from ceca.errors import UserError
+from ceca.training.engine import Progress, _running_no_code, compile_operation, import_deepspeed
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -86,3 +88,40 @@ def test_deepspeed_is_imported_in_one_place() -> None:
     sources = [file for room in ("ceca", "jobs", "serve", "benchmarks") for file in (REPOSITORY / room).rglob("*.py")]
     assert len(sources) > 50
     assert [str(file) for file in sources if re.search(r"^\s*(import|from) deepspeed", file.read_text(), re.M)] == []
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])  # DeepSpeed writes torch's format before 2020
+def test_a_checkpoint_runs_no_code_whatever_deepspeed_asks_for(tmp_path: Path, zipped: bool) -> None:
+    scaler = import_deepspeed("deepspeed.runtime.fp16.loss_scaler").LossScaler(4.0)
+    stage = import_deepspeed("deepspeed.runtime.zero.config").ZeroStageEnum(2)
+    good, bad, file = {"scaler": scaler, "stage": stage, "step": torch.ones(2)}, tmp_path / "ran", tmp_path / "state.pt"
+    torch.save(good, file, _use_new_zipfile_serialization=zipped)
+    with _running_no_code(tmp_path):
+        read = torch.load(file, weights_only=False)
+    assert (read["scaler"].cur_scale, read["stage"], read["step"].tolist()) == (4.0, stage, [1, 1])
+    torch.save({**good, "scaler": Code(bad)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="holds more than tensors"), _running_no_code(tmp_path):
+        torch.load(file, weights_only=False)
+    assert not bad.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_nothing_here_unpickles() -> None:
+    """Weights are read by ceca/model/archive.py, whose unpickler knows tensors and plain containers alone."""
+    words = re.compile(
+        r"weights_only=False|allow_pickle=True|pickle\.loads?\(|torch\.jit\.load|joblib|trust_remote_code=True"
+        r"|(?<!safetensors\.)torch\.load\((?!.*weights_only=True)"
+    )
+    for room in ("ceca", "jobs", "serve", "cluster", "benchmarks"):
+        for file in (REPOSITORY / room).rglob("*.py"):
+            assert not words.search(file.read_text()), file
