@@ -14,9 +14,11 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ import psutil
 import yaml
 
 from cluster.object_store import S3Server, free_port, start_s3
-from cluster.processes import MARK, end_processes, processes_of
+from cluster.processes import MARK, MARK_FILE, end_processes, processes_of
 
 # Size of each node's object store. All nodes share this machine's memory, so it is small.
 OBJECT_STORE_BYTES = 500_000_000
@@ -49,6 +51,10 @@ SERVING = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+# Rule for names: `ceca.settings.NAME` (a test compares the two).
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+# Most bytes of a cluster's folder. The path of a Unix socket has at most 107, and Ray adds up to 71.
+FOLDER_BYTES = 36
 # Where this environment's `python` and `ray` are.
 PROGRAMS = Path(sys.executable).parent
 
@@ -88,8 +94,31 @@ class Cluster:
 
 
 def folder_of(name: str) -> Path:
-    """Folder of the cluster of this name; short, because the path of a Unix socket has at most 107 characters."""
-    return Path(tempfile.gettempdir()) / f"ceca-{os.getuid()}-{name}"
+    """Folder of the cluster of this name, in the temporary folder, or in /tmp if the path would be too long.
+
+    Raises:
+        ClusterError: the name is not valid or too long, or somebody else has made the folder.
+    """
+    if not re.fullmatch(NAME, name):
+        raise ClusterError(
+            f"{name!r} cannot be a name: use 1 to 64 letters (a-z), digits, dots, _ and -, and begin with a letter or "
+            "a digit"
+        )
+    places = [Path(place) / f"ceca-{os.getuid()}-{name}" for place in (tempfile.gettempdir(), "/tmp")]
+    folder = next((place for place in places if len(os.fsencode(place)) <= FOLDER_BYTES), None)
+    if folder is None:
+        raise ClusterError(
+            f"the folder {places[-1]} is longer than {FOLDER_BYTES} bytes, too long for Unix sockets: choose a shorter "
+            "--name"
+        )
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise ClusterError(
+                f"{folder} is not a folder of this user alone: it is a link, another user's, or open to others; remove "
+                "it, choose another --name, or set TMPDIR"
+            )
+    return folder
 
 
 def up(
@@ -126,7 +155,11 @@ def up(
     dashboard_port = dashboard_port or free_port()
     _refuse_taken(dashboard_port)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise ClusterError(f"cannot make {folder} ({error.strerror}); set TMPDIR to another folder") from None
+    _write_private(folder / MARK_FILE, secrets.token_hex(16))
     try:
         return _start(folder, Size(nodes, gpus, cpus, idle_minutes), dashboard_port, store, environment or {})
     except BaseException:
@@ -138,12 +171,13 @@ def _start(
     folder: Path, size: Size, dashboard_port: int, store: Path | None, environment: Mapping[str, str]
 ) -> Cluster:
     """Start the S3 server, the head and Prometheus in an empty folder; the arguments are those of `up`."""
-    _, s3 = start_s3(store or folder / "s3", secret_key=secrets.token_hex(16), environment={MARK: str(folder)})
+    marked = {MARK: (folder / MARK_FILE).read_text()}
+    _, s3 = start_s3(store or folder / "s3", secret_key=secrets.token_hex(16), environment=marked)
     token = secrets.token_hex(32)
     _write_private(folder / "token", token)
     gcs, dashboard = f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{dashboard_port}"
     variables = _client_variables(folder, gcs, dashboard, s3, declares_gpus=size.gpus > 0)
-    node_variables = _node_variables(folder, variables, environment)
+    node_variables = _node_variables(variables, {**environment, **marked})
     (folder / "autoscaling.json").write_text(json.dumps(_autoscaling(gcs, size)))
     log = folder / "start.log"
     _start_head(_head_command(folder, gcs, dashboard_port), node_variables, log)
@@ -176,14 +210,13 @@ def _client_variables(folder: Path, gcs: str, dashboard: str, s3: S3Server, *, d
     }
 
 
-def _node_variables(folder: Path, variables: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+def _node_variables(variables: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
     """Environment of every process of Ray.
 
     Args:
-        folder: the cluster's.
         variables: environment of the programs that use the cluster. The nodes have it too, except for RAY_ADDRESS, as
             nodes in a cloud have a role: whoever submits a job passes no key.
-        environment: what the caller of `up` adds.
+        environment: the cluster's mark, and what the caller of `up` adds.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in variables}
     shared = {name: value for name, value in variables.items() if name != "RAY_ADDRESS"}
@@ -194,7 +227,6 @@ def _node_variables(folder: Path, variables: Mapping[str, str], environment: Map
         "RAY_LOGGER_LEVEL": "warning",
         **shared,
         **environment,
-        MARK: str(folder),
         # `python` in a submitted command is then this environment's, as on a node whose image has only one.
         "PATH": f"{PROGRAMS}:{os.environ.get('PATH', '')}",
         "RAY_FAKE_CLUSTER": "1",  # Ray's provider for nodes that are processes refuses to start without it

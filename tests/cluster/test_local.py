@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,9 @@ import httpx
 import psutil
 import pytest
 
+from ceca import settings
 from cluster import local
-from cluster.processes import processes_of
+from cluster.processes import MARK_FILE, processes_of
 from serve.environment import ENVIRONMENT
 from tests.conftest import REPOSITORY
 
@@ -53,6 +56,83 @@ def test_help_imports_neither_ray_nor_torch(module: str) -> None:
 
 def test_nodes_have_the_environment_that_serving_needs() -> None:
     assert local.SERVING == ENVIRONMENT
+
+
+def test_a_cluster_has_a_name_like_a_model() -> None:
+    assert local.NAME == settings.NAME
+    for name in ("../../escaped", "a/b", "..", "", "-x"):
+        with pytest.raises(local.ClusterError, match="cannot be a name"):
+            local.folder_of(name)
+    done = ceca_cluster("down", "--name=../../escaped")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: '../../escaped' cannot be a name")
+    with pytest.raises(local.ClusterError, match="shorter --name"):
+        local.folder_of("x" * 64)
+
+
+def test_a_cluster_has_a_short_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 95)))
+    assert local.folder_of("short") == Path(f"/tmp/ceca-{os.getuid()}-short")
+
+
+@pytest.mark.parametrize("kind", ["link", "open", "file", "another's"])
+def test_a_folder_that_somebody_else_has_made_is_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(local, "FOLDER_BYTES", 1000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, elsewhere = local.folder_of("x"), tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (elsewhere / "cluster.json").write_text('{"folder": "", "dashboard": "", "variables": {}}')
+    if kind == "link":
+        folder.symlink_to(elsewhere)
+    elif kind == "file":
+        folder.touch()
+    else:
+        shutil.copytree(elsewhere, folder)
+        folder.chmod(0o777 if kind == "open" else 0o700)
+    if kind == "another's":
+        if os.getuid():
+            pytest.skip("only root can give a folder away")
+        os.chown(folder, 12345, 12345)
+    for command in (local.up, local.down, local.find, local.kill_head):
+        with pytest.raises(local.ClusterError, match="is not a folder of this user alone"):
+            command("x")
+    assert (elsewhere / "cluster.json").exists()
+
+
+def test_down_ends_what_the_cluster_started_and_no_bystander(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "FOLDER_BYTES", 1000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = local.folder_of("x")
+    folder.mkdir(mode=0o700)
+    (folder / MARK_FILE).write_text("0123")
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    parent = [sys.executable, "-c", f"import subprocess; subprocess.run({sleep}, env={{}})"]
+
+    def start(command: list[str], *words: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen([*command, *words], cwd=folder, env={**os.environ, **environment})
+
+    bystanders = [
+        start(sleep, str(folder)),
+        start(sleep, f"--log={folder}/start.log", "0123"),
+        start(sleep, CECA_LOCAL_CLUSTER=str(folder)),
+        start(sleep, CECA_LOCAL_CLUSTER=""),
+    ]
+    own = start(parent, CECA_LOCAL_CLUSTER="0123")
+    try:
+        while not (children := psutil.Process(own.pid).children()):
+            time.sleep(0.02)
+        assert {process.pid for process in processes_of(folder)} == {own.pid, children[0].pid}
+        assert local.down("x") == 2
+        assert not folder.exists()
+        assert not children[0].is_running()
+        assert all(process.poll() is None for process in bystanders)
+        assert local.down("x") == 0
+    finally:
+        for process in (own, *bystanders):
+            process.kill()
+            process.wait()
 
 
 def test_the_script_holds_what_finds_the_cluster_and_only_its_owner_reads_it(cluster: local.Cluster) -> None:
