@@ -92,9 +92,9 @@ def export_weights(
     data: Data,
     out: Annotated[Path, tyro.conf.arg(help="the file to write: .safetensors for open_clip, else .pt or .pth")],
     model: Annotated[str, tyro.conf.arg(help="name below the dataset URI, or a URI of its own")] = "ceca",
-    form: Annotated[
+    format: Annotated[
         Format,
-        tyro.conf.arg(name="format", help="open_clip, openai, irra: the towers; rde, ceca: the local branch too"),
+        tyro.conf.arg(help="open_clip, openai, irra: the towers; rde, ceca: the local branch too"),
     ] = "open_clip",
 ) -> None:
     """Write a model in the format of another program."""
@@ -102,11 +102,11 @@ def export_weights(
     from ceca.model.weights import load_model
 
     loaded, _ = load_model(Store(data), model)
-    left = write_checkpoint(loaded, out, form)
+    left = write_checkpoint(loaded, out, format)
     config = loaded.config
-    hint = f"; open_clip.create_model({config.backbone!r}, pretrained={str(out)!r}, " if form == "open_clip" else ""
+    hint = f"; open_clip.create_model({config.backbone!r}, pretrained={str(out)!r}, " if format == "open_clip" else ""
     hint += f"force_image_size=({config.image_height}, {config.image_width}))" if hint else ""
-    console.print(f"weights: → {out} ({form}){hint}", highlight=False)
+    console.print(f"weights: → {out} ({format}){hint}", highlight=False)
     if left:
         console.print(f"weights: this format has no place for {', '.join(left)}")
 

@@ -215,7 +215,7 @@ def test_a_file_is_imported_starts_a_training_and_is_given_back(form, tmp_path, 
             assert torch.equal(value, model.state_dict()[name]), name
 
     suffix = ".safetensors" if form == "open_clip" else ".pth"
-    export_weights(data, tmp_path / f"back{suffix}", model="imported", form=form)
+    export_weights(data, tmp_path / f"back{suffix}", model="imported", format=form)
     given, back = (read_weights("ceca-tiny", name).weights for name in (path, str(tmp_path / f"back{suffix}")))
     given = {name.removeprefix("module."): value for name, value in given.items() if name not in not_used(form)}
     assert given.keys() <= back.keys()
@@ -252,10 +252,10 @@ def test_a_format_without_a_place_for_a_model_says_so(tmp_path, capsys):
     data, settings = str(tmp_path / "data"), {"backbone": "ceca-tiny", "image_height": 128, "image_width": 64}
     import_weights(data, checkpoint=write("rde", tmp_path)[0], name="rde", **settings)
     with pytest.raises(UserError, match=r"the format ceca has no place for this model \(mixer none"):
-        export_weights(data, tmp_path / "x.pth", model="rde", form="ceca")
+        export_weights(data, tmp_path / "x.pth", model="rde", format="ceca")
     with pytest.raises(UserError, match=r"--out must end in \.pt or \.pth for the format rde"):
-        export_weights(data, tmp_path / "x.safetensors", model="rde", form="rde")
-    export_weights(data, tmp_path / "x.pth", model="rde", form="irra")
+        export_weights(data, tmp_path / "x.safetensors", model="rde", format="rde")
+    export_weights(data, tmp_path / "x.pth", model="rde", format="irra")
     printed = " ".join(capsys.readouterr().err.split())
     assert "this format has no place for textual_embedding.hidden.bias, textual_embedding.hidden.weight" in printed
     assert import_checkpoint(str(tmp_path / "x.pth"), TINY)[0].local_branch is False
