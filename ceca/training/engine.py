@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -36,6 +37,8 @@ from ceca.training.curve import Curve
 from ceca.training.optimiser import parameter_groups, rate_schedule
 from ceca.training.workers import world
 
+MANY_WORKERS = 8  # from which gradients are added up in fp32: each addition in bf16 or fp16 rounds the sum
+SCALE_OF_A_MEAN = 16  # DeepSpeed's first loss scale in fp16 as a power of two; it suits the mean over a batch
 TAG = "state"  # the name under which DeepSpeed finds the state in a checkpoint
 
 
@@ -51,6 +54,7 @@ class Progress:
         zero_stage: ZeRO stage of the checkpoint.
         curve: the losses of every step.
         clean: which pairs of the present epoch are clean, in its order; None without a division.
+        skipped: steps of `steps` that changed no weight, because a gradient was not finite.
     """
 
     steps: int = 0
@@ -60,6 +64,7 @@ class Progress:
     zero_stage: int = 0
     curve: Curve = dataclasses.field(default_factory=Curve)
     clean: np.ndarray | None = None
+    skipped: int = 0
 
     def save(self, folder: Path) -> None:
         """Write progress.json, the curve as curve.parquet, and a division as clean.npy."""
@@ -171,7 +176,41 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     }
     if config.precision != "fp32":
         settings[config.precision] = {"enabled": True}
+        if config.workers >= MANY_WORKERS:
+            settings["communication_data_type"] = "fp32"
+    if config.precision == "fp16":
+        settings["fp16"]["initial_scale_power"] = _first_loss_scale(config)
     return settings
+
+
+def _first_loss_scale(config: TrainConfig) -> int:
+    """The first loss scale of fp16 as a power of two.
+
+    The loss is multiplied by the number of workers, and TAL is a sum over the batch. DeepSpeed's own first scale would
+    overflow in the first steps, and each overflow skips a step.
+    """
+    summed = any(term.startswith("tal_") for term in config.losses.terms)
+    factor = config.workers * (config.global_batch if summed else 1)
+    return max(0, SCALE_OF_A_MEAN - math.ceil(math.log2(factor)))
+
+
+@contextlib.contextmanager
+def explained_overflow() -> Iterator[None]:
+    """In this block, DeepSpeed's error about a loss scale that cannot get smaller becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise UserError(
+            "the gradients are not finite, although fp16's loss scale is as small as it can be; lower the learning "
+            "rates or use precision bf16, under another --name"
+        ) from error
+
+
+def skipped_steps(engine: Any) -> int:
+    """Number of steps that were not taken, because a gradient was not finite."""
+    return int(engine.skipped_steps)
 
 
 def _keep_statistics_in_fp32(model: CECA) -> None:
@@ -198,6 +237,25 @@ def whole_model(engine: Any) -> CECA:
     _keep_statistics_in_fp32(copy)
     copy.load_state_dict(state)
     return copy
+
+
+def published_weights(engine: Any, model: CECA) -> dict[str, torch.Tensor]:
+    """The weights to publish, in fp32; all ranks call this.
+
+    The weights of a bf16 or fp16 model are rounded copies of the optimiser's fp32 weights, which are published.
+
+    Args:
+        engine: what `make_engine` returned.
+        model: what `whole_model` returned for it.
+    """
+    state = {
+        name: value.float() if value.is_floating_point() else value for name, value in model.published_state().items()
+    }
+    full = import_deepspeed("deepspeed.utils").safe_get_full_fp32_param
+    for name, parameter in engine.module.named_parameters():
+        if name in state and (exact := full(parameter)) is not None:  # none without ZeRO
+            state[name] = exact.reshape(state[name].shape)
+    return state
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------

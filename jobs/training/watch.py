@@ -94,6 +94,7 @@ class Watch:
         tell(
             f"{self.config.name}: epoch {record['epoch']:.0f}/{self.config.epochs} done  loss {record['loss']:.2f}"
             f"{validation}  {record['samples_per_second']:.0f} samples/s, input wait {record['input_wait']:.0%}"
+            + (f", {record['skipped_steps']:.0f} steps skipped" if record["skipped_steps"] else "")
         )
 
     def save(self) -> None:

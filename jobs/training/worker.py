@@ -35,10 +35,13 @@ from ceca.training.augment import augment_images, draw, generator, hide_words, m
 from ceca.training.division import divide
 from ceca.training.engine import (
     Progress,
+    explained_overflow,
     import_deepspeed,
     load_checkpoint,
     make_engine,
+    published_weights,
     save_checkpoint,
+    skipped_steps,
     whole_model,
 )
 from ceca.training.order import Batches, batch_slice
@@ -79,7 +82,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     if progress.steps < len(batches) * config.epochs:
         watch = Watch(config, Store(run.store_uri), run.run, len(batches), progress.steps) if rank == 0 else None
         try:
-            _train(engine, run, progress, batches, device, watch, scratch)
+            with explained_overflow():
+                _train(engine, run, progress, batches, device, watch, scratch)
         finally:
             if watch is not None:
                 watch.close()
@@ -133,6 +137,7 @@ def _train(
     engine.train()
     waited, begun, first = 0.0, time.perf_counter(), progress.steps
     kept = progress.steps  # of the last checkpoint
+    skipped = progress.skipped  # before this epoch
     while progress.steps < steps * config.epochs:
         epoch, step = divmod(progress.steps, steps)
         if step == 0 and config.division == "consensus":
@@ -148,6 +153,7 @@ def _train(
         checkpoints = ends_epoch or bool(config.checkpoint_every and progress.steps % config.checkpoint_every == 0)
         if checkpoints or progress.steps % config.log_every == 0:
             progress.curve.require_numbers(config.log_every + steps, kept)
+            _count_skipped(engine, progress, config)
         if watch is not None and (progress.steps % config.log_every == 0 or ends_epoch or watch.due()):
             _watch_step(watch, engine, progress, features, identities, config)
         if ends_epoch:
@@ -159,20 +165,37 @@ def _train(
                 "learning_rate": float(engine.get_lr()[0]),
                 "samples_per_second": rate,
                 "input_wait": waited / seconds,
+                "skipped_steps": progress.skipped - skipped,
                 **model_flops_utilisation(config, ray.get(run.samples), rate),
             }
             if progress.clean is not None:
                 record["clean"] = float(progress.clean.mean())
+            if record["skipped_steps"] >= steps:
+                raise UserError(
+                    f"every step of epoch {epoch + 1} was skipped, because a gradient was not finite; lower the "
+                    "learning rates or use precision fp32, under another --name"
+                )
             record |= _validate_and_keep_best(engine, run, progress, epoch, device)
             progress.history.append(record)
             if watch is not None:
                 watch.epoch(record)
                 watch.point(progress.steps, {f"epoch/{name}": value for name, value in record.items()})
-            waited, begun, first = 0.0, time.perf_counter(), progress.steps
+            waited, begun, first, skipped = 0.0, time.perf_counter(), progress.steps, progress.skipped
             engine.train()
         if checkpoints:
             kept = progress.steps
             _checkpoint(engine, progress, watch, scratch, last=progress.steps == steps * config.epochs)
+
+
+def _count_skipped(engine: Any, progress: Progress, config: TrainConfig) -> None:
+    """Count the steps that DeepSpeed skipped since the last call, and say so."""
+    skipped = skipped_steps(engine)
+    if skipped > progress.skipped and world()[0] == 0:
+        tell(
+            f"{config.name}: {skipped - progress.skipped} steps up to step {progress.steps} were skipped, because a "
+            f"gradient was not finite ({skipped} in all)"
+        )
+    progress.skipped = skipped
 
 
 def _train_step(
@@ -292,7 +315,7 @@ def _watch_step(
     last = progress.curve.mean(1)
     rates = engine.get_lr()
     values = {f"loss/{name}": value for name, value in last.items()}
-    values |= {"rate/clip": float(min(rates)), "rate/new": float(max(rates))}
+    values |= {"rate/clip": float(min(rates)), "rate/new": float(max(rates)), "steps/skipped": progress.skipped}
     module: CECA = engine.module
     for side, mixer in (("image", module.visual_mixer), ("text", module.textual_mixer)):
         if mixer is not None and mixer.gate.numel():  # with ZeRO 3 it may lie on another worker
@@ -322,8 +345,8 @@ def _validate_and_keep_best(
     metrics = validate(model, run, device) if validates else {}
     if not validates or better(metrics, progress.best, SELECTED_BY):
         progress.best = {"epoch": epoch + 1, **metrics}
+        state = published_weights(engine, model)
         if world()[0] == 0:
-            state = {n: v.float() if v.is_floating_point() else v for n, v in model.published_state().items()}
             Store(run.store_uri).write_bytes(serialize(state), run.run, f"best-{epoch + 1:04d}.safetensors")
     return {f"val_{name}": value for name, value in metrics.items()}
 

@@ -22,7 +22,7 @@ from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA
 from ceca.model.irra import WordTask
 from ceca.training.augment import draw, generator, hide_words
-from ceca.training.engine import deepspeed_config, import_deepspeed, whole_model
+from ceca.training.engine import deepspeed_config, import_deepspeed, published_weights, whole_model
 from ceca.training.step import loss_terms, scaled_loss
 from ceca.training.workers import batch_slice, gather_features, gather_identities
 
@@ -133,6 +133,7 @@ def take_steps(method: str, precision: str, stage: int, micro_batch: int | None)
     last = whole_model(engine)
     found |= {f"after {name}": value.detach().float().clone() for name, value in last.named_parameters()}
     found |= {f"statistic {name}": value.clone() for name, value in last.named_buffers() if "running" in name}
+    found |= {f"published {name}": value for name, value in published_weights(engine, last).items()}
     engine.destroy()
     return found
 
@@ -234,6 +235,24 @@ def test_bf16_takes_nearly_the_same_steps(results, reference, mode):
     step, exact = (torch.cat([(of(p, "after")[n] - before[n]).flatten() for n in before]) for p in (found, expected))
     assert torch.cosine_similarity(step, exact, dim=0) > 0.95  # eight bits of a gradient through 12 layers
     assert step.norm() / exact.norm() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("mode", BF16, ids=name_of)
+def test_the_published_weights_are_those_of_the_optimiser_and_not_rounded(results, mode):
+    found = results(2, mode)
+    published, rounded = of(found, "published"), of(found, "after")
+    assert {name for name in rounded if not name.startswith("heads.")} <= published.keys()
+    assert {value.dtype for value in published.values() if value.is_floating_point()} == {torch.float32}
+    for name in rounded.keys() & published.keys():
+        assert torch.equal(published[name].bfloat16().float(), rounded[name]), name
+    finer = [name for name in rounded.keys() & published.keys() if not torch.equal(published[name], rounded[name])]
+    assert len(finer) > 50
+
+
+def test_fp32_publishes_the_model_itself(results):
+    found = results(2, ("ceca", "fp32", 1, None))
+    published = of(found, "published")
+    assert all(torch.equal(published[name], value) for name, value in of(found, "after").items() if name in published)
 
 
 def test_precisions_that_would_not_train_are_refused_before_anything_starts():

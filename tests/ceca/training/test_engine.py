@@ -1,4 +1,4 @@
-"""Compilation of DeepSpeed's operations: as few as possible, and no process waits for a dead one."""
+"""DeepSpeed: compilation of its operations, what it is told about number types, and its errors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ import torch
 import torch.utils.cpp_extension
 from torch.utils.file_baton import FileBaton
 
+from ceca.config import LossConfig, TrainConfig
 from ceca.errors import UserError
-from ceca.training.engine import Progress, _running_no_code, compile_operation, import_deepspeed
+from ceca.training.curve import Curve
+from ceca.training.engine import (
+    Progress,
+    _running_no_code,
+    compile_operation,
+    deepspeed_config,
+    explained_overflow,
+    import_deepspeed,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -125,3 +134,50 @@ def test_nothing_here_unpickles() -> None:
     for room in ("ceca", "jobs", "serve", "cluster", "benchmarks"):
         for file in (REPOSITORY / room).rglob("*.py"):
             assert not words.search(file.read_text()), file
+
+
+# --- number types -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("terms", "batch", "workers", "power"),
+    [
+        (("sdm",), 64, 1, 16),  # a mean, as DeepSpeed expects
+        (("sdm",), 64, 8, 13),  # times the workers
+        (("tal_global", "tal_local", "cawl"), 64, 1, 10),  # a sum over the batch
+        (("tal_global",), 48, 3, 8),
+        (("tal_global",), 4096, 64, 0),
+    ],
+)
+def test_the_first_loss_scale_of_fp16_suits_a_sum_times_the_workers(terms, batch, workers, power) -> None:
+    config = TrainConfig(precision="fp16", losses=LossConfig(terms=terms), global_batch=batch, workers=workers)
+    scale = deepspeed_config(config)["fp16"]
+    assert scale["initial_scale_power"] == power
+    read = import_deepspeed("deepspeed.runtime.precision_config").DeepSpeedFP16Config(**scale)
+    assert read.initial_dynamic_scale() == 2**power
+
+
+@pytest.mark.parametrize(
+    ("precision", "workers", "expected"),
+    [("bf16", 8, "fp32"), ("bf16", 7, None), ("fp16", 64, "fp32"), ("fp32", 64, None)],
+)
+def test_gradients_of_many_workers_are_added_up_in_fp32(precision, workers, expected) -> None:
+    config = TrainConfig(precision=precision, workers=workers)
+    assert deepspeed_config(config).get("communication_data_type") == expected
+
+
+def test_a_loss_scale_that_cannot_get_smaller_is_an_error_with_advice() -> None:
+    scaler = import_deepspeed("deepspeed.runtime.fp16.loss_scaler").DynamicLossScaler(1.0, 1000, 1.0, 1, False)
+    with pytest.raises(UserError, match=r"gradients are not finite.*lower the learning rates"), explained_overflow():
+        scaler.update_scale(True)
+    with pytest.raises(ZeroDivisionError), explained_overflow():
+        print(1 / 0)
+
+
+def test_progress_counts_skipped_steps_and_reads_checkpoints_from_before(tmp_path: Path) -> None:
+    Progress(steps=9, skipped=2, curve=Curve()).save(tmp_path)
+    assert Progress.load(tmp_path).skipped == 2
+    earlier = tmp_path / "progress.json"
+    earlier.write_text(earlier.read_text().replace(', "skipped": 2', ""))
+    assert "skipped" not in earlier.read_text()
+    assert Progress.load(tmp_path).skipped == 0
