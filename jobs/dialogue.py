@@ -65,7 +65,9 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         kept = [Receipt({"dialogues": part}) for part in earlier.parts]
     plan = _plan(store, config, images, rows, made_from, kept)
     gpus = config.vllm.gpus * config.vllm.tensor_parallel if config.engine == "vllm" else 0
-    workers = Workers(config.replicas, cpus=1, gpus=gpus, units_at_once=UNITS_AT_ONCE)
+    workers = Workers(
+        config.replicas, cpus=1, gpus=gpus, units_at_once=UNITS_AT_ONCE, may_be_lost=config.engine == "vllm"
+    )
     manifests = run_plan(store, plan, workers, redo=redo)
     print_report(manifests["dialogues"], gpus)
     return manifests
@@ -121,6 +123,7 @@ def _plan(
         kept=kept,
         notes={"prompt_version": PROMPT_VERSION},
         progress=progress_words,
+        again="--only-missing asks about them alone",
     )
 
 

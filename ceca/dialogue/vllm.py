@@ -14,8 +14,9 @@ import itertools
 import multiprocessing
 import os
 import subprocess
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -39,6 +40,7 @@ from ceca.environment import cache_folder, socket_folder, usable_gpus
 CONVERSATIONS_KEPT = 512  # conversations in memory; more than are in flight at once
 ANSWER_MARK = "\u2603answer\u2603"  # stands for the last answer in a rendered chat, to cut out the text after it
 CPU_BLOCK = 32  # tokens in a block of the prefix cache on a CPU
+MEMORY_S = 60.0  # longest wait for a GPU's memory, which the driver gives back seconds after a process has ended
 SHUTDOWN_S = 30.0  # time limit of a clean shutdown, which takes 6 s on two cores; vLLM's default of 5 s is too short
 
 
@@ -82,6 +84,7 @@ class VLLMEngine:
         self.conversations: OrderedDict[str, _Conversation] = OrderedDict()
         self.engine: Any = None
         self.guard: subprocess.Popen[bytes] | None = None
+        self.children: list[Any] = []  # processes of vLLM
 
     async def start(self) -> None:
         if not usable_gpus(self.config.gpus):  # vLLM reads these variables when it is imported
@@ -112,13 +115,15 @@ class VLLMEngine:
         arguments = self._engine_arguments(weights)
         try:
             self._use_processor(AutoProcessor.from_pretrained(weights, trust_remote_code=False))
+            if usable_gpus(self.config.gpus):
+                await wait_for_memory(self.config.memory_fraction, free_shares)
             children = set(multiprocessing.active_children())
             self.engine = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
         except Exception as error:
             raise EngineError(self._explain(error)) from error
         self.block: int = self.engine.vllm_config.cache_config.block_size
-        started = [child.pid for child in multiprocessing.active_children() if child not in children]
-        self.guard = end_with_this_process([pid for pid in started if pid is not None])
+        self.children = [child for child in multiprocessing.active_children() if child not in children]
+        self.guard = end_with_this_process([child.pid for child in self.children])
 
     def _engine_arguments(self, weights: str) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -180,6 +185,8 @@ class VLLMEngine:
         if self.guard is not None:
             self.guard.communicate()
             self.guard = None
+        for child in self.children:  # they hold memory until they have ended
+            await asyncio.to_thread(child.join, SHUTDOWN_S)
         await self.close()
 
     async def answer(
@@ -299,6 +306,41 @@ def fit_pixels(image: Image.Image, max_pixels: int) -> Image.Image:
     # The bounds matter for an image that is only a few pixels wide or high.
     width, height = (min(max_pixels, max(1, int(side * scale))) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def free_shares() -> list[float]:
+    """Free share of the memory of each GPU that this process may use; empty if the driver does not tell."""
+    from vllm.third_party import pynvml
+
+    shares = []
+    try:
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        numbers = range(pynvml.nvmlDeviceGetCount())
+        for name in visible.split(",") if visible else map(str, numbers):
+            by_name = pynvml.nvmlDeviceGetHandleByUUID
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.strip().isdigit() else by_name(name.strip())
+            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+            shares.append(memory.free / memory.total)
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return []
+    return shares
+
+
+async def wait_for_memory(share: float, read: Callable[[], list[float]], limit_s: float = MEMORY_S) -> None:
+    """Wait until GPUs have this share of their memory free, as vLLM demands at its start.
+
+    After the time limit this returns, and vLLM says what it lacks.
+
+    Args:
+        share: free share, 0 to 1.
+        read: returns the free share of each GPU.
+        limit_s: time limit in seconds.
+    """
+    deadline = time.monotonic() + limit_s
+    while (shares := read()) and min(shares) < share and time.monotonic() < deadline:
+        await asyncio.sleep(0.5)
 
 
 def end_with_this_process(pids: Sequence[int]) -> subprocess.Popen[bytes]:

@@ -32,9 +32,14 @@ from ceca.dialogue.engines import generation_settings, make_engine
 from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.settings import from_mapping
 from jobs.runtime.records import from_json
+from jobs.runtime.team import WorkerLost
 from jobs.runtime.units import Output
 
 REPEATED_AMONG = 8  # a summary is flagged if more than half of at least this many images share it
+
+
+class CanaryError(EngineError):
+    """The model does not describe what it is shown."""
 
 
 class DialogueWorker:
@@ -74,16 +79,29 @@ class DialogueWorker:
         self.occupancy = Occupancy()
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self._run(self.engine.start())
+        self._use_engine(self.engine.start())
         if len(canaries) > 1:
-            self._run(self._check_canaries(self._subjects(canaries)))
+            self._use_engine(self._check_canaries(self._subjects(canaries)))
         self.occupancy.reset()
 
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+    def _use_engine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine in the loop of the engine.
+
+        Raises:
+            WorkerLost: the engine of this worker fails; those of other workers may work.
+            EngineError: no worker's engine can work, because they share an endpoint, or the model sees no images.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+        except CanaryError:
+            raise
+        except EngineError as error:
+            if self.config.engine == "vllm":
+                raise WorkerLost(str(error)) from error
+            raise
 
     def __call__(self, work: list[Any]) -> Output:
-        return self._run(self._converse(self._subjects(work)))
+        return self._use_engine(self._converse(self._subjects(work)))
 
     def _subjects(self, work: list[Any]) -> list[Subject]:
         rows = from_json(ImageRow, work)
@@ -97,7 +115,7 @@ class DialogueWorker:
         """Ask for a description of each image, to stop a model that does not see the images before the work starts.
 
         Raises:
-            EngineError: no image got an answer, all got the same one, or the model refuses them all.
+            CanaryError: no image got an answer, all got the same one, or the model refuses them all.
         """
 
         async def one(subject: Subject) -> str | DialogueError:
@@ -109,15 +127,15 @@ class DialogueWorker:
         results = await asyncio.gather(*(one(subject) for subject in subjects))
         answers = [result for result in results if isinstance(result, str)]
         if not answers:
-            raise EngineError(f"none of {len(results)} images got an answer; the last one: {results[-1]}")
+            raise CanaryError(f"none of {len(results)} images got an answer; the last one: {results[-1]}")
         if len(answers) > 1 and len(set(answers)) == 1:
-            raise EngineError(
+            raise CanaryError(
                 f"{self.engine.model} gives the same description of {len(answers)} different images "
                 f"({answers[0]!r:.120}): it may not see them; check the model and its chat template, or pass "
                 "--no-canary if the images are the same"
             )
         if all(refuses(answer) for answer in answers):
-            raise EngineError(
+            raise CanaryError(
                 f"{self.engine.model} refuses to describe {len(answers)} of {len(results)} images "
                 f"({answers[0]!r:.120}); choose another model"
             )

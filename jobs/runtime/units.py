@@ -11,8 +11,9 @@ import dataclasses
 import json
 import threading
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from jobs.runtime.alone import alone
 from jobs.runtime.console import Track, console, plain
 from jobs.runtime.noise import tell_warnings
 from jobs.runtime.ray_session import connect
+from jobs.runtime.team import Lost, Team, WorkerLost
 
 
 @dataclasses.dataclass
@@ -36,7 +38,7 @@ class Output:
 
 
 class Worker(Protocol):
-    """Does a unit of work. A UserError it raises ends the stage; a bad row is a Reject."""
+    """Does a unit of work. A UserError it raises ends the stage, except WorkerLost; a bad row is a Reject."""
 
     def __call__(self, work: Any) -> Output: ...
 
@@ -58,6 +60,7 @@ class Plan:
     kept: Sequence[Receipt] = ()  # parts of an earlier version, published again before the new ones
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     progress: Callable[[Mapping[str, float], float], str] | None = None  # (sums so far, seconds) → words
+    again: str = "--redo reads all rows again"  # how rejected rows get another chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +72,14 @@ class Workers:
         cpus: CPUs of one worker.
         gpus: GPUs of one worker.
         units_at_once: units that one worker does at the same time, each called from a thread of its own.
+        may_be_lost: a worker may raise WorkerLost.
     """
 
     replicas: int
     cpus: float
     gpus: float = 0
     units_at_once: int = 1
+    may_be_lost: bool = False
 
 
 def run_plan(store: Store, plan: Plan, workers: Workers, *, redo: bool) -> dict[str, Manifest]:
@@ -106,6 +111,10 @@ def _published(store: Store, plan: Plan) -> dict[str, Manifest] | None:
     if manifest is None or manifest.version.partition("-")[0] != plan.version:
         return None
     console.print(f"{plan.stage}: {store.place(plan.tables[-1])} is published already (--redo makes it again)")
+    rejects = store.manifest(rejects_table(plan.stage), manifest.version)
+    if rejects is not None and rejects.rows:
+        rejected = _rejected(store, plan, rejects)
+        console.print(f"{plan.stage}: {rejected}. If you repaired what they need: {plan.again}")
     return {table: store.current(table) for table in plan.tables}
 
 
@@ -169,18 +178,47 @@ def _restore(store: Store, plan: Plan, version: str) -> dict[str, Manifest]:
 
 
 def _run_units(store: Store, plan: Plan, version: str, todo: Sequence[int], workers: Workers) -> None:
-    """Do these units on the cluster and show the progress."""
+    """Do these units on the cluster and show the progress.
+
+    A lost worker gives its units back. They are done in a further round by one worker less.
+
+    Raises:
+        UserError: a worker raised it, or no worker is left.
+    """
+    team = Team.start() if workers.may_be_lost and workers.replicas > 1 else Team()
+    total = sum(plan.sizes)
+    sums: Counter[str] = Counter()
+    lost = Lost(plan.stage, workers.replicas)
+    started = 0.0
+    with Track(plan.stage, total, total - sum(plan.sizes[unit] for unit in todo)) as track:
+        while todo:
+            for result in _round(store, plan, version, todo, workers, workers.replicas - len(lost.reasons), team):
+                if lost.gives_back(result):
+                    continue
+                counts = json.loads(result["counts"])
+                sums.update(counts)
+                started = started or time.monotonic() - counts.get("engine_busy_s", 0.0)
+                words = [plan.progress(sums, time.monotonic() - started)] if plan.progress else []
+                words += [f"{result['rejects']} rejected"] if result["rejects"] else []
+                track.advance(plan.sizes[result["unit"]], ", ".join(filter(None, words)))
+            todo = lost.take_units()
+
+
+def _round(
+    store: Store, plan: Plan, version: str, todo: Sequence[int], workers: Workers, replicas: int, team: Team
+) -> Iterator[dict[str, Any]]:
+    """Give each of these units to one of the workers. Yields what `_UnitWorker` returns."""
     import ray
 
     rows = [{"unit": unit, "work": json.dumps(plan.units[unit])} for unit in todo]
-    results = (
+    yield from (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map(
             _UnitWorker,
-            fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments)),
+            fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments), team),
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,
-                max_size=min(workers.replicas, len(todo)),
+                max_size=min(replicas, len(todo)),
                 max_concurrent_calls_per_actor=workers.units_at_once,
                 enable_true_multi_threading=workers.units_at_once > 1,
             ),
@@ -189,28 +227,27 @@ def _run_units(store: Store, plan: Plan, version: str, todo: Sequence[int], work
         )
         .iter_rows()
     )
-    total = sum(plan.sizes)
-    finished = total - sum(plan.sizes[unit] for unit in todo)
-    sums: Counter[str] = Counter()
-    started = 0.0
-    with Track(plan.stage, total, finished) as track:
-        for result in results:
-            if result["fatal"]:
-                raise UserError(result["fatal"])
-            counts = json.loads(result["counts"])
-            sums.update(counts)
-            started = started or time.monotonic() - counts.get("engine_busy_s", 0.0)
-            words = [plan.progress(sums, time.monotonic() - started)] if plan.progress else []
-            words += [f"{result['rejects']} rejected"] if result["rejects"] else []
-            track.advance(plan.sizes[result["unit"]], ", ".join(filter(None, words)))
 
 
 class _UnitWorker:
-    """A Ray Data actor: does units with the stage's worker and commits each before the next."""
+    """A Ray Data actor: does units with the stage's worker and commits each before the next.
 
-    def __init__(self, uri: str, stage: str, version: str, make: Callable[..., Worker], arguments: dict[str, Any]):
+    A lost worker would take one unit after the other and give each back at once. So it keeps those that it has until
+    all other workers are idle.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        stage: str,
+        version: str,
+        make: Callable[..., Worker],
+        arguments: dict[str, Any],
+        team: Team,
+    ):
         self.store, self.stage, self.version = Store(uri), stage, version
-        self.make, self.arguments = make, arguments
+        self.make, self.arguments, self.team = make, arguments, team
+        self.name = uuid.uuid4().hex
         self.worker: Worker | None = None
         self.broken: UserError | None = None
         self.making = threading.Lock()
@@ -218,6 +255,8 @@ class _UnitWorker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         tell_warnings()
         unit = row["unit"]
+        result = {"unit": unit, "worker": self.name, "rejects": 0, "counts": "{}", "fatal": "", "lost": ""}
+        self.team.begin(unit)
         try:
             output = self._ready()(json.loads(row["work"]))
             parts = {
@@ -227,9 +266,18 @@ class _UnitWorker:
             }
             receipt = Receipt(parts, tuple(output.rejects), output.counts)
             self.store.write_receipt(self.stage, self.version, unit, receipt)
+        except WorkerLost as error:
+            self.broken = error
+            result |= {"lost": plain(error)}
         except UserError as error:
-            return {"unit": unit, "rejects": 0, "counts": "{}", "fatal": f"{plain(error)}"}
-        return {"unit": unit, "rejects": len(output.rejects), "counts": json.dumps(output.counts), "fatal": ""}
+            result |= {"fatal": plain(error)}
+        else:
+            result |= {"rejects": len(output.rejects), "counts": json.dumps(output.counts)}
+        finally:
+            self.team.end(unit)
+        if result["lost"]:
+            self.team.wait_until_idle()
+        return result
 
     def _ready(self) -> Worker:
         """The worker, made at the first unit: in __init__ Ray would retry an error that does not go away."""
@@ -256,10 +304,11 @@ def _sum_counts(receipts: Iterable[Receipt]) -> dict[str, float]:
 def _print_summary(store: Store, plan: Plan, manifests: Mapping[str, Manifest], seconds: float) -> None:
     rejects = manifests[rejects_table(plan.stage)]
     rows = ", ".join(f"{manifests[table].rows:,} {table}" for table in plan.tables)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.notes["rejects"].items()))
-    rejected = (
-        f"{rejects.rows} rejected ({reasons}; see {store.place(rejects_table(plan.stage))})"
-        if rejects.rows
-        else "none rejected"
-    )
+    rejected = _rejected(store, plan, rejects) if rejects.rows else "none rejected"
     console.print(f"{plan.stage}: {rows}; {rejected}; {seconds:.1f} s → {store.place(plan.tables[-1])}")
+
+
+def _rejected(store: Store, plan: Plan, rejects: Manifest) -> str:
+    """Number of rejected rows, their reasons, and where they are listed."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.notes["rejects"].items()))
+    return f"{rejects.rows} rejected ({reasons}; see {store.place(rejects_table(plan.stage))})"

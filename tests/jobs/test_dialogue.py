@@ -175,6 +175,51 @@ def test_a_model_that_does_not_see_the_images_is_found_out_at_once(serve, ingest
     assert count == 4
 
 
+def test_thoughts_refusals_and_odd_characters_reach_no_table(serve, ingested):
+    def mood(body: dict[str, Any]) -> str:
+        return ("refuses", "refuses once", "thinks", "half", "filtered")[int(digest_of(body), 16) % 5]
+
+    async def reply(body: dict[str, Any], request: Request) -> Response:
+        if "max_tokens" in body:
+            return JSONResponse({"error": {"message": "Unsupported parameter: 'max_tokens'"}}, 400)
+        turn, kind = len(body["messages"]) // 2, mood(body)
+        if kind == "refuses" or (kind == "refuses once" and turn == 0):
+            return completion("I'm sorry, but I can't help with that.")
+        if kind == "half":
+            content = rb'{"choices": [{"message": {"content": "a \ud83d man"}}]}'
+            return Response(content, media_type="application/json")
+        if kind == "filtered" and turn == 3:
+            return completion(None, "content_filter")
+        return completion(f"<think>{turn}</think>about {digest_of(body)}" if kind == "thinks" else "about one")
+
+    worker, work = make_worker(ingested, through(serve(reply)))
+    output = worker(work)
+    table = output.tables["dialogues"].to_pylist()
+    assert {reject.reason for reject in output.rejects} == {"refused"}
+    assert len(table) + len(output.rejects) == len(work)
+    flags = {flag: [row for row in table if flag in row["flags"]] for flag in ("answer_refused", "thoughts_removed")}
+    assert all(row["turns"][0]["answer"].startswith("I'm sorry") for row in flags["answer_refused"])
+    assert all(row["summary"].startswith("about") for row in flags["thoughts_removed"])
+    assert {row["summary"] for row in table if not row["flags"]} == {"a \ufffd man"}
+    assert all(flags.values())
+
+
+def test_a_model_that_refuses_every_image_is_found_out_at_once(serve, ingested):
+    async def reply(body: dict[str, Any], request: Request) -> Response:
+        return completion(f"<think>No.</think>I'm sorry, I can't describe {digest_of(body)}.")
+
+    with pytest.raises(EngineError, match=r"m refuses to describe 4 of 4 images \(\"I'm sorry, I can't describe"):
+        make_worker(ingested, through(serve(reply)), canaries=4)
+
+
+def test_thoughts_do_not_make_equal_descriptions_different(serve, ingested):
+    async def reply(body: dict[str, Any], request: Request) -> Response:
+        return completion(f"<think>{digest_of(body)}</think>A person.")
+
+    with pytest.raises(EngineError, match="gives the same description of 4 different images"):
+        make_worker(ingested, through(serve(reply)), canaries=4)
+
+
 def test_a_summary_that_most_images_share_is_flagged(serve, ingested):
     async def reply(body: dict[str, Any], request: Request) -> Response:
         return completion("a person" if digest_of(body) > "3" else f"about {digest_of(body)}", "length")

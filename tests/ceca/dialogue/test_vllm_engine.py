@@ -29,7 +29,7 @@ from ceca.dialogue.conversation import (
     converse,
 )
 from ceca.dialogue.tiny import make_tiny_vlm
-from ceca.dialogue.vllm import CPU_BLOCK, VLLMEngine, end_with_this_process, fit_pixels
+from ceca.dialogue.vllm import CPU_BLOCK, VLLMEngine, end_with_this_process, fit_pixels, wait_for_memory
 
 ANSWER_TOKENS, SUMMARY_TOKENS, MAX_MODEL_LEN = 16, 24, 1024
 MAX_PIXELS = 64 * 28 * 28
@@ -238,6 +238,23 @@ def wait_for_end(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+@pytest.mark.parametrize(
+    ("shares", "reads"),
+    [([[0.2, 0.95], [0.91, 0.95], [1.0, 1.0]], 2), ([[0.95, 0.95]], 1), ([[]], 1)],
+    ids=["after a while", "free", "no driver"],
+)
+def test_a_start_waits_until_every_gpu_has_free_memory(shares, reads):
+    left = list(shares)
+    asyncio.run(wait_for_memory(0.9, lambda: left.pop(0), limit_s=30))
+    assert len(shares) - len(left) == reads
+
+
+def test_a_start_does_not_wait_for_ever_for_memory():
+    begun = time.monotonic()
+    asyncio.run(wait_for_memory(0.9, lambda: [0.5], limit_s=0.1))
+    assert time.monotonic() - begun < 5
 
 
 def test_a_missing_model_is_an_error_with_advice(tmp_path):
