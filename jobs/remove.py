@@ -90,8 +90,8 @@ def _erase(store: Store) -> None:
         console.print("erase: nothing waits to be erased")
         return
     try:
-        with undisturbed(store, Holders(store), this_process()), _progress() as watch:
-            erased = finish(store, *names, watch=watch)
+        with undisturbed(store, Holders(store), this_process()) as lease, _progress() as watch:
+            erased = finish(store, *names, watch=watch, check=lease.check)
     except (Busy, LeaseError) as error:
         later = f"run `ceca remove --data {store.uri} --erase` when that has ended"
         raise UserError(f"{error}; the images are out of search, {later}") from None

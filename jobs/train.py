@@ -14,7 +14,7 @@ from typing import Any
 from ceca.commandline import parse_arguments
 from ceca.config import TrainConfig
 from ceca.data.schema import SCHEMA_VERSION
-from ceca.data.store import Manifest, Store, StoreError, version_of
+from ceca.data.store import Manifest, Store, version_of
 from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel, find_model, find_named
@@ -48,12 +48,12 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
     version = version_of("train", SCHEMA_VERSION, made_from, to_mapping(config, results_only=True))
     if not redo and (published := _published(store, config, version)):
         return published
-    with alone(store, f"train-{config.name}"):
+    with alone(store, f"train-{config.name}") as lease:
         if not redo and (published := _published(store, config, version)):  # by another process, a moment ago
             return published
         from jobs.training.run import train_and_publish
 
-        return train_and_publish(store, config, tables, made_from, version, redo=redo)
+        return train_and_publish(store, config, tables, made_from, version, redo=redo, check=lease.check)
 
 
 def dry_run(data: str, config: TrainConfig) -> list[float]:
@@ -72,14 +72,10 @@ def input_tables(store: Store, config: TrainConfig) -> dict[str, Manifest]:
     """The tables to learn from, by name; dialogues only if summaries are used.
 
     Raises:
-        StoreError: a table is missing, or images and captions are from different runs of ingest.
+        StoreError: a table is missing, or no captions belong to the images.
     """
-    tables = {name: store.current(name, "ingest") for name in ("images", "captions")}
-    images, captions = tables["images"], tables["captions"]
-    if images.version != captions.version:
-        raise StoreError(
-            f"images {images.version} and captions {captions.version} are from different runs of ingest; run it again"
-        )
+    images = store.current("images", "ingest")
+    tables = {"images": images, "captions": store.captions(images)}
     if config.model.summary_weight > 0:
         tables["dialogues"] = store.current("dialogues", "dialogue")
     return tables

@@ -116,8 +116,8 @@ class Intake:
     def _erase(self, pending: Sequence[str]) -> str:
         """Erase the pending removals. Returns what they wait for; empty if they are done."""
         try:
-            with undisturbed(self.store, self.holders, this_process("the service")):
-                finish(self.store, *pending)
+            with undisturbed(self.store, self.holders, this_process("the service")) as lease:
+                finish(self.store, *pending, check=lease.check)
         except (Busy, LeaseError) as error:
             return str(error)
         return ""

@@ -101,6 +101,13 @@ def mark_erased(store: Store, name: str) -> None:
     store.write_json({"images": [], "erased": now()}, REMOVED, f"{name}{ERASED}")
 
 
+def reopen(store: Store, image_ids: Collection[str]) -> None:
+    """Record that the erasures of these images are not complete, because their rows were written again."""
+    for name, images in _erasures(store, store.names(REMOVED)).items() if image_ids else ():
+        if not set(image_ids).isdisjoint(images):
+            store.remove(REMOVED, f"{name}{ERASED}")
+
+
 def pending_erasures(store: Store) -> list[str]:
     """Names of the removals whose erasure was requested and is not complete."""
     listed = set(store.names(REMOVED))
@@ -172,10 +179,14 @@ def waiting_images(store: Store) -> list[str]:
     return [waiting_image(name) for name in store.names(ARRIVALS)]
 
 
+def unadded_images(store: Store) -> set[str]:
+    """Ids of images that wait to be added, or could not be added."""
+    return {waiting_image(name) for folder in (ARRIVALS, FAILED) for name in store.names(folder)}
+
+
 def mentioned_images(store: Store) -> set[str]:
     """Ids of images that were removed, wait to be added, or could not be added."""
-    waiting = {waiting_image(name) for folder in (ARRIVALS, FAILED) for name in store.names(folder)}
-    return waiting | removed_images(store)
+    return unadded_images(store) | removed_images(store)
 
 
 # --- added ------------------------------------------------------------------------------------------------

@@ -7,18 +7,24 @@ manifest names the old part any more, it is removed. Versions keep their names.
 A process that is killed at any moment loses no other row, and calling it again finishes the work. Two erasures at the
 same time also lose nothing. No stage may work on the dataset meanwhile (`undisturbed`). The images to erase are
 recorded in removed/ (`ceca.data.changes`).
+
+An erasure that was stopped may be taken for dead, and a stage begins. So an erasure looks at its lease before each
+step, and a stage leaves the images to erase out of what it publishes (`leave_out`): a step that was taken late then
+removes nothing that a new table names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import json
 import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,14 +32,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from ceca.data.changes import READERS, erased_images, mark_erased, removal, waiting_image, write_added
-from ceca.data.lease import Holders, holding
+from ceca.data.changes import READERS, erased_images, mark_erased, removal, reopen, waiting_image, write_added
+from ceca.data.lease import Holders, Lease, holding
 from ceca.data.names import ADDED, ARRIVALS, FAILED, MANIFEST, PART, REMOVED, WORK, rewritten_part_name
+from ceca.data.objects import as_json
+from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import image_id, image_of
-from ceca.data.store import Part, Store, StoreError, encode
+from ceca.data.store import Part, Receipt, Store, StoreError, encode
 from ceca.errors import UserError
 
-ERASING = "erase"  # name of the lease that an erasure holds; stages wait until it is free
+ERASING, COLLECTING = "erase", "gc"  # names that stages wait for: of an erasure, of `ceca.data.garbage`
+DOING = {ERASING: "erasing", COLLECTING: "gc"}
 KEYS = ("image_id", "caption_id", "key")  # columns that name a row's image; a table's first of them counts
 UNTOUCHED = 10  # seconds without a write after which an unfinished file has no writer any more
 
@@ -47,32 +56,33 @@ class Busy(UserError):
 
 
 @contextlib.contextmanager
-def undisturbed(store: Store, holders: Holders, who: str) -> Iterator[None]:
+def undisturbed(store: Store, holders: Holders, who: str, name: str = ERASING) -> Iterator[Lease]:
     """Keep stages away from the dataset while the context lasts: a stage would write again what it read before.
 
     Args:
         store: the dataset.
         holders: the holders of names, as seen so far.
         who: this process, as other processes print it (`ceca.data.lease.this_process`).
+        name: the name to hold; stages wait until it is free.
 
     Raises:
         Busy: a stage works on the dataset.
-        LeaseError: another process erases.
+        LeaseError: another process holds the name, or this one has lost it.
     """
 
     def refuse() -> None:
         # The stages of a pipeline hold names too, so the pipeline's own name does not matter.
-        held = {name: by for name, by in holders.of().items() if name != ERASING and not name.startswith("pipeline-")}
-        for name, by in sorted(held.items()):
-            raise Busy(f"erasing waits until {name} ends, which is held by {by}")
+        held = {other: by for other, by in holders.of().items() if other != name and not other.startswith("pipeline-")}
+        for other, by in sorted(held.items()):
+            raise Busy(f"{DOING[name]} waits until {other} ends, which is held by {by}")
 
     refuse()  # before the lease, so that no stage waits for an erasure that does not begin
-    with holding(store, ERASING, who, on_lost=lambda: None, say=lambda _: None):
+    with holding(store, name, who, on_lost=lambda: None, say=lambda _: None) as lease:
         refuse()  # after it too: if a stage starts in this moment, at least one of the two sees the other
-        yield
+        yield lease
 
 
-def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, int]:
+def finish(store: Store, *names: str, watch: Watch | None = None, check: Check = unchecked) -> dict[str, int]:
     """Erase the images of these removals in one pass, and record that they are erased.
 
     Images of all other erasures are erased too. They may have come back since; and if another process erases them now,
@@ -82,6 +92,7 @@ def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, i
         store: the dataset.
         names: names of the removals.
         watch: called after each object.
+        check: called before each step; raises an error if stages may have begun meanwhile (`Lease.check`).
 
     Returns:
         As `erase`.
@@ -95,19 +106,23 @@ def finish(store: Store, *names: str, watch: Watch | None = None) -> dict[str, i
         if record is None:
             raise StoreError(f"no removal {store.place(REMOVED, f'{name}.json')}; name one that is there")
         ids.update(record["images"])
-    erased = erase(store, ids, watch)
+    erased = erase(store, ids, watch, check)
     for name in names:
+        check()
         mark_erased(store, name)
     return erased
 
 
-def erase(store: Store, image_ids: Collection[str], watch: Watch | None = None) -> dict[str, int]:
+def erase(
+    store: Store, image_ids: Collection[str], watch: Watch | None = None, check: Check = unchecked
+) -> dict[str, int]:
     """Erase everything about these images below the dataset's URI, except their ids in removed/.
 
     Args:
         store: the dataset.
         image_ids: the images.
         watch: called after each object.
+        check: called before each step.
 
     Returns:
         Table → number of rows erased from all its versions; for arrivals/ and failed/ the number of objects.
@@ -124,12 +139,13 @@ def erase(store: Store, image_ids: Collection[str], watch: Watch | None = None) 
         for name in store.walk():
             folder, _, rest = name.partition("/")
             if folder in (ARRIVALS, FAILED) and waiting_image(rest) in ids:
+                check()
                 store.remove(name)
                 erased[folder] += 1
         counts = {name: rows for name, rows in _count_rows(store, ids, watch, f"erase, look{again}") if rows}
         if not counts and not _rejected(store, ids):
             break
-        erased.update(_erase_objects(store, ids, counts, watch, f"erase{again}"))
+        erased.update(_erase_objects(store, ids, counts, functools.partial(watch, f"erase{again}"), check))
     else:
         raise StoreError(
             f"what is erased comes back in {store.uri}: stop the stage or service that writes it, try again"
@@ -138,8 +154,62 @@ def erase(store: Store, image_ids: Collection[str], watch: Watch | None = None) 
     return dict(sorted(erased.items()))
 
 
+def without(rows: pa.Table, ids: Collection[str]) -> pa.Table:
+    """The rows that do not belong to these images."""
+    column = next((key for key in KEYS if key in rows.column_names), None)
+    if column is None or not ids:
+        return rows
+    return rows.filter(pa.array([not _belongs(column, key, ids) for key in rows[column].to_pylist()], pa.bool_()))
+
+
+def leave_out(store: Store, receipts: Iterable[Receipt], image_ids: Collection[str]) -> list[Receipt]:
+    """Leave erased images out of what a stage publishes: they were erased after it had read them.
+
+    Parts that hold such images are written again. Their erasure counts as pending again, since it has the old parts to
+    remove.
+
+    Args:
+        store: the dataset.
+        receipts: what the stage has made.
+        image_ids: the images whose erasure was requested (`ceca.data.changes.erased_images`).
+
+    Returns:
+        The receipts without rows and rejects of these images.
+    """
+    receipts, ids = list(receipts), frozenset(image_ids)
+    if not ids:
+        return receipts
+    parts = {f"{table}/{part.path}": part for receipt in receipts for table, part in receipt.parts.items()}
+    with ThreadPoolExecutor(READERS) as readers:
+        keys_of = dict(zip(parts, readers.map(functools.partial(_read_keys, store), parts), strict=True))
+    found: dict[str, set[str]] = {}  # part → the images that it holds
+    for name, (column, keys) in keys_of.items():
+        images = {key if column == "image_id" else image_of(key) for key in keys if _belongs(column, key, ids)}
+        if images:
+            found[name] = images
+    reopen(store, set().union(*found.values()))
+    rest: dict[str, Part | None] = {}
+    for name in found:
+        part = parts[name]
+        rows = _read_rest(store, name, ids, part.sha256)
+        table = name.removesuffix(f"/{part.path}")
+        rest[name] = Part(**_write_again(store, table, part.path, rows)) if rows.num_rows else None
+    return [
+        Receipt(
+            parts={
+                table: kept
+                for table, part in receipt.parts.items()
+                if (kept := rest.get(f"{table}/{part.path}", part)) is not None
+            },
+            rejects=tuple(reject for reject in receipt.rejects if not _belongs("key", reject.key, ids)),
+            counts=receipt.counts,
+        )
+        for receipt in receipts
+    ]
+
+
 def _erase_objects(
-    store: Store, ids: Collection[str], counts: Mapping[str, int], watch: Watch, step: str
+    store: Store, ids: Collection[str], counts: Mapping[str, int], done: Callable[[int], None], check: Check
 ) -> Counter[str]:
     """Erase images from the objects that hold rows of them.
 
@@ -147,8 +217,8 @@ def _erase_objects(
         store: the dataset.
         ids: the images.
         counts: object → number of its rows that belong to the images.
-        watch: called after each object.
-        step: name of this step, for `watch`.
+        done: called after each object with the number of objects.
+        check: called before each step.
 
     Returns:
         Table or folder → number of rows erased.
@@ -165,16 +235,19 @@ def _erase_objects(
     # The table images comes last, so that a second run after a kill removes the work too.
     start_over = bool(parts) or _rejected(store, ids)
     if start_over:
+        check()
         store.remove(WORK)
     for name in alone:
+        check()
         _erase_object(store, name, ids)
         erased[name.rpartition("/")[0] if name.startswith(f"{ADDED}/") else name] += counts[name]
-        watch(step, len(counts))
+        done(len(counts))
     for table in sorted(parts, key=lambda table: (table == "images", table)):
-        for _ in _erase_table(store, table, parts[table], ids):
-            watch(step, len(counts))
+        for _ in _erase_table(store, table, parts[table], ids, check):
+            done(len(counts))
         erased[table] += sum(counts[name] for name in parts[table])
     if start_over:
+        check()
         store.remove(WORK)
     return erased
 
@@ -244,9 +317,7 @@ def _read_rest(store: Store, name: str, ids: Collection[str], sha256: str | None
             f"{store.place(name)} is damaged: its digest is not the published one; remove this object and its "
             "version's manifest, erase again, and run its stage with --redo"
         )
-    rows = pq.read_table(pa.BufferReader(content))
-    column = next(key for key in KEYS if key in rows.column_names)
-    return rows.filter(pa.array([not _belongs(column, key, ids) for key in rows[column].to_pylist()], pa.bool_()))
+    return without(pq.read_table(pa.BufferReader(content)), ids)
 
 
 def _erase_object(store: Store, name: str, ids: Collection[str]) -> None:
@@ -263,7 +334,7 @@ def _erase_object(store: Store, name: str, ids: Collection[str]) -> None:
     store.remove(name)
 
 
-def _erase_table(store: Store, table: str, names: Collection[str], ids: Collection[str]) -> Iterator[str]:
+def _erase_table(store: Store, table: str, names: Collection[str], ids: Collection[str], check: Check) -> Iterator[str]:
     """Erase images from parts of a table (`names`: paths below the dataset), and yield each part's path when done."""
     published = {
         part["path"]: part["sha256"]
@@ -274,34 +345,46 @@ def _erase_table(store: Store, table: str, names: Collection[str], ids: Collecti
     replacements: dict[str, dict[str, Any] | None] = {}
     for path, sha256 in published.items():
         with contextlib.suppress(FileNotFoundError):  # another erasure replaced it; the next pass finds its rows
+            check()
             rest = _read_rest(store, f"{table}/{path}", ids, sha256)
             replacements[path] = _write_again(store, table, path, rest) if rest.num_rows else None
         yield f"{table}/{path}"
-    while _replace_parts(store, table, replacements):
+    while _replace_parts(store, table, replacements, check):
         pass  # another erasure may have written a manifest that it had read before
     for name in sorted(names):
+        check()
         store.remove(name)
         if name.removeprefix(f"{table}/") not in published:  # left by work that was killed
             yield name
-    _replace_parts(store, table, replacements)
+    _replace_parts(store, table, replacements, check)
 
 
-def _replace_parts(store: Store, table: str, replacements: Mapping[str, dict[str, Any] | None]) -> bool:
+def _replace_parts(
+    store: Store, table: str, replacements: Mapping[str, dict[str, Any] | None], check: Check = unchecked
+) -> bool:
     """Replace or drop parts in all manifests of a table, keeping their order.
 
     Args:
         store: the dataset.
         table: name of the table.
         replacements: path of an old part → the new part, or None to drop it.
+        check: called before each write.
 
     Returns:
         Whether a manifest named an old part.
     """
+
+    def make(now: bytes | None) -> bytes | None:
+        manifest = json.loads(now) if now is not None else {"parts": []}
+        if not any(part["path"] in replacements for part in manifest["parts"]):
+            return None
+        parts = [part for old in manifest["parts"] if (part := replacements.get(old["path"], old)) is not None]
+        return as_json({**manifest, "parts": parts, "rows": sum(part["rows"] for part in parts)})
+
     changed = False
     for name, manifest in _manifests(store, table):
         if any(part["path"] in replacements for part in manifest["parts"]):
-            parts = [part for old in manifest["parts"] if (part := replacements.get(old["path"], old)) is not None]
-            store.write_json({**manifest, "parts": parts, "rows": sum(part["rows"] for part in parts)}, name)
+            store.replace(make, name, check=check)
             changed = True
     return changed
 
@@ -326,9 +409,7 @@ def _write_again(store: Store, table: str, path: str, rows: pa.Table) -> dict[st
     """
     content = encode(rows)
     sha256 = hashlib.sha256(content).hexdigest()
-    old = PART.fullmatch(f"{table}/{path}")
-    assert old is not None
-    new = rewritten_part_name(old["version"], old["stem"], sha256)
+    new = rewritten_part_name(path, sha256)
     store.write_bytes(content, table, new)
     return dataclasses.asdict(Part(new, rows.num_rows, len(content), sha256))
 

@@ -1,4 +1,4 @@
-"""Filesystems of URIs, and removing from them by exact names.
+"""Filesystems of URIs, writing whole objects to them, and removing from them by exact names.
 
 Notable: fsspec takes a path with `*`, `?` or `[` for a pattern when it deletes on an object store. A dataset below
 `s3://bucket/run[1]` would then lose nothing, and `s3://bucket/run1` everything. Nothing here is a pattern.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -74,6 +76,34 @@ def behind_proxy() -> str:
     endpoint = _s3_endpoint() or "https://s3.amazonaws.com"
     proxy = None if is_loopback(endpoint) else find_proxy(endpoint)
     return f", and the proxy {proxy.address} of ${proxy.variable}" if proxy else ""
+
+
+def write_whole(fs: fsspec.AbstractFileSystem, path: str, content: bytes) -> None:
+    """Write an object atomically: a reader sees the whole object, or the one before.
+
+    Object stores write atomically; a local file is written under another name and then renamed.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, content)
+        return
+    with written_aside(path, content) as aside:
+        os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def written_aside(path: str, content: bytes) -> Iterator[str]:
+    """Give the path of a finished local file beside another; it is removed unless it was renamed."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield aside
+    finally:
+        if os.path.exists(aside):
+            os.remove(aside)
 
 
 def remove_exactly(fs: fsspec.AbstractFileSystem, path: str) -> None:

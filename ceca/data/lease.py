@@ -7,8 +7,9 @@ claim first and looks for other claims second. If two processes ask at once, at 
 process that sees another withdraws.
 
 No clocks are compared. A process is dead when another has seen its beat unchanged for `silent_s` seconds by its own
-clock; a process of the same machine is checked directly. A holder that cannot raise its beat for half of that time
-gives the name up, whether the store is away or the holder was asleep.
+clock; a process of the same machine is checked directly. Whoever goes on without a dead process removes its claim
+first. A holder that cannot raise its beat for half of that time gives the name up, whether the store is away or the
+holder was asleep. A holder that was asleep may go on for a moment before it notices; `Lease.check` tells it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ceca.data.names import LEASES
-from ceca.data.store import Store
+from ceca.data.store import Store, StoreError
 from ceca.environment import lease_silent_s, ray_job_id
 from ceca.errors import UserError
 
@@ -138,11 +139,14 @@ class Holders:
         """Held names (all, or those given) → holder and start time.
 
         A dead holder is left out at once on its own machine, elsewhere once its beat has not changed for `silent_s`.
+        Its claim is removed, so that it knows if it was only asleep.
         """
         held = {}
         for name in self.store.names(LEASES) if names is None else names:
             for claim, content in _read_claims(self.store, name).items():
-                if not self.beats.observe(name, claim, content, time.monotonic()).dead:
+                if self.beats.observe(name, claim, content, time.monotonic()).dead:
+                    self.store.remove(LEASES, name, claim)
+                else:
                     held[name] = str(content)
         return held
 
@@ -154,7 +158,7 @@ class Lease:
         self.store, self.name, self.who, self.on_lost = store, name, who, on_lost
         self.silent_s, self.beat_s = silent_s, beat_s
         self.claim, self.since = f"{uuid.uuid4().hex}.json", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.beats, self.lost = 0, False
+        self.beats, self.held, self.lost = 0, False, False
         self.last = 0.0  # start of the last write that reached the store
         self.ended = threading.Event()
         # Two threads: a beat may hang in the store, and the second thread notices that.
@@ -188,6 +192,7 @@ class Lease:
                 self._write("holding")
                 # A process that slept since its first write may have been taken for dead.
                 if not self._others() and not self._late():
+                    self.held = True
                     break
             self._withdraw()
             maybe_alive = [content for content in others.values() if not content.process_ended()]
@@ -198,6 +203,19 @@ class Lease:
             time.sleep(random.uniform(0.2, 1.0) * min(1.0, self.silent_s / 5))
         for thread in self.threads:
             thread.start()
+
+    def check(self) -> None:
+        """Look whether this process still holds the name, before a step that must not be taken otherwise.
+
+        Raises:
+            LeaseError: another process may hold it.
+        """
+        if self.lost or self._late() or self.store.read_json(LEASES, self.name, self.claim) is None:
+            self.lost = True
+            raise LeaseError(
+                f"lost {self.name}: the store did not hear of this process for {self.silent_s / 2:g} s, or its claim "
+                "was removed; another process may have gone on with it"
+            )
 
     def release(self) -> None:
         """End the threads and remove the claim, whatever has happened before."""
@@ -270,15 +288,17 @@ def holding(
     """
     silent_s = lease_silent_s() if silent_s is None else silent_s
     lease = Lease(store, name, who, on_lost, silent_s, silent_s / BEATS if beat_s is None else beat_s)
-    lost = f"lost {name}: the store did not hear of this process for {silent_s / 2:.0f} s, or its claim was removed"
     try:
         lease.acquire(say)
         yield lease
-    except BaseException:  # also what `on_lost` raises in the main thread
-        if lease.lost:
-            raise LeaseError(lost) from None
+    except LeaseError:
+        raise
+    except BaseException:  # also what `on_lost` raises in the main thread, and what follows from a loss
+        if lease.held:
+            with contextlib.suppress(StoreError):
+                lease.check()
         raise
     finally:
         lease.release()
     if lease.lost:
-        raise LeaseError(lost)
+        lease.check()

@@ -2,7 +2,8 @@
 
 <table>/manifest.json                  the current version of a table
 <table>/<version>/manifest.json        every published version
-<table>/<version>/part-00000.parquet   rows; `-<8 hex digits>` after the number if rows were erased
+<table>/<version>/part-00000-<8 hex digits of its SHA-256>.parquet   rows; without the digits in older datasets
+<folder>/.turns/                       writers of the folder's manifest, see `ceca.data.replacing`
 rejects/<stage>/                       a table of rows that a stage could not use
 .work/<stage>/<version>/00000.json     receipts of finished units, until the stage is published
 .leases/<name>/<claim>.json            holders of names, see `ceca.data.lease`
@@ -19,6 +20,7 @@ import re
 MANIFEST = "manifest.json"
 WORK = ".work"
 LEASES = ".leases"
+TURNS = ".turns"
 MODELS = "models"
 EVALUATIONS = "evaluations"
 COMPARISONS = "comparisons"
@@ -31,24 +33,33 @@ FAILED = "failed"
 PART = re.compile(r"(?P<table>.+)/(?P<version>[^/]+)/(?P<stem>part-\d+)(-[0-9a-f]{8})?\.parquet")
 
 
-def part_name(version: str, number: int) -> str:
+def part_name(version: str, number: int, sha256: str) -> str:
     """Path of a part below its table.
 
-    >>> part_name("0123456789ab", 7)
-    '0123456789ab/part-00007.parquet'
+    Args:
+        version: the version that the part belongs to.
+        number: number of the part.
+        sha256: digest of the content.
+
+    >>> part_name("0123456789ab", 7, "89abcdef01234567")
+    '0123456789ab/part-00007-89abcdef.parquet'
     """
-    return f"{version}/part-{number:05d}.parquet"
+    return f"{version}/part-{number:05d}-{sha256[:8]}.parquet"
 
 
-def rewritten_part_name(version: str, stem: str, sha256: str) -> str:
+def rewritten_part_name(path: str, sha256: str) -> str:
     """Path of a part that was written again after an erasure.
 
     Args:
-        version: the version that the part belonged to.
-        stem: the old part's name without suffix and digest, e.g. `part-00007`.
+        path: the old part, below its table.
         sha256: digest of the new content.
+
+    >>> rewritten_part_name("0123456789ab/part-00007-89abcdef.parquet", "0011223344556677")
+    '0123456789ab/part-00007-00112233.parquet'
     """
-    return f"{version}/{stem}-{sha256[:8]}.parquet"
+    old = PART.fullmatch(f"table/{path}")
+    assert old is not None, path
+    return f"{old['version']}/{old['stem']}-{sha256[:8]}.parquet"
 
 
 def receipt_name(unit: int) -> str:

@@ -4,7 +4,7 @@ A dataset is a folder of tables on any filesystem that fsspec knows (local path,
 
     <table>/manifest.json                       the current version; written last, so readers see the old or the new
     <table>/<version>/manifest.json             every published version
-    <table>/<version>/part-00000.parquet        rows
+    <table>/<version>/part-00000-<hex>.parquet  rows; named by number and content
 
 A version's name is a digest of the table's inputs and settings, so the same work has the same name wherever and
 whenever it runs. A stage splits its work into numbered *units*. A finished unit writes its parts first and a receipt
@@ -14,25 +14,24 @@ publishes its tables when all units have one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
-import os
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
-from ceca.data.filesystems import StoreError, behind_proxy, below, filesystem, remove_exactly
+from ceca.data.filesystems import StoreError
+from ceca.data.filesystems import filesystem as filesystem
 from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
+from ceca.data.objects import Objects, as_json
+from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
 
 ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
@@ -98,124 +97,8 @@ def version_of(*described: Any) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-class Store:
+class Store(Objects):
     """The tables below one dataset URI."""
-
-    def __init__(self, uri: str):
-        self.fs, self.root = filesystem(uri)
-        # Workers of a job may run in another folder, where a relative path would be another place.
-        self.uri = uri if "://" in uri else str(Path(uri).absolute())
-
-    def path(self, *names: str) -> str:
-        """Path of an object in the filesystem; errors as in `below`."""
-        return below(self.root, *names)
-
-    def place(self, *names: str) -> str:
-        """URI of an object, for messages and other programs."""
-        return "/".join([self.uri.rstrip("/"), *names])
-
-    # --- plain objects ------------------------------------------------------------------------------------
-
-    def read_bytes(self, *names: str) -> bytes:
-        """Content of an object.
-
-        Raises:
-            FileNotFoundError: the object does not exist.
-            StoreError: the store cannot be reached, or it refuses.
-        """
-        with self._explained("read", *names):
-            return self.fs.cat_file(self.path(*names))
-
-    def write_bytes(self, content: bytes, *names: str) -> None:
-        """Write an object atomically: a reader sees the whole object, or the one before.
-
-        Object stores write atomically; a local file is written under another name and then renamed.
-
-        Raises:
-            StoreError: the store cannot be reached, or it refuses.
-        """
-        path = self.path(*names)
-        with self._explained("write", *names):
-            if not isinstance(self.fs, LocalFileSystem):
-                self.fs.pipe_file(path, content)
-                return
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            aside = f"{path}.{uuid.uuid4().hex}.tmp"
-            try:
-                with open(aside, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(aside, path)
-            finally:
-                if os.path.exists(aside):
-                    os.remove(aside)
-
-    def write_json(self, content: Any, *names: str) -> None:
-        """Write an object as JSON; atomic, and with errors, as `write_bytes`."""
-        self.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode(), *names)
-
-    def read_json(self, *names: str) -> Any | None:
-        """Content of a JSON object; None if the object does not exist.
-
-        Raises:
-            StoreError: the store cannot be reached, or the object is not valid JSON.
-        """
-        try:
-            content = self.read_bytes(*names)
-        except FileNotFoundError:
-            return None
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise StoreError(f"{self.place(*names)} is not valid JSON ({error}); remove it and run its stage") from None
-
-    def read_record(self, *names: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Content of a JSON object that must be a record; None if the object does not exist.
-
-        Args:
-            names: its path below the dataset.
-            kind: what it should be, for the error.
-            fields: fields that it must have, and the type of each.
-
-        Raises:
-            StoreError: it is not such a record; the message names the object. Others as in `read_json`.
-        """
-        record = self.read_json(*names)
-        if record is None:
-            return None
-        wrong = [name for name, kept in fields.items() if not isinstance(_get(record, name), kept)]
-        if wrong:
-            raise StoreError(
-                f"{self.place(*names)} is not {kind}, for lack of {', '.join(wrong)}: found {json.dumps(record):.80}; "
-                "remove it"
-            )
-        whole: dict[str, Any] = record
-        return whole
-
-    def names(self, *names: str) -> list[str]:
-        """Sorted names of the objects in a folder, without unfinished ones; empty if the folder does not exist."""
-        folder = self.path(*names)
-        with self._explained("list", *names):
-            if not self.fs.exists(folder):
-                return []
-            listed = sorted(Path(path).name for path in self.fs.ls(folder, detail=False))
-        return [name for name in listed if not name.endswith(".tmp")]
-
-    def walk(self, *names: str) -> list[str]:
-        """Sorted paths, below the dataset, of all objects below a folder, also of unfinished ones."""
-        with self._explained("list", *names):
-            paths = self.fs.find(self.path(*names))
-        return sorted(path[len(self.root) + 1 :] for path in paths)
-
-    @contextlib.contextmanager
-    def open(self, *names: str) -> Iterator[Any]:
-        """Open an object to read ranges of it; errors as in `read_bytes`."""
-        with self._explained("read", *names), self.fs.open(self.path(*names), "rb") as file:
-            yield file
-
-    def _explained(self, verb: str, *names: str) -> _Explained:
-        return _Explained(f"cannot {verb} {self.place(*names)}")
 
     # --- reading tables -----------------------------------------------------------------------------------
 
@@ -261,6 +144,34 @@ class Store:
         if manifest is None:
             raise StoreError(f"no table {table!r} in {self.uri}; run the stage `{made_by or table}` first")
         return manifest
+
+    def belonging(self, table: str, images: Manifest) -> Manifest | None:
+        """Manifest of the version of `captions` or `attributes` that belongs to these images; None if there is none.
+
+        The current version may be of another run of ingest: two runs overlapped, or one ended between two tables.
+
+        Args:
+            table: name of the table.
+            images: the version of the images table.
+        """
+        same_run = self.manifest(table, images.version)
+        if same_run is not None:
+            return same_run
+        current = self.manifest(table)
+        return current if current is not None and current.made_from.get("images") == images.version else None
+
+    def captions(self, images: Manifest) -> Manifest:
+        """Manifest of the captions that belong to these images.
+
+        Raises:
+            StoreError: there are none.
+        """
+        captions = self.belonging("captions", images)
+        if captions is None:
+            raise StoreError(
+                f"no captions belong to images {images.version} in {self.uri}; run the stage `ingest` again"
+            )
+        return captions
 
     def read_part(self, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of one part, after its digest was checked.
@@ -352,13 +263,15 @@ class Store:
         Args:
             table: name of the table.
             version: the version that the part belongs to.
-            number: number of the part, which decides its name.
+            number: number of the part. Its name has the digest of the content too: a late process that does the same
+                work otherwise does not change it.
             rows: the part's rows.
         """
         content = encode(rows)
-        path = part_name(version, number)
+        sha256 = hashlib.sha256(content).hexdigest()
+        path = part_name(version, number, sha256)
         self.write_bytes(content, table, path)
-        return Part(path, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
+        return Part(path, rows.num_rows, len(content), sha256)
 
     def write_receipt(self, stage: str, version: str, unit: int, receipt: Receipt) -> None:
         """Record that a unit is done. Its parts must be written before.
@@ -400,6 +313,7 @@ class Store:
         config: Mapping[str, Any],
         rejects: Sequence[Reject] = (),
         notes: Mapping[str, Any] | None = None,
+        check: Check = unchecked,
     ) -> dict[str, Manifest]:
         """Publish a stage's tables and remove its receipts.
 
@@ -412,9 +326,13 @@ class Store:
             config: the stage's settings.
             rejects: rows rejected while the stage planned its units; the units' rejects are in their receipts.
             notes: findings of the stage, kept in the manifests.
+            check: raises an error if this process may not publish any more.
 
         Returns:
             The manifest of each table, by name.
+
+        Raises:
+            StoreError: a part is gone, so nothing is published. Others as of `check`.
         """
         receipts = list(receipts)
         rejected = [*rejects, *(reject for receipt in receipts for reject in receipt.rejects)]
@@ -423,26 +341,82 @@ class Store:
         for table in tables:
             parts[table] = [receipt.parts[table] for receipt in receipts if table in receipt.parts]
         notes = {**(notes or {}), "rejects": dict(Counter(reject.reason for reject in rejected))}
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         manifests = {}
         for table, table_parts in parts.items():
             rows_in_all = sum(part.rows for part in table_parts)
-            manifest = Manifest(table, version, rows_in_all, tuple(table_parts), made_from, config, notes, created)
-            self.write_json(dataclasses.asdict(manifest), table, version, MANIFEST)
-            manifests[table] = manifest
-        for table, manifest in manifests.items():
-            self.write_json(dataclasses.asdict(manifest), table, MANIFEST)
+            manifests[table] = Manifest(table, version, rows_in_all, tuple(table_parts), made_from, config, notes, "")
+        manifests = self.make_current(manifests.values(), check)
+        check()  # else it may be the work of another process, which does it again
         self.remove(WORK, stage, version)
         return manifests
 
-    def remove(self, *names: str) -> None:
-        """Remove a folder or object, if it exists."""
-        with self._explained("remove", *names):
-            remove_exactly(self.fs, self.path(*names))
+    def make_current(self, manifests: Iterable[Manifest], check: Check = unchecked) -> dict[str, Manifest]:
+        """Make versions of tables the current ones, in this order. All of their parts are there, before and after.
 
+        Args:
+            manifests: the versions.
+            check: raises an error if this process may not publish any more.
 
-def _get(record: Any, name: str) -> Any:
-    return record.get(name) if isinstance(record, dict) else None
+        Returns:
+            The manifests as published, by table.
+
+        Raises:
+            StoreError: a part is gone, so the versions before stay current. Others as of `check`.
+        """
+        # A version that is current for the second time has another content: nobody takes it for the first time.
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        published = {manifest.table: dataclasses.replace(manifest, created=created) for manifest in manifests}
+        contents = {table: as_json(dataclasses.asdict(manifest)) for table, manifest in published.items()}
+        before = {table: self.manifest(table) for table in published}
+
+        def write(table: str, *names: str) -> None:
+            self.replace(lambda _: contents[table], table, *names, check=check)
+
+        self._refuse_missing(published.values())
+        try:
+            for table, manifest in published.items():
+                write(table, manifest.version, MANIFEST)
+            for table in published:
+                write(table, MANIFEST)
+        finally:
+            try:
+                self._refuse_missing(published.values())
+            except StoreError:  # removed while this process was stopped between a check and a write
+                for table, manifest in reversed(published.items()):
+                    self._withdraw(manifest, contents[table], before[table])
+                raise
+        return published
+
+    def _withdraw(self, manifest: Manifest, content: bytes, before: Manifest | None) -> None:
+        """Take back a version whose parts are gone: what was current before is current again, as it is now."""
+        table, version = manifest.table, manifest.version
+        earlier = self.read_json(table, before.version, MANIFEST) if before and before.version != version else None
+        if earlier is not None:
+            self.replace(lambda now: as_json(earlier) if now == content else None, table, MANIFEST)
+        for names in ((table, MANIFEST), (table, version, MANIFEST)):
+            if as_json(self.read_json(*names)) == content:
+                self.remove(*names)
+
+    def _refuse_missing(self, manifests: Iterable[Manifest]) -> None:
+        """Refuse versions whose parts are not all there.
+
+        Raises:
+            StoreError: a part is gone.
+        """
+        for manifest in manifests:
+            if gone := self.missing(manifest.table, manifest.parts):
+                first = self.place(manifest.table, gone[0].path)
+                raise StoreError(
+                    f"{len(gone)} parts of {manifest.table} are gone, such as {first}: another process removed them "
+                    "while this one was stopped; nothing is published, start the same command again"
+                )
+
+    def missing(self, table: str, parts: Collection[Part]) -> list[Part]:
+        """Those of a table's parts that are not in the store with their size."""
+        sizes: dict[str, int] = {}
+        for folder in {part.path.rpartition("/")[0] for part in parts}:
+            sizes |= self.sizes(table, folder)
+        return [part for part in parts if sizes.get(f"{table}/{part.path}") != part.bytes]
 
 
 def plain(error: BaseException) -> str:
@@ -462,36 +436,3 @@ def _compression(schema: pa.Schema) -> str | dict[str, str]:
     if "image" in schema.names:
         return {name: "NONE" if name == "image" else "ZSTD" for name in schema.names}
     return "NONE" if "global" in schema.names else "ZSTD"
-
-
-class _Explained:
-    """Turns the errors of filesystems into a StoreError that says what was attempted and what to do."""
-
-    def __init__(self, attempt: str):
-        self.attempt = attempt
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Literal[False]:
-        if error is None or isinstance(error, StoreError):
-            return False
-        if isinstance(error, FileNotFoundError):
-            if "cannot write" not in self.attempt:
-                return False  # readers handle a missing object
-            advice = "check that the bucket or folder exists"
-        elif isinstance(error, PermissionError):
-            # S3 answers the first request with a plain 403, also if this machine's clock is wrong.
-            advice = (
-                "check the permissions; for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                f"and that the clock of this machine is right{behind_proxy()}"
-            )
-        elif isinstance(error, OSError) and error.errno == 28:
-            advice = "the disk is full: free some space and start the same command again, finished work is kept"
-        elif isinstance(error, OSError | pa.ArrowException) or type(error).__module__.startswith(
-            ("botocore", "aiobotocore")
-        ):
-            advice = f"check that the place exists and, for s3://, AWS_ENDPOINT_URL and the keys{behind_proxy()}"
-        else:
-            return False
-        raise StoreError(f"{self.attempt}: {type(error).__name__}: {error}; {advice}") from error

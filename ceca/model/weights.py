@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ceca.config import ModelConfig
 from ceca.data.names import MANIFEST, MODELS
+from ceca.data.objects import as_json
+from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError
 from ceca.model.ceca import CECA
@@ -101,8 +103,12 @@ def publish_model(
     made_from: dict[str, str],
     version: str,
     extras: Mapping[str, bytes] | None = None,
+    check: Check = unchecked,
 ) -> PublishedModel:
-    """Publish a model under models/<name>, `extras` beside it by name; the manifest comes last."""
+    """Publish a model under models/<name>, `extras` beside it by name; the manifest comes last.
+
+    `check` raises an error if this process may not publish any more.
+    """
     global_dim = safetensors.torch.load(weights)["backbone.clip.text_projection"].shape[1]
     local_dim = model.local_dim if model.local_branch else global_dim
     settings = to_mapping(model)
@@ -123,7 +129,8 @@ def publish_model(
         "made_from": made_from,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    store.write_json(manifest, MODELS, name, MANIFEST)
+    content = as_json(manifest)
+    store.replace(lambda _: content, MODELS, name, MANIFEST, check=check)
     place = store.place(MODELS, name)
     return PublishedModel(place, digest, global_dim, local_dim, described, training, made_from, version)
 

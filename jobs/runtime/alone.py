@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from ceca.data.erase import ERASING
+from ceca.data.erase import COLLECTING, DOING, ERASING
 from ceca.data.lease import Holders, Lease, holding, this_process
 from ceca.data.store import Store
 from jobs.runtime.console import label
@@ -16,7 +16,7 @@ from jobs.runtime.console import label
 
 @contextlib.contextmanager
 def alone(store: Store, name: str) -> Iterator[Lease]:
-    """Hold a name: no other process works under it (ceca/data/lease.py), and no image is erased meanwhile.
+    """Hold a name: no other process works under it (ceca/data/lease.py), and nothing is erased meanwhile.
 
     Raises:
         LeaseError: another process holds the name.
@@ -27,9 +27,9 @@ def alone(store: Store, name: str) -> Iterator[Lease]:
 
     holders, announced = Holders(store), False
     with holding(store, name, this_process(), on_lost=interrupt, say=say) as lease:
-        while erasing := holders.of([ERASING]):
+        while others := holders.of([ERASING, COLLECTING]):
             if not announced:
-                say(f"images are erased by {erasing[ERASING]}")
+                say("; ".join(f"{DOING[other]} by {who}" for other, who in others.items()))
                 announced = True
             time.sleep(1)
         yield lease

@@ -3,6 +3,9 @@
 A stage lists its units and gives a worker class. Ray Data runs the workers. Each worker reads its unit's input from
 the store and writes its output there, so no row passes through the driver. A finished unit leaves a receipt, and a
 stage that is started again skips the units that have one. A stage whose tables are published needs no Ray.
+
+A stage may be stopped for so long that others take it for dead. What it publishes then is what it may still publish:
+not without its lease, not without its parts, and not images that were erased meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from ceca.data.names import MANIFEST, WORK, rejects_table
+from ceca.data.changes import erased_images, reopen
+from ceca.data.erase import leave_out, without
+from ceca.data.lease import Lease
+from ceca.data.names import REMOVED, WORK, rejects_table
 from ceca.data.store import Manifest, Receipt, Reject, Store
 from ceca.errors import UserError
 from jobs.runtime.alone import alone
@@ -26,6 +32,8 @@ from jobs.runtime.console import Track, console, plain
 from jobs.runtime.noise import tell_warnings
 from jobs.runtime.ray_session import connect
 from jobs.runtime.team import Lost, Team, WorkerLost
+
+ROUNDS = 3  # of doing units whose receipts have disappeared
 
 
 @dataclasses.dataclass
@@ -96,13 +104,14 @@ def run_plan(store: Store, plan: Plan, workers: Workers, *, redo: bool) -> dict[
     """
     if not redo and (published := _published(store, plan)):
         return published
-    with alone(store, f"{plan.stage}-{plan.version}"):
+    with alone(store, f"{plan.stage}-{plan.version}") as lease:
         if not redo and (published := _published(store, plan)):  # by another process, a moment ago
             return published
         version = _new_version(store, plan) if redo else plan.version
-        if store.manifest(plan.tables[-1], version) is not None:
-            return _restore(store, plan, version)
-        return _make(store, plan, version, workers)
+        if earlier := _versions(store, plan, version):
+            console.print(f"{plan.stage}: version {version} was published before and is made current again")
+            return store.make_current(earlier, lease.check)
+        return _make(store, plan, version, workers, lease)
 
 
 def _published(store: Store, plan: Plan) -> dict[str, Manifest] | None:
@@ -115,66 +124,98 @@ def _published(store: Store, plan: Plan) -> dict[str, Manifest] | None:
     if rejects is not None and rejects.rows:
         rejected = _rejected(store, plan, rejects)
         console.print(f"{plan.stage}: {rejected}. If you repaired what they need: {plan.again}")
-    return {table: store.current(table) for table in plan.tables}
+    # Another run may have published one of them since: each is returned in the version of the last one.
+    return {table: store.manifest(table, manifest.version) or store.current(table) for table in plan.tables}
 
 
 def _new_version(store: Store, plan: Plan) -> str:
     """A name beside the published versions.
 
-    Readers keep the old version until the new one is whole, and a --redo that was killed finds its units again.
+    Readers keep the old version until the new one is whole, and a --redo that was killed finds its units again. A name
+    is not used again when `ceca gc` has removed its version: caches may still have that.
     """
-    version, repeats = plan.version, 1
-    while store.manifest(plan.tables[-1], version) is not None:
-        version = f"{plan.version}-{repeats}"
+    current = store.manifest(plan.tables[-1])
+    of, _, number = current.version.partition("-") if current is not None else ("", "", "")
+    repeats = int(number or 0) + 1 if of == plan.version else 0
+    while store.manifest(plan.tables[-1], version := f"{plan.version}-{repeats}".removesuffix("-0")) is not None:
         repeats += 1
     return version
 
 
-def _make(store: Store, plan: Plan, version: str, workers: Workers) -> dict[str, Manifest]:
+def _make(store: Store, plan: Plan, version: str, workers: Workers, lease: Lease) -> dict[str, Manifest]:
     started = time.monotonic()
-    done = store.receipts(plan.stage, version)
-    if done:
-        console.print(f"{plan.stage}: continuing, {len(done)} of {len(plan.units)} parts are there")
-    todo = [unit for unit in range(len(plan.units)) if unit not in done]
-    if todo:
-        connect()
-        _run_units(store, plan, version, todo, workers)
-    receipts = store.receipts(plan.stage, version)
-    _refuse_empty(store, plan, version, receipts)
+    receipts = _finish_units(store, plan, version, workers)
+    _refuse_empty(store, plan, version, receipts, lease)
+    in_plan = Receipt({}, tuple(plan.rejects))
+    receipts_in_order = [in_plan, *plan.kept, *(receipts[unit] for unit in range(len(plan.units)))]
+    erased = erased_images(store)
     manifests = store.publish(
         plan.stage,
         version,
         plan.tables,
-        [*plan.kept, *(receipts[unit] for unit in range(len(plan.units)))],
+        leave_out(store, receipts_in_order, erased),
         made_from=plan.made_from,
         config=plan.config,
-        rejects=plan.rejects,
         notes={**plan.notes, "counts": _sum_counts(receipts.values())},
+        check=lease.check,
     )
+    reopen(store, erased_images(store) - erased)
     _print_summary(store, plan, manifests, time.monotonic() - started)
     return manifests
 
 
-def _refuse_empty(store: Store, plan: Plan, version: str, receipts: Mapping[int, Receipt]) -> None:
+def _finish_units(store: Store, plan: Plan, version: str, workers: Workers) -> dict[int, Receipt]:
+    """Do the units that have no receipt yet.
+
+    Raises:
+        UserError: receipts disappear again and again.
+    """
+    for _ in range(ROUNDS):
+        done = _receipts(store, plan, version)
+        todo = [unit for unit in range(len(plan.units)) if unit not in done]
+        if not todo:
+            return done
+        if done:
+            console.print(f"{plan.stage}: continuing, {len(done)} of {len(plan.units)} parts are there")
+        connect()
+        _run_units(store, plan, version, todo, workers)
+    done = _receipts(store, plan, version)
+    if len(done) < len(plan.units):
+        raise UserError(
+            f"{plan.stage}: receipts of finished work disappear from {store.place(WORK, plan.stage, version)}; "
+            "end the process that removes them and start again"
+        )
+    return done
+
+
+def _receipts(store: Store, plan: Plan, version: str) -> dict[int, Receipt]:
+    """Receipts of the finished units whose parts are still there: an erasure starts unfinished work over."""
+    receipts = store.receipts(plan.stage, version)
+    gone = {
+        (table, part)
+        for table in {table for receipt in receipts.values() for table in receipt.parts}
+        for part in store.missing(table, [r.parts[table] for r in receipts.values() if table in r.parts])
+    }
+    return {unit: receipt for unit, receipt in receipts.items() if gone.isdisjoint(receipt.parts.items())}
+
+
+def _refuse_empty(store: Store, plan: Plan, version: str, receipts: Mapping[int, Receipt], lease: Lease) -> None:
     """Refuse to publish a stage that rejected every row: the cause is a mistake, not bad rows. It starts anew."""
     if not plan.units or plan.kept or any(plan.tables[-1] in receipt.parts for receipt in receipts.values()):
         return
     rejects = Counter(f"{reject.reason}: {reject.detail}" for r in receipts.values() for reject in r.rejects)
+    lease.check()
     store.remove(WORK, plan.stage, version)
     common = "; ".join(f"{count} x {reason}" for reason, count in rejects.most_common(3))
     raise UserError(f"{plan.stage}: all {sum(plan.sizes)} rows were rejected and nothing is published; {common}")
 
 
-def _restore(store: Store, plan: Plan, version: str) -> dict[str, Manifest]:
-    """Make an earlier version current again: input and settings are the same, so nothing is computed."""
-    console.print(f"{plan.stage}: version {version} was published before and is made current again")
-    manifests = {}
-    for table in (rejects_table(plan.stage), *plan.tables):
-        manifest = store.manifest(table, version)
-        if manifest is not None:
-            store.write_json(dataclasses.asdict(manifest), table, MANIFEST)
-            manifests[table] = manifest
-    return manifests
+def _versions(store: Store, plan: Plan, version: str) -> list[Manifest]:
+    """The tables of a version that was published whole; empty if it was not. Nothing needs to be computed then."""
+    tables = (rejects_table(plan.stage), *plan.tables)
+    found = [manifest for table in tables if (manifest := store.manifest(table, version)) is not None]
+    whole = all(not store.missing(manifest.table, manifest.parts) for manifest in found)
+    return found if whole and found and found[-1].table == plan.tables[-1] else []
 
 
 def _run_units(store: Store, plan: Plan, version: str, todo: Sequence[int], workers: Workers) -> None:
@@ -251,6 +292,7 @@ class _UnitWorker:
         self.worker: Worker | None = None
         self.broken: UserError | None = None
         self.making = threading.Lock()
+        self.removals: tuple[list[str], set[str]] = [], set()  # objects below removed/ → ids of erased images
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         tell_warnings()
@@ -259,9 +301,11 @@ class _UnitWorker:
         self.team.begin(unit)
         try:
             output = self._ready()(json.loads(row["work"]))
+            erased = self._erased()
+            tables = {table: without(rows, erased) for table, rows in output.tables.items()}
             parts = {
                 table: self.store.write_part(table, self.version, unit, rows)
-                for table, rows in output.tables.items()
+                for table, rows in tables.items()
                 if rows.num_rows
             }
             receipt = Receipt(parts, tuple(output.rejects), output.counts)
@@ -278,6 +322,13 @@ class _UnitWorker:
         if result["lost"]:
             self.team.wait_until_idle()
         return result
+
+    def _erased(self) -> set[str]:
+        """Ids of images that were erased by now; they may have been read before."""
+        listed = self.store.names(REMOVED)
+        if listed != self.removals[0]:
+            self.removals = listed, erased_images(self.store)
+        return self.removals[1]
 
     def _ready(self) -> Worker:
         """The worker, made at the first unit: in __init__ Ray would retry an error that does not go away."""

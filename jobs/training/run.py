@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ceca.config import TrainConfig
 from ceca.data.filesystems import as_pyarrow
 from ceca.data.names import MODELS
+from ceca.data.replacing import Check, unchecked
 from ceca.data.store import Manifest, Store
 from ceca.environment import usable_gpus
 from ceca.errors import UserError
@@ -43,6 +44,7 @@ def train_and_publish(
     version: str,
     *,
     redo: bool,
+    check: Check = unchecked,
 ) -> PublishedModel:
     """Train a model, or continue its run, and publish the weights of the best epoch.
 
@@ -53,6 +55,7 @@ def train_and_publish(
         made_from: their versions.
         version: version of the model.
         redo: train again even if a run of this version has ended.
+        check: raises an error if this process may not publish any more.
     """
     folder = f"{MODELS}/{config.name}/run-{version}"
     if redo and store.read_json(folder, WHOLE) is not None:  # left by a run that was killed after publishing
@@ -82,7 +85,9 @@ def train_and_publish(
         made_from=made_from,
         version=version,
         extras={"curve.parquet": curve},
+        check=check,
     )
+    check()  # else it may be the folder of another process, which trains again
     store.remove(folder)
     best = record["best"]
     chosen = (

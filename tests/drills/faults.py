@@ -15,6 +15,7 @@ from aiohttp import web
 from yarl import URL
 
 SLOW_DOWN = "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+UNEQUAL = "<Error><Code>PreconditionFailed</Code><Message>A condition did not hold.</Message></Error>"
 EXPIRED = "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 SKEWED = (
     "<Error><Code>RequestTimeTooSkewed</Code>"
@@ -27,10 +28,12 @@ OF_ONE_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "date", "s
 class Faults:
     """What goes wrong; may be changed at any time.
 
+    conditions: writes with If-Match and If-None-Match are compared, as AWS does and rclone does not.
     refuse: share of requests that are answered 503. cut: the first read of every object, or of every range of one,
     ends in its middle. delay_s: before every answer. deny: every request is answered 403 with this.
     """
 
+    conditions: bool = False
     refuse: float = 0.0
     cut: bool = False
     delay_s: float = 0.0
@@ -43,6 +46,8 @@ class Proxy:
         self.behind, self.faults = behind, faults
         self.random = random.Random(0)
         self.read: set[tuple[str, str]] = set()
+        self.tags: dict[str, str] = {}  # of the objects written through this proxy
+        self.writing = asyncio.Lock()
         self.session: aiohttp.ClientSession
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -55,6 +60,24 @@ class Proxy:
         if self.random.random() < faults.refuse:
             faults.happened["refused"] += 1
             return web.Response(status=503, text=SLOW_DOWN, content_type="application/xml")
+        if faults.conditions and request.method in ("PUT", "DELETE"):
+            async with self.writing:
+                return await self.write_if(request, content)
+        return await self.forward(request, content)
+
+    async def write_if(self, request: web.Request, content: bytes) -> web.StreamResponse:
+        tag, wanted = self.tags.get(request.path), request.headers.get("If-Match")
+        if (wanted is not None and wanted != tag) or (request.headers.get("If-None-Match") == "*" and tag is not None):
+            self.faults.happened["unequal"] += 1
+            return web.Response(status=412, text=UNEQUAL, content_type="application/xml")
+        answer = await self.forward(request, content)
+        self.tags.pop(request.path, None)
+        if request.method == "PUT" and answer.status == 200:
+            self.tags[request.path] = answer.headers["ETag"]
+        return answer
+
+    async def forward(self, request: web.Request, content: bytes) -> web.StreamResponse:
+        faults = self.faults
         headers = {name: value for name, value in request.headers.items() if name.lower() not in OF_ONE_CONNECTION}
         target = URL(self.behind + request.raw_path, encoded=True)  # as it was signed
         skipped = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")

@@ -70,7 +70,8 @@ def test_what_holds_none_of_the_images_is_not_touched(filled):
     store = filled_with(filled)
     erase(store, GONE)
     after = contents(store)
-    untouched = ["models/m/digest/curve.parquet", "gallery/g3/part-00002.parquet", f"arrivals/{IDS[6]}.json"]
+    (left,) = only(filled, "gallery/g3/part-00002")
+    untouched = ["models/m/digest/curve.parquet", left, f"arrivals/{IDS[6]}.json"]
     assert [after[name] for name in untouched] == [filled[name] for name in untouched]
     assert erase(store, GONE) == {}
     assert contents(store) == after
@@ -140,7 +141,7 @@ def test_a_damaged_object_stops_it_before_it_says_that_all_is_erased(filled):
         place = ("images", store.current("images").parts[0].path)
         store.write_bytes(damage(store.read_bytes(*place)), *place)
         name = hide(store, GONE, erase=True)
-        with pytest.raises(StoreError, match=r"part-00000\.parquet.*(ArrowInvalid|is damaged)"):
+        with pytest.raises(StoreError, match=r"part-00000-[0-9a-f]{8}\.parquet.*(ArrowInvalid|is damaged)"):
             finish(store, name)
         assert pending_erasures(store) == [name]
     with pytest.raises(StoreError, match="no removal"):

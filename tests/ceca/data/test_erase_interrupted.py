@@ -29,16 +29,16 @@ def test_killed_at_any_write_it_loses_nothing_and_the_same_call_finishes(filled,
     some = only(filled, *kinds, "evaluations/digest/test.")
     before = state(filled_with(some))
     expected = without(before, GONE)
-    methods = {name: getattr(Store, name) for name in ("write_bytes", "remove")}
+    methods = {name: getattr(Store, name) for name in ("write_bytes", "replace", "remove")}
 
     def die_at(last: int) -> None:
         calls = itertools.count(1)
         for name, method in methods.items():
 
-            def call(self: Store, *arguments: Any, method: Any = method) -> None:
+            def call(self: Store, *arguments: Any, method: Any = method, **named: Any) -> None:
                 if next(calls) >= last:
                     raise Killed
-                method(self, *arguments)
+                method(self, *arguments, **named)
 
             monkeypatch.setattr(Store, name, call)
 
