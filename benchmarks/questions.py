@@ -85,7 +85,8 @@ class People:
         images, dialogues = store.current("images"), store.current("dialogues")
         self.rows, _ = add_summaries(store, list_images(store, images), images, dialogues)
         self.model, _ = load_model(store, settings.model)
-        truth = store.current("attributes")
+        truth = store.belonging("attributes", images)
+        assert truth is not None, "this benchmark needs drawn people"
         self.vocabulary: dict[str, list[str]] = truth.notes["vocabulary"]
         self.values = {facet: len(values) for facet, values in self.vocabulary.items()}
         drawn = {row["image_id"]: row for row in store.read(truth).to_pylist()}
@@ -105,7 +106,7 @@ class People:
         self.splits = np.array([row.split for row in self.rows])
         nth: Counter[int] = Counter()
         self.said = []
-        captions = store.read(store.current("captions"), ["image_id", "text"])
+        captions = store.read(store.captions(images), ["image_id", "text"])
         texts = zip(captions["image_id"].to_pylist(), captions["text"].to_pylist(), strict=True)
         first = dict(reversed(list(texts)))  # an image's first caption
         self.captions = [first[row.image_id] for row in self.rows]

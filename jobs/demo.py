@@ -89,7 +89,7 @@ def _answer_searches(store: Store, picture: Path, count: int, seed: int) -> Path
     from jobs.reports.hits import ranked_list
 
     images = store.current("images", "ingest")
-    pairs = make_pairs(store, list_images(store, images, "test"), store.current("captions", "ingest"))
+    pairs = make_pairs(store, list_images(store, images, "test"), store.captions(images))
     chosen = np.random.default_rng(seed).choice(pairs.num_rows, size=min(count, pairs.num_rows), replace=False)
     searcher = Searcher(store)
     catalogue = Catalogue(searcher.edition)

@@ -53,7 +53,7 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         return import_published(store, config, images, rows, redo=redo)
     made_from = {"images": images.version}
     if config.engine == "oracle":
-        made_from["attributes"] = _oracle_attributes(store, config).version
+        made_from["attributes"] = _oracle_attributes(store, config, images).version
     kept: list[Receipt] = []
     if config.only_missing:
         earlier = store.current("dialogues")
@@ -73,13 +73,13 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
     return manifests
 
 
-def _oracle_attributes(store: Store, config: DialogueConfig) -> Manifest:
+def _oracle_attributes(store: Store, config: DialogueConfig, images: Manifest) -> Manifest:
     """The table that the oracle answers from; says what the oracle is."""
-    attributes = store.manifest("attributes")
+    attributes = store.belonging("attributes", images)
     if attributes is None:
         raise UserError(
             f"the oracle reads its answers from the attributes of drawn pedestrians, and {store.uri} has no table "
-            "of attributes; choose --engine vllm or --engine openai"
+            "of attributes of its images; choose --engine vllm or --engine openai"
         )
     console.print(
         f"dialogue: the oracle is a simulated annotator that knows the truth and errs in "
@@ -97,7 +97,7 @@ def _plan(
     kept: Sequence[Receipt],
 ) -> Plan:
     """The units of work that ask about these images."""
-    vocabulary = read_vocabulary(store)
+    vocabulary = read_vocabulary(store, images)
     choices = vocabulary if config.attributes else None
     settings = to_mapping(config, results_only=True)
     canaries = rows[:: max(1, len(rows) // CANARIES)][:CANARIES] if config.canary and config.engine != "oracle" else []

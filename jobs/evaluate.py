@@ -63,7 +63,7 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         "config": to_mapping(config),
     }
     name = result_name(config)
-    captions = store.read(store.current("captions", "ingest"), ["caption_id", "text"])
+    captions = store.read(store.captions(store.current("images", "ingest")), ["caption_id", "text"])
     content = per_query_table(queries, captions, figures)
     store.write_bytes(content, EVALUATIONS, model.digest, f"{name}.queries.parquet")
     store.write_json(result, EVALUATIONS, model.digest, f"{name}.json")

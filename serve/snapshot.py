@@ -24,7 +24,7 @@ class Snapshot:
         self.edition, self.catalogue = edition, Catalogue(edition)
         self.facets = self.catalogue.facets  # read now, not at the first search
         self.structured = [name for name in self.facets.columns if name not in UNASKED]
-        self.vocabulary = read_vocabulary(edition.store)
+        self.vocabulary = read_vocabulary(edition.store, self.catalogue.images)
         self._attributes_of = functools.lru_cache(100_000)(self._read_attributes)
 
     def possible(self, facet: str) -> Sequence[str]:

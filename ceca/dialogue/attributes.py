@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ceca.data.store import Store
+from ceca.data.store import Manifest, Store
 
 Choices = Mapping[str, Sequence[str]]  # attribute → possible values
 
@@ -36,9 +36,10 @@ PERSON: Choices = {
 }
 
 
-def read_vocabulary(store: Store) -> Choices:
-    """Return the vocabulary of a dataset's table of attributes, or PERSON if the dataset has no such table."""
-    attributes = store.manifest("attributes")
+def read_vocabulary(store: Store, images: Manifest | None = None) -> Choices:
+    """Return the vocabulary of the attributes of these images (default: the current ones), or PERSON without any."""
+    images = images or store.manifest("images")
+    attributes = store.belonging("attributes", images) if images is not None else None
     if attributes is None:
         return PERSON
     return {name: tuple(values) for name, values in attributes.notes["vocabulary"].items()}

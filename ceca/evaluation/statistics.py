@@ -37,11 +37,12 @@ class Statistics:
 
 def read_statistics(store: Store) -> Statistics:
     """Count the current tables of a dataset."""
-    images = store.read(store.current("images", "ingest"), ["identity", "split"]).to_pydict()
-    captions = store.read(store.current("captions", "ingest"), ["split", "text"]).to_pydict()
+    table = store.current("images", "ingest")
+    images = store.read(table, ["identity", "split"]).to_pydict()
+    captions = store.read(store.captions(table), ["split", "text"]).to_pydict()
     dialogues = store.manifest("dialogues")
     summaries: list[str] = []
-    if dialogues is not None and dialogues.rows:
+    if dialogues is not None and dialogues.rows and dialogues.made_from.get("images") == table.version:
         summaries = store.read(dialogues, ["summary"])["summary"].to_pylist()
     splits = {}
     for split in dict.fromkeys(images["split"]):

@@ -71,7 +71,9 @@ class DialogueWorker:
         self.settings = json.dumps(generation_settings(self.config), sort_keys=True)
         self.truth: dict[str, dict[str, Any]] = {}  # image id → fields of Subject, for drawn pedestrians
         if self.config.engine == "oracle":
-            table = self.store.read(self.store.current("attributes", "ingest"), ["image_id", "view", "attributes"])
+            attributes = self.store.belonging("attributes", images)
+            assert attributes is not None, "the plan has seen them"
+            table = self.store.read(attributes, ["image_id", "view", "attributes"])
             rows = zip(*(table[name].to_pylist() for name in ("image_id", "view", "attributes")), strict=True)
             self.truth = {key: {"view": view, "attributes": dict(pairs)} for key, view, pairs in rows}
         self.engine = make_engine(self.config, vocabulary)

@@ -27,7 +27,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
     """
     model = require_model(store, config.model)
     images = plan_images(store, model, config.split)
-    captions = store.current("captions", "ingest")
+    captions = store.captions(images.table)
     queries = _list_queries(store, images.table, captions, config.split)
     if not images.rows or not queries:
         raise StoreError(

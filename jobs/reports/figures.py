@@ -172,9 +172,9 @@ def report_ranked(
         images.identities[best_images(texts, images, of_model, 1)[:, 0]] == texts.identities
         for (texts, images), of_model in zip(sides, omegas, strict=True)
     ]
-    captions = store.read(store.current("captions", "ingest"), ["caption_id", "text"])
-    words = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
     images_table = store.current("images", "ingest")
+    captions = store.read(store.captions(images_table), ["caption_id", "text"])
+    words = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
     places = {row.image_id: (row.part, row.row) for row in list_images(store, images_table, split)}
     lists = []
     for query in choose_queries((right[0], right[-1]), count, seed):
@@ -213,9 +213,9 @@ def report_attributes(
     from jobs.evaluations.embedding import embed_split
 
     store = Store(data)
-    truth = store.manifest("attributes")
+    truth = store.belonging("attributes", store.current("images", "ingest"))
     if truth is None:
-        raise UserError(f"{store.uri} has no table of attributes: this report is for drawn pedestrians")
+        raise UserError(f"{store.uri} has no table of attributes of its images: this report is for drawn pedestrians")
     queries, gallery = embed_split(store, EvaluateConfig(model=model, split=split))
     texts, images = embedded_sides(EvaluateConfig(), queries, gallery)
     published = require_model(store, model)
@@ -260,7 +260,8 @@ def describe(store: Store, count: int, seed: int) -> list[Described]:
         count: number of images.
         seed: chooses the images.
     """
-    images, captions = store.current("images", "ingest"), store.current("captions", "ingest")
+    images = store.current("images", "ingest")
+    captions = store.captions(images)
     rows, _ = add_summaries(store, list_images(store, images), images, store.current("dialogues", "dialogue"))
     source = random.Random(seed)
     source.shuffle(rows)

@@ -194,7 +194,7 @@ def _ranked(
 
 
 def _attributes(figures: Figures, store: Store, model: str, split: Split, omega: float | None) -> list[Section]:
-    if store.manifest("attributes") is None:
+    if store.belonging("attributes", store.current("images", "ingest")) is None:
         return []
     words = (
         f"Errors of {model}. If an attribute's bar ends near the mark of random people, the model does not look at "
