@@ -11,6 +11,7 @@ from ceca.data.changes import (
     pending_erasures,
     removal,
     removed_images,
+    unadded_images,
     waiting_images,
     write_arrival,
 )
@@ -63,15 +64,28 @@ class Changes:
         return Job(job=f"add-{image_id}", status="waiting", image_id=image_id)
 
     async def remove(self, image_id: str) -> Job | None:
-        """Take an image out of every search, and have it erased; None if there is no such image."""
+        """Take an image out of every search, and have it erased; None if there is no such image.
+
+        An image that waits to be added is removed too, and then it is not added.
+        """
         name = version_of([image_id])  # the name that `hide` gives the record
-        if image_id in self.following.snapshot.catalogue:
+        if await self._is_known(image_id):
             await asyncio.to_thread(hide, self.store, [image_id], True)
             await self.following.leave_out()
         elif await asyncio.to_thread(removal, self.store, name) is None:
             return None  # else it is removed already, and the client lost the first response
         await self.replicas.wake_intake()
         return Job(job=f"delete-{name}", status="waiting", image_id=image_id)
+
+    async def _is_known(self, image_id: str) -> bool:
+        """Whether an image is in the gallery, waits to be added, or could not be added."""
+        if image_id in self.following.snapshot.catalogue:
+            return True
+        # Looked at in this order, because an image that was added no longer waits.
+        if image_id in await asyncio.to_thread(unadded_images, self.store):
+            return True
+        await self.following.follow()  # another replica may serve a newer edition
+        return image_id in self.following.snapshot.catalogue
 
     async def job(self, job: str) -> Job | None:
         """The state of a job; None if there is no such job."""
@@ -96,6 +110,8 @@ class Changes:
                 return Job(job=job, status="waiting", image_id=image_id, detail=await self.replicas.intake_status())
             if not last:  # it may be in a newer edition
                 await self.following.follow()
+        if image_id in await asyncio.to_thread(removed_images, self.store):
+            return Job(job=job, status="failed", image_id=image_id, detail="the image was deleted")
         return None
 
     async def status(self) -> Status:
