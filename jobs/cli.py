@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "retrieval metrics of a model on a split",
     "index": "embed images → table gallery",
     "remove": "take images or people out of search",
+    "gc": "versions that nothing names any more: what would go, and with --apply goes",
     "search": "find a person from a description, in this shell",
     "weights": "import checkpoints of other programs, export the CLIP part to open_clip",
     "report": "figures and tables of a dataset and its models",

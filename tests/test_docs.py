@@ -60,6 +60,10 @@ RUN_BY = {
         "tests/ceca/data/test_remove_command.py",
         "test_the_command_erases_and_finishes_what_was_interrupted",
     ),
+    "ceca gc": (
+        "tests/ceca/data/test_garbage.py",
+        "test_the_command_says_what_would_go_and_removes_it_on_demand",
+    ),
     "ceca report dialogues": (JOBS, "test_the_report_shows_images_of_different_people_with_caption_and_summary"),
     "ceca report training": (METHODS, "test_every_method_trains_from_its_recipe_and_one_command_prints_the_table"),
     "ceca report omega": (PIPELINE, "test_the_omega_curve_has_the_figures_of_an_evaluation_and_a_picture"),
@@ -265,7 +269,7 @@ def test_every_option_of_a_command_exists(page):
 
 @pytest.mark.parametrize("page", USE)
 def test_every_option_in_the_text_is_one_of_some_command(page):
-    known = set().union(*(options_of(name) for name in [*STAGES, "pipeline", "compare", "remove", "search"]))
+    known = set().union(*(options_of(name) for name in [*STAGES, "pipeline", "compare", "remove", "gc", "search"]))
     known |= options_of("report", "omega") | {"--help"}
     spans = [span for span in re.findall(r"`([^`]+)`", without_code(read(page))) if span.startswith("--")]
     assert not {option for span in spans for option in re.findall(r"--[a-z][a-z0-9.-]*", span)} - known

@@ -14,6 +14,7 @@ import pytest
 from ceca.config import STAGES
 from jobs.cli import COMMANDS, PROGRAMS
 from jobs.compare import compare
+from jobs.gc import gc
 from jobs.remove import remove
 from jobs.report import KINDS
 from jobs.search import search
@@ -62,6 +63,7 @@ OPTIONS: dict[str, list[str]] = {
     "pipeline": ["data", "source", "recipe", "name"],
     "compare": parameters(compare),
     "remove": parameters(remove),
+    "gc": parameters(gc),
     "search": parameters(search),
     "weights import": parameters(import_weights),
     "weights export": parameters(export_weights),
