@@ -31,8 +31,8 @@ def without_val(tmp_path: Path) -> Store:
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     sink = io.StringIO()
-    monkeypatch.setattr(console.console, "file", sink)
-    monkeypatch.setattr(console.console, "width", 300)
+    monkeypatch.setattr(console.console, "_file", sink)  # `file` would be set for good
+    monkeypatch.setattr(console.console, "_width", 300)
     return sink
 
 

@@ -16,6 +16,7 @@ from ceca.data.lease import Holders, LeaseError
 from ceca.data.store import Receipt, Reject, Store, StoreError
 from ceca.data.tables import list_images
 from jobs.runtime import units
+from jobs.runtime.team import Team
 from jobs.runtime.units import Plan, Workers, run_plan
 from tests.ceca.data.dataset import GONE, IDS, assert_erased, filled_with, only, state, write
 
@@ -155,7 +156,7 @@ def test_a_unit_that_read_an_image_before_its_erasure_does_not_write_it(some):
     def made(**_: object) -> Callable[[object], units.Output]:
         return lambda _: units.Output({"images": table_of("images", IDS[:4])})
 
-    worker = units._UnitWorker(store.uri, "ingest", "i3", made, {})
+    worker = units._UnitWorker(store.uri, "ingest", "i3", made, {}, Team())
     worker({"unit": 0, "work": json.dumps(None)})
     (receipt,) = store.receipts("ingest", "i3").values()
     assert receipt.parts["images"].rows == 3

@@ -176,7 +176,8 @@ def test_of_many_writers_at_once_each_sees_what_the_others_wrote(store: Store):
 
     with ThreadPoolExecutor(3) as writers:
         list(writers.map(write, range(3)))
-    assert sorted(store.read_json("folder", "manifest.json")) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+    # Without conditional writes, one that another followed at once may be done twice: manifests allow that.
+    assert set(store.read_json("folder", "manifest.json")) == {0, 1, 2, 10, 11, 12, 20, 21, 22}
 
 
 def test_whether_a_server_compares_is_found_out_once(request, tmp_path, monkeypatch):
