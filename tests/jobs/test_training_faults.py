@@ -234,7 +234,7 @@ def test_a_divided_run_goes_on_with_its_division_on_another_number_of_workers(st
 
 def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset, monkeypatch):
     # Ray counts the lost node for a while, and waits this long (a minute by default) before it counts again.
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     process = start("train", *TRAIN, "--workers", 3, "--workers-min", 2, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
     lost = node_with(cluster, training_workers()[-1])
