@@ -16,7 +16,7 @@ WORDS = "[/b] [bold]x[/] [link=a] \\[ [red"
 @pytest.fixture
 def shown(monkeypatch) -> io.StringIO:
     sink = io.StringIO()
-    monkeypatch.setattr(module.console, "file", sink)
+    monkeypatch.setattr(module.console, "_file", sink)
     return sink
 
 
