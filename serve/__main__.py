@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import ipaddress
 import logging
 import os
 import signal
@@ -19,7 +18,9 @@ from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
 from ceca.environment import ray_address, ray_folder, started_here
 from ceca.errors import UserError
+from serve.audit import audit_folder
 from serve.environment import ENVIRONMENT
+from serve.origin import is_loopback
 
 CORES = 8  # most CPUs per replica unless the settings say otherwise: a batch has no work for more
 NAME = "ceca-search"  # of the application, so that other applications on the same cluster are left alone
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     arguments = parse_arguments("serve", argv, prog="python -m serve")
     config: ServeConfig = arguments.config
-    if not (config.keys or config.open or _is_loopback(config.host)):
+    if not (config.keys or config.open or is_loopback(config.host)):
         raise UserError(
             f"others can reach {config.host}, and this searches for people: give --keys FILE "
             "(`python -m serve.access NAME` makes a key), or --open if a proxy in front of it authenticates users"
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     edition = find_edition(Store(arguments.data), config.model)
     if not named:
         _check_port(config.host, config.port)
+        if config.keys:
+            audit_folder(config.audit)
     import ray
     from ray import serve
 
@@ -127,13 +130,6 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _reachable(host: str) -> str:

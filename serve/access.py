@@ -1,4 +1,4 @@
-"""API keys with scopes and rate limits, and the log of who searched.
+"""API keys with scopes and rate limits.
 
 The file of keys holds the SHA-256 of each key and not the key, so reading the file gives no access:
 
@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
-import json
-import logging
 import secrets
 import sys
 import time
@@ -32,9 +30,9 @@ from pydantic.dataclasses import dataclass
 
 from ceca.errors import UserError
 from ceca.settings import check_name
+from serve.sessions import Sessions
 
 Scope = Literal["search", "write", "admin"]
-AUDIT = logging.getLogger("ceca.audit")
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Refusal:
 
 
 class Gate:
-    """Admits requests by their key, within the key's limit. Without any keys it admits everybody.
+    """Admits requests by their key or session, within the key's limit. Without any keys it admits everybody.
 
     Each ingress replica has a token bucket per key, with its share of the key's limit.
 
@@ -101,79 +99,64 @@ class Gate:
         keys: the API keys.
         replicas: number of ingress replicas that share each key's limit.
         clock: seconds, for tests.
+        secret: signs sessions; all replicas need the same one. None is for a single replica.
     """
 
-    def __init__(self, keys: Sequence[Key], replicas: int = 1, clock: Any = time.monotonic):
+    def __init__(
+        self, keys: Sequence[Key], replicas: int = 1, clock: Any = time.monotonic, secret: bytes | None = None
+    ):
         self.keys, self.replicas, self.clock = tuple(keys), replicas, clock
+        self.sessions = Sessions(secret or secrets.token_bytes(32))
         self.buckets = {key.name: (self._size(key), clock()) for key in self.keys}
 
     def _size(self, key: Key) -> float:
         return max(1.0, key.per_minute / self.replicas)
 
-    def admit(self, given: str | None, scope: Scope | None) -> Key | Refusal | None:
-        """Check a key and take one request from its limit.
+    def admit(
+        self, given: str | None, scope: Scope | None, *, session: str | None = None, take: bool = True
+    ) -> Key | Refusal | None:
+        """Check a key or a session, and take one request from the key's limit.
 
         Args:
             given: the key that the client sent.
             scope: the scope that the key needs; None admits any key.
+            session: the session that the client sent; it counts if there is no key.
+            take: false looks whether a request would be admitted, and takes nothing.
 
         Returns:
             The key, or the refusal, or None if the service has no keys at all.
         """
         if not self.keys:
             return None
-        if not given:
+        if not given and not session:
             return Refusal(401, "a key is needed: Authorization: Bearer KEY")
-        digest = hashlib.sha256(given.encode()).hexdigest()
-        # Compare every key, each in constant time, so that the duration reveals nothing.
-        (*_, key) = [None, *(key for key in self.keys if hmac.compare_digest(key.sha256, digest))]
+        key = self._known(given) if given else self.sessions.key(session or "", self.keys)
         if key is None:
-            return Refusal(401, "this key is not known")
+            return Refusal(401, "this key is not known" if given else "this session has ended: give the key again")
         if scope is not None and scope not in key.scopes:
             detail = f"this key is for {', '.join(key.scopes)}, and this needs {scope}"
             return Refusal(403, detail, who=key.name)
-        wait = self._take(key)
+        wait = self._take(key, 1 if take else 0)
         if wait:
             return Refusal(429, f"this key may ask {key.per_minute} times a minute", wait, who=key.name)
         return key
 
-    def _take(self, key: Key) -> int:
-        """Take one request from a key's bucket. Returns the seconds to wait if the bucket is empty, else 0."""
+    def _known(self, given: str) -> Key | None:
+        digest = hashlib.sha256(given.encode()).hexdigest()
+        # Compare every key, each in constant time, so that the duration reveals nothing.
+        (*_, key) = [None, *(key for key in self.keys if hmac.compare_digest(key.sha256, digest))]
+        return key
+
+    def _take(self, key: Key, requests: int) -> int:
+        """Take requests from a key's bucket. Returns the seconds to wait if the bucket is empty, else 0."""
         left, then = self.buckets[key.name]
         now, size = self.clock(), self._size(key)
         left = min(size, left + (now - then) * size / 60)
         if left < 1:
             self.buckets[key.name] = (left, now)
             return int((1 - left) * 60 / size) + 1
-        self.buckets[key.name] = (left - 1, now)
+        self.buckets[key.name] = (left - requests, now)
         return 0
-
-
-def audit(who: str, action: str, status: int, **facts: Any) -> None:
-    """Write a line of JSON to the log `ceca.audit`. Searched words appear only as a hash.
-
-    Args:
-        who: name of the key.
-        action: method and path.
-        status: HTTP status of the response.
-        facts: further fields.
-    """
-    AUDIT.info(
-        json.dumps(
-            {
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "who": who,
-                "action": action,
-                "status": status,
-                **facts,
-            }
-        )
-    )
-
-
-def hashed(query: str | bytes) -> str:
-    """16 hex digits of the SHA-256 of a query, for the log."""
-    return hashlib.sha256(query if isinstance(query, bytes) else query.encode()).hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> None:

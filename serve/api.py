@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from ceca.config import ServeConfig
 from serve.access import Gate
 from serve.admission import OPEN, Admission
+from serve.decoding import Decoding
 from serve.refusals import add_handlers, documented
 from serve.routes.about import about_routes
 from serve.routes.gallery import gallery_routes
@@ -40,14 +41,17 @@ def make_api(service: Service, config: ServeConfig, gate: Gate) -> FastAPI:
         following.cancel()
 
     # FastAPI's own documentation pages load scripts from other hosts; the description stays at /openapi.json.
-    api = FastAPI(title="CECA person search", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
-    api.state.pixels_limit = config.image_pixels_limit
+    # It would redirect `/v1/facets/` to an address made of the client's Host.
+    elsewhere: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    api = FastAPI(title="CECA person search", version="1", lifespan=lifespan, **elsewhere)
+    api.state.decoding = Decoding(config.image_pixels_limit)
+    api.state.gate = gate
     add_handlers(api)
-    api.middleware("http")(Admission(config, gate, service.metrics).admit)
-    api.include_router(session_routes(gate), responses=documented(401, 413, 429, 431, 503))
+    api.add_middleware(Admission, config=config, gate=gate, metrics=service.metrics)
+    api.include_router(session_routes(service, gate), responses=documented(401, 403, 413, 429, 431, 503))
     api.include_router(search_routes(service, config), responses=documented(401, 403, 413, 429, 431, 503))
     api.include_router(gallery_routes(service), responses=documented(401, 403, 413, 429, 431, 503))
-    api.include_router(about_routes(service, config), responses=documented(413, 431, 503))
+    api.include_router(about_routes(service, config, bool(gate.keys)), responses=documented(403, 413, 431, 503))
     _describe(api.openapi(), config, bool(gate.keys))
     return api
 

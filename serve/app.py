@@ -15,6 +15,7 @@ Problems of the dataset are reported before anything is deployed.
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from serve.encoder import QueryEncoder
 from serve.ingress import Ingress
 from serve.intake import Intake
 from serve.searcher import GallerySearch
+from serve.wire import INGRESS
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 CALLS = 4  # calls in progress at one replica, each with up to a batch of queries; with more, another replica starts
@@ -99,6 +101,7 @@ def application(edition: Edition, config: ServeConfig) -> Application:
         data, config, engine_settings(edition, config), encoder
     )
     ingress = serve.deployment(
+        name=INGRESS,
         **_replicas(config, "ingress", config.queue / 2),
         ray_actor_options={"num_cpus": 0},  # it mostly waits, and must fit beside the others
         max_ongoing_requests=2 * config.queue,  # it refuses requests above `queue` itself, with words
@@ -106,7 +109,7 @@ def application(edition: Edition, config: ServeConfig) -> Application:
         backpressure_config=BackpressureConfig(retry_after_s=1),
         **common,
     )
-    return ingress(serve.ingress()(Ingress)).bind(data, config, keys, encoder, shards, intake)
+    return ingress(serve.ingress()(Ingress)).bind(data, config, keys, encoder, shards, intake, secrets.token_bytes(32))
 
 
 def _replicas(config: ServeConfig, kind: str, target: float) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from ceca.data.changes import (
 )
 from ceca.data.names import FAILED
 from ceca.data.store import Store, version_of
-from ceca.datasets.images import open_image
 from ceca.errors import UserError
 from serve.describer import engine_settings, refuse_without_engine
 from serve.following import Following
@@ -57,7 +56,7 @@ class Changes:
         }
 
         def write() -> str:
-            return write_arrival(self.store, image.content, open_image(image.content).size, details)
+            return write_arrival(self.store, image.content, image.size, details)
 
         image_id = await asyncio.to_thread(write)
         await self.replicas.wake_intake()

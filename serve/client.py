@@ -55,7 +55,6 @@ PAGE = 10  # images per request of `search_all`; every service allows this numbe
 
 HINTS = {
     401: "give Client(…, key=…) a key that is in the service's file of keys",
-    403: "use a key with this scope",
     413: "send a smaller image, or a shorter query",
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from torch import Tensor
 
 from ceca.config import ServeConfig
@@ -31,6 +33,8 @@ class QueryEncoder:
     def __init__(self, data: str, config: ServeConfig):
         self.device, self.metrics = replica_device(config), Metrics()
         self.models: Held[tuple[str, str, str], CECA] = Held(self._load)
+        # Of its own, so that queries in words never wait for images to be decoded.
+        self.decoding = ThreadPoolExecutor(1, thread_name_prefix="images")
         self.batches = Batches(self._encode_batch, config.batch, config.batch_wait_s)
         self._prepare(find_edition(Store(data), config.model))
 
@@ -57,7 +61,13 @@ class QueryEncoder:
         Raises:
             ImageError: an image cannot be decoded.
         """
-        return await asyncio.to_thread(self._images, edition, images, summaries)
+        loop = asyncio.get_running_loop()
+        model = await asyncio.to_thread(self._model, edition)
+        config = model.config
+        form = config.image_height, config.image_width, config.image_resize
+        # One by one, so that a query with an image waits for one of many that are added and not for all.
+        pixels = [await loop.run_in_executor(self.decoding, decode_image, content, *form) for content in images]
+        return await asyncio.to_thread(self._images, model, pixels, summaries)
 
     def _load(self, key: tuple[str, str, str]) -> CECA:
         data, model, digest = key
@@ -83,11 +93,7 @@ class QueryEncoder:
     def _texts(self, edition: Edition, texts: list[str]) -> Embeddings:
         return _to_numpy(embed_texts(self._model(edition), texts, self.device))
 
-    def _images(self, edition: Edition, images: list[bytes], summaries: list[str] | None) -> Embeddings:
-        model = self._model(edition)
-        config = model.config
-        form = config.image_height, config.image_width, config.image_resize
-        pixels = [decode_image(content, *form) for content in images]
+    def _images(self, model: CECA, pixels: list[np.ndarray], summaries: list[str] | None) -> Embeddings:
         return _to_numpy(embed_images(model, pixels, summaries, self.device))
 
 

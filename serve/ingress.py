@@ -20,8 +20,9 @@ from ceca.config import ServeConfig
 from ceca.data.store import Store, StoreError
 from ceca.search.catalogue import Picture
 from ceca.search.ranking import Hit, rank
-from serve.access import AUDIT, Gate, Key
+from serve.access import Gate, Key
 from serve.api import make_api
+from serve.audit import close_audit, open_audit
 from serve.changes import Changes
 from serve.conversation import POOL, agreeing_conditions, converse
 from serve.explanation import cut, explain
@@ -71,6 +72,7 @@ class Ingress:
         encoder: handle of `QueryEncoder`.
         shards: handles of `GallerySearch`, one per shard.
         intake: handle of `Intake`.
+        secret: signs the sessions of browsers; the same for all replicas.
     """
 
     def __init__(
@@ -81,20 +83,22 @@ class Ingress:
         encoder: DeploymentHandle,
         shards: Sequence[DeploymentHandle],
         intake: DeploymentHandle,
+        secret: bytes | None = None,
     ):
         self.config, self.keys, self.metrics = config, keys, Metrics()
+        most = config.ingress_replicas_max or config.ingress_replicas
+        self.gate = Gate(keys, most, secret=secret)
         store = Store(data)
         self.replicas = Replicas(config, encoder, shards, intake)
         self.following = Following(store, config, self.replicas, self.metrics)
         self.changes = Changes(store, config, self.following, self.replicas)
 
     def __serve_build_asgi_app__(self) -> Any:
-        # The log goes to the replica's stderr, which Ray keeps. Without keys all clients are alike: nothing is logged.
-        AUDIT.handlers = [logging.StreamHandler() if self.keys else logging.NullHandler()]
-        AUDIT.setLevel(logging.INFO)
-        AUDIT.propagate = False
-        most = self.config.ingress_replicas_max or self.config.ingress_replicas
-        return make_api(self, self.config, Gate(self.keys, most))
+        if self.keys:  # without keys all clients are alike
+            open_audit(self.config.audit)
+        else:
+            close_audit()
+        return make_api(self, self.config, self.gate)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -105,8 +109,21 @@ class Ingress:
         return self.following.ready
 
     async def keep_following(self) -> None:
-        """Follow newer editions as long as the replica lives."""
-        await self.following.keep()
+        """Follow newer editions, and sessions that end on other replicas, as long as the replica lives."""
+        await asyncio.gather(self.following.keep(), self._keep_sessions())
+
+    async def _keep_sessions(self) -> None:
+        while self.keys:
+            await asyncio.sleep(self.config.follow_s)
+            await self.tell_ended()
+
+    async def tell_ended(self) -> None:
+        """Tell the other replicas which sessions have ended, and learn it from them: the intake keeps the list."""
+        sessions = self.gate.sessions
+        try:
+            sessions.merge(await self.replicas.merge_ended(sessions.ended))
+        except Exception as error:  # it may answer the next time
+            log.warning("the other replicas learn later which sessions have ended: %s", error)
 
     # --- searching ----------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ from ceca.dialogue.conversation import DialogueError, Subject
 from ceca.search.edition import Edition, find_edition
 from serve.describer import EngineSettings, Questioner
 from serve.metrics import Metrics
+from serve.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Intake:
         self.problem = self.postponed = ""
         self.holders = Holders(self.store)
         self.carrying = asyncio.Lock()
+        self.sessions = Sessions(b"")  # signs none: keeps which have ended
         self.work = asyncio.create_task(self._work())
 
     async def wake(self) -> None:
@@ -85,6 +87,10 @@ class Intake:
         """What keeps the intake from its work; empty if nothing does."""
         waits = self.questioner.problem if self.questioner else ""
         return "; ".join(filter(None, (self.problem, self.postponed, waits)))
+
+    async def merge_ended(self, ended: dict[str, int]) -> dict[str, int]:
+        """Sessions that ended on any ingress replica, with those that ended on one."""
+        return self.sessions.merge(ended)
 
     async def _work(self) -> None:
         while True:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ceca.search.edition import Edition
-from serve.access import hashed
+from serve.audit import hashed
 
 # Normalised global and local embeddings: [D] and [E] of one item, [N, D] and [N, E] of several.
 Embeddings = tuple[np.ndarray, np.ndarray]

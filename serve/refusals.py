@@ -38,7 +38,7 @@ MESSAGES = {
 }
 REFUSALS = {
     401: "No API key, or an unknown one",
-    403: "The key does not have the scope of this route",
+    403: "The key does not have the scope of this route, or the request comes from another site",
     404: "Not found",
     413: "Too large",
     429: "The key has used up its requests per minute; Retry-After says when to try again",

@@ -113,6 +113,10 @@ class Replicas:
         """What keeps the intake from its work; empty if nothing does."""
         return await self._call(self.intake, "status")
 
+    async def merge_ended(self, ended: dict[str, int]) -> dict[str, int]:
+        """Sessions that ended on any replica, with those that ended on this one (`serve.sessions`)."""
+        return await self._call(self.intake, "merge_ended", ended)
+
     # --- calls --------------------------------------------------------------------------------------------
 
     async def _call(self, handle: DeploymentHandle, method: str, *arguments: Any) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from ceca.datasets.images import Size
 from ceca.search.catalogue import Picture
 from ceca.search.ranking import Hit
 from serve.query import Query
@@ -44,6 +45,7 @@ class NewImage:
 
     Args:
         content: the encoded image.
+        size: its width and height in pixels.
         identity: number of the person, if known.
         camera: the camera that took it, if known.
         name: where the image came from.
@@ -51,6 +53,7 @@ class NewImage:
     """
 
     content: bytes
+    size: Size
     identity: int | None = None
     camera: str | None = None
     name: str = ""
@@ -81,5 +84,7 @@ class Service(Protocol):
     async def job(self, job: str) -> Job | None: ...
 
     async def status(self) -> Status: ...
+
+    async def tell_ended(self) -> None: ...
 
     async def keep_following(self) -> None: ...

@@ -70,6 +70,8 @@ class ServeConfig:
     """File of API keys (`python -m serve.access NAME` makes one). Required if other machines can reach the service."""
     open: bool = False
     """Answer without keys although other machines can reach the service, e.g. behind a proxy that authenticates."""
+    audit: str = ""
+    """Folder on each node for the log of requests, written with keys only. Empty means ~/.local/state/ceca/audit."""
     omega: Share = 0.3
     """Default ω of a query: weight of the local similarity in the fused one, 0 to 1."""
     neighbours: NonNegative = 0

@@ -138,6 +138,16 @@ function askForKey(again) {
   key.focus();
 }
 
+async function logOut() {
+  try {
+    const response = await fetch("v1/session", { method: "DELETE" });
+    if (!response.ok) throw await readProblem(response);
+    location.replace(location.pathname); // without the search, so that nothing of it stays on the page
+  } catch (error) {
+    notice.replaceChildren(sayProblem(error, logOut));
+  }
+}
+
 // What went wrong, in place; with a key of too small a scope, another one can be given.
 function sayProblem(error, again) {
   const said = make("div", { className: "bad" }, say(error.message));
@@ -642,6 +652,8 @@ at("examples").append(...EXAMPLES.map((text) => press(text, () => {
   submit();
 })));
 topK.max = defaults.topKLimit;
+at("log-out").hidden = defaults.closed !== "true";
+at("log-out").addEventListener("click", logOut);
 
 async function showServed() {
   const response = await fetch("readyz").catch(() => null);

@@ -17,12 +17,10 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; "
     "style-src 'self' 'unsafe-inline'; script-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
 
 
-def about_routes(service: Service, config: ServeConfig) -> APIRouter:
+def about_routes(service: Service, config: ServeConfig, closed: bool) -> APIRouter:
     about = APIRouter(tags=["service"])
 
     @about.get("/healthz")
@@ -39,20 +37,21 @@ def about_routes(service: Service, config: ServeConfig) -> APIRouter:
         images = len(service.snapshot.catalogue)
         return Ready(model=edition.model_name, gallery=edition.gallery_name, images=images)
 
-    @about.get("/v1/status", responses=documented(401, 403, 429))
+    @about.get("/v1/status", responses=documented(401, 429))
     async def status() -> Status:
         """What is served, what waits, and what went wrong."""
         return await service.status()
 
-    _add_page(about, config)
+    _add_page(about, config, closed)
     return about
 
 
-def _add_page(about: APIRouter, config: ServeConfig) -> None:
-    """Add the routes of the page's files, with the configured limits in its HTML."""
+def _add_page(about: APIRouter, config: ServeConfig, closed: bool) -> None:
+    """Add the routes of the page's files, with the configured limits and the need for a key in its HTML."""
     files = {name: (PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "page.js", "page.css")}
     for name in ("omega", "top_k_limit", "text_limit", "image_bytes_limit"):
         files["index.html"] = files["index.html"].replace("{{" + name + "}}", str(getattr(config, name)))
+    files["index.html"] = files["index.html"].replace("{{closed}}", "true" if closed else "false")
 
     @about.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:

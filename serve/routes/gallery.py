@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request
 from fastapi import Query as Parameter
 
-from serve.access import audit
+from serve.audit import note
 from serve.refusals import NotFound, documented
 from serve.routes.images import IMAGE_BODY, ImageIdInPath, ImageInBody
 from serve.schema import Job, Text
@@ -20,7 +20,7 @@ def gallery_routes(service: Service) -> APIRouter:
     @v1.post("/images", status_code=202, openapi_extra=IMAGE_BODY)
     async def add(
         http: Request,
-        content: ImageInBody,
+        sent: ImageInBody,
         identity: Annotated[int | None, Parameter(ge=0, lt=2**53)] = None,
         camera: Annotated[Text | None, Parameter(min_length=1, max_length=100)] = None,
         name: Annotated[Text, Parameter(max_length=300)] = "",
@@ -28,18 +28,18 @@ def gallery_routes(service: Service) -> APIRouter:
     ) -> Job:
         """Add the image in the body (JPEG, PNG, WebP or BMP) to the gallery. The returned job says when searches find
         it. With `summary`, a description of the person, no multimodal model is asked about the image."""
-        image = NewImage(content, identity, camera, name, " ".join(summary.split()))
+        image = NewImage(sent.content, sent.size, identity, camera, name, " ".join(summary.split()))
         job = await service.add(image)
-        audit(http.state.who, "POST /v1/images", 202, images=[job.image_id])
+        note(http, images=[job.image_id])
         return job
 
     @v1.delete("/images/{image_id}", status_code=202, responses=documented(404))
     async def remove(image_id: ImageIdInPath, http: Request) -> Job:
         """Remove an image from search at once, and erase it with its texts and embeddings."""
+        note(http, images=[image_id])
         job = await service.remove(image_id)
         if job is None:
             raise NotFound(f"no image {image_id} in this gallery")
-        audit(http.state.who, "DELETE /v1/images", 202, images=[image_id])
         return job
 
     @v1.get("/jobs/{job}", responses=documented(404))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
 
-from ceca.datasets.images import check_image
+from ceca.datasets.images import Size
 
 CONTENT: dict[str, Any] = {
     kind: {"schema": {"type": "string", "format": "binary"}}
@@ -19,10 +19,17 @@ IMAGE_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": CONTENT}, 3
 ImageIdInPath = Annotated[str, Path(pattern="^[0-9a-f]{16}$")]
 
 
-async def _image(request: Request) -> bytes:
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """An encoded image that decodes, and its size."""
+
+    content: bytes
+    size: Size
+
+
+async def _image(request: Request) -> Checked:
     content = await request.body()
-    await asyncio.to_thread(check_image, content, request.app.state.pixels_limit)
-    return content
+    return Checked(content, await request.app.state.decoding.check(content))
 
 
-ImageInBody = Annotated[bytes, Depends(_image)]  # an image that decodes; else ImageError
+ImageInBody = Annotated[Checked, Depends(_image)]  # an image that decodes; else ImageError

@@ -17,8 +17,7 @@ from ceca.config import ServeConfig
 from ceca.data.schema import NOBODY
 from ceca.search.catalogue import Catalogue
 from ceca.search.ranking import Hit
-from serve.access import audit, hashed
-from serve.admission import path_of
+from serve.audit import hashed, note
 from serve.query import Like, Query
 from serve.refusals import NotFound, documented, invalid
 from serve.routes.images import IMAGE_BODY, IMAGE_RESPONSES, ImageIdInPath, ImageInBody
@@ -36,7 +35,7 @@ from serve.service import SearchResult, Service
 CONDITIONS: TypeAdapter[dict[str, list[str]]] = TypeAdapter(Conditions)
 # FastAPI cannot describe a parameter whose value is JSON.
 WHERE = {"name": "where", "in": "query", "content": {"application/json": {"schema": CONDITIONS.json_schema()}}}
-IMAGE_HEADERS = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+IMAGE_HEADERS = {"Cache-Control": "private, max-age=3600"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ def search_routes(service: Service, config: ServeConfig) -> APIRouter:
     @v1.post("/search/image", openapi_extra={**IMAGE_BODY, "parameters": [WHERE]})
     async def search_image(
         http: Request,
-        content: ImageInBody,
+        sent: ImageInBody,
         where: Annotated[dict[str, list[str]], Depends(_where)],
         top_k: int = Parameter(10, ge=1, le=config.top_k_limit),
         offset: int = Parameter(0, ge=0, lt=config.top_k_limit),
@@ -94,7 +93,7 @@ def search_routes(service: Service, config: ServeConfig) -> APIRouter:
     ) -> SearchResponse:
         """The images most similar to the image in the body (JPEG, PNG, WebP or BMP). Unlike gallery images it has no
         summary, so for an image that is in the gallery /v1/search/like is better. `where` is the JSON of /v1/search."""
-        return await _answer(service, config, content, ImageRequest(top_k, offset, omega, where), http)
+        return await _answer(service, config, sent.content, ImageRequest(top_k, offset, omega, where), http)
 
     @v1.post("/explain", responses=documented(404))
     async def explain(request: ExplainRequest, http: Request) -> ExplainResponse:
@@ -113,10 +112,10 @@ def search_routes(service: Service, config: ServeConfig) -> APIRouter:
         http: Request, image_id: ImageIdInPath, if_none_match: Annotated[str | None, Header()] = None
     ) -> Response:
         """The file of an image, unchanged."""
+        note(http, images=[image_id])
         picture = await service.picture(image_id)
         if picture is None:
             raise NotFound(f"no image {image_id} in this gallery")
-        audit(http.state.who, "GET /v1/images", 200, images=[image_id])
         headers = {**IMAGE_HEADERS, "ETag": picture.etag}
         if if_none_match is not None and picture.etag in if_none_match:
             return Response(status_code=304, headers=headers)
@@ -142,16 +141,13 @@ async def _answer(
         answers=request.answers if isinstance(request, SearchRequest) else {},
         suggest=isinstance(request, SearchRequest) and request.suggest,
     )
+    note(http, query=query.logged)
     result = await service.search(query)
-    hits = result.hits[page.offset : page.end]
-    audit(
-        http.state.who,
-        f"POST {path_of(http)}",
-        200,
-        query=query.logged,
+    note(
+        http,
         where=sorted(query.where),  # the facets and not the values, as the words are only a hash
         answers=sorted(query.answers),
-        images=[hit.image_id for hit in hits],
+        images=[hit.image_id for hit in result.hits[page.offset : page.end]],
     )
     return _response(query, result, page, started)
 
@@ -196,10 +192,10 @@ def _hit(hit: Hit, belief: float | None, catalogue: Catalogue) -> SearchHit:
 
 async def _explain(service: Service, config: ServeConfig, request: ExplainRequest, http: Request) -> ExplainResponse:
     omega = config.omega if request.omega is None else request.omega
+    note(http, query=hashed(request.query), images=[request.image_id])
     explanation = await service.explain(request.query, request.image_id, omega)
     if explanation is None:
         raise NotFound(f"no image {request.image_id} in this gallery")
-    audit(http.state.who, "POST /v1/explain", 200, query=hashed(request.query), images=[request.image_id])
     return ExplainResponse(
         query=request.query,
         image_id=request.image_id,

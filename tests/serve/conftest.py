@@ -43,6 +43,7 @@ class Running:
     client: httpx.Client
     searcher: Searcher
     keys: dict[str, str]  # of a second application below /closed, which needs them and whose gallery tests change
+    audit: Path  # folder of that application's log
     describer: Describer
 
     def search(self, **body: object) -> dict:
@@ -129,6 +130,7 @@ def running(people: Store, changing_store: Store, tmp_path_factory: pytest.TempP
     ]
     file = tmp_path_factory.mktemp("keys") / "keys.yaml"
     file.write_text(yaml.safe_dump({"keys": entries}))
+    audit = file.parent / "audit"
     port, describer = free_port(), Describer()
     server = ChatServer(describer)
     os.environ.update(ENVIRONMENT)
@@ -140,7 +142,8 @@ def running(people: Store, changing_store: Store, tmp_path_factory: pytest.TempP
             ray_serve.RunTarget(application(find_edition(people), config), route_prefix="/", logging_config=QUIET),
             ray_serve.RunTarget(
                 application(
-                    find_edition(changing_store), ServeConfig(keys=str(file), follow_s=0.3, engine_url=server.url)
+                    find_edition(changing_store),
+                    ServeConfig(keys=str(file), audit=str(audit), follow_s=0.3, engine_url=server.url),
                 ),
                 name="closed",
                 route_prefix="/closed",
@@ -151,7 +154,7 @@ def running(people: Store, changing_store: Store, tmp_path_factory: pytest.TempP
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             wait_until_ready(client)
             wait_until_ready(client, "/closed")
-            yield Running(people, f"http://127.0.0.1:{port}", client, Searcher(people), keys, describer)
+            yield Running(people, f"http://127.0.0.1:{port}", client, Searcher(people), keys, audit, describer)
     finally:
         ray_serve.shutdown()
         ray.shutdown()

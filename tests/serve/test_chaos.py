@@ -20,6 +20,7 @@ from ceca.data.store import Store
 from ceca.search.edition import find_edition
 from ceca.search.searcher import Searcher
 from serve.app import QUIET, application
+from serve.wire import INGRESS
 from tests.serve.conftest import COUNT, Running, wait_until_ready
 from tests.serve.dataset import QUERY, publish_gallery, publish_people, publish_tiny
 
@@ -124,7 +125,7 @@ def deploy(store: Store, config: ServeConfig) -> None:
 def test_no_question_is_lost_and_no_answer_mixes_versions(chaos: Chaos) -> None:
     names = [chaos.remember()]
     chaos.until(lambda: len(chaos.clients.answers) > 50)
-    for deployment, count in (("Ingress", 2), ("QueryEncoder", 2), ("GallerySearch0", 2), ("Intake", 1)):
+    for deployment, count in ((INGRESS, 2), ("QueryEncoder", 2), ("GallerySearch0", 2), ("Intake", 1)):
         chaos.kill_one(deployment)
         before = len(chaos.clients.answers)
         chaos.until(lambda before=before: len(chaos.clients.answers) > before + 50)  # type: ignore[misc]
@@ -165,13 +166,13 @@ def test_replicas_come_with_the_load_and_go_after_it(chaos: Chaos) -> None:
     chaos.clients.stop()
     grown = {"ingress_replicas": 1, "ingress_replicas_max": 2, "queue": CLIENTS, "shrink_s": 2}
     deploy(chaos.store, dataclasses.replace(chaos.config, **grown))  # type: ignore[arg-type]
-    chaos.until(lambda: chaos.replicas("Ingress") == 1)
+    chaos.until(lambda: chaos.replicas(INGRESS) == 1)
     crowd = Clients(chaos.clients.url)
     try:
-        chaos.until(lambda: chaos.replicas("Ingress") == 2)
+        chaos.until(lambda: chaos.replicas(INGRESS) == 2)
     finally:
         crowd.stop()
-    chaos.until(lambda: chaos.replicas("Ingress") == 1)
+    chaos.until(lambda: chaos.replicas(INGRESS) == 1)
     assert not crowd.errors
     assert {answer.status_code for answer in crowd.answers} == {200}
 

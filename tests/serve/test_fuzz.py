@@ -15,7 +15,6 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,11 +37,9 @@ from ceca.settings import to_mapping
 from serve.access import Gate, Key
 from serve.admission import HEADERS_LIMIT
 from serve.api import make_api
-from serve.encoder import QueryEncoder
-from serve.ingress import Ingress
-from serve.searcher import GallerySearch
 from tests.serve.conftest import COUNT, TEXT_LIMIT, TOP_K_LIMIT, Changing, Running
 from tests.serve.dataset import draw_person, publish_gallery, publish_people, publish_tiny
+from tests.serve.inside import InProcess
 from tests.serve.test_search import bomb
 
 SECRET = "secret-of-the-test"
@@ -58,42 +55,6 @@ for kind in ("jpeg", "png", "webp", "bmp"):
 # --- from the description ---------------------------------------------------------------------------------
 
 
-class Handle:
-    """What Ray gives for a deployment, over an object of this process."""
-
-    def __init__(self, replica: Any):
-        self.replica = replica
-
-    def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=getattr(self.replica, method))
-
-    def broadcast(self, method: str, *arguments: Any) -> Any:
-        async def results(**_: Any) -> list[Any]:
-            return []  # the object loads an edition when it is first asked for it
-
-        return SimpleNamespace(results_async=results)
-
-
-class NoIntake:
-    """Does nothing about what is added or removed."""
-
-    async def wake(self) -> None: ...
-
-    async def status(self) -> str:
-        return ""
-
-
-class InProcess(Ingress):
-    """The ingress with the others as plain objects instead of Ray actors."""
-
-    def __init__(self, store: Store, config: ServeConfig, keys: tuple[Key, ...]):
-        encoder, shard = QueryEncoder(store.uri, config), GallerySearch(store.uri, config, 0)
-        super().__init__(store.uri, config, keys, Handle(encoder), [Handle(shard)], Handle(NoIntake()))
-        self.following.ready = True
-
-    async def keep_following(self) -> None: ...
-
-
 @pytest.fixture(scope="module", params=["open", "closed"])
 def application(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     """The application over a dataset of its own, to which images can be added without a summary."""
@@ -101,7 +62,7 @@ def application(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     asked = DialogueConfig(engine="openai", openai=OpenAIConfig(base_url="http://nowhere.invalid/v1", model="chat"))
     publish_people(store, COUNT, to_mapping(asked, results_only=True))
     publish_gallery(store, *publish_tiny(store, "tiny", seed=1), "tiny")
-    config = ServeConfig(top_k_limit=TOP_K_LIMIT, text_limit=TEXT_LIMIT)
+    config = ServeConfig(top_k_limit=TOP_K_LIMIT, text_limit=TEXT_LIMIT, open=request.param == "open")
     key = Key("both", hashlib.sha256(SECRET.encode()).hexdigest(), ("search", "write", "admin"), 10**9)
     keys = (key,) if request.param == "closed" else ()
     return make_api(InProcess(store, config, keys), config, Gate(keys))
@@ -352,6 +313,7 @@ REFUSED: dict[str, bytes] = {
         "GET", "/closed/v1/facets", b"", b'Cookie: \xff=;;"=\\777; ceca_key="\\3\\999\xff"; =; $'
     ),
     "another host": raw("GET", "/closed/v1/facets", host=b"evil/healthz?"),
+    **{f"host {host!r}": raw("GET", "/v1/facets", host=host) for host in (b"[", b"a b", b"\xff", b"x:99999999")},
     "a session of Chinese": raw("POST", "/v1/session", '{"key": "钥匙"}'.encode(), TO_JSON),
     "a session of half a pair": raw("POST", "/closed/v1/session", rb'{"key": "\ud800"}', TO_JSON),
     "a session with a header": raw("POST", "/v1/session", rb'{"key": "a\r\nSet-Cookie: x=y"}', TO_JSON),
@@ -387,7 +349,6 @@ ANSWERED: dict[str, bytes] = {
     "unknown parameters": upload("&" * 1_000 + "x=%00&top_k[]=1"),
     "garbage as key where none is needed": raw("GET", "/v1/facets", b"", b"Authorization: Bearer " + GARBAGE),
     "garbage as cookie where none is needed": raw("GET", "/v1/facets", b"", b'Cookie: \xff=;;"=\\777; =; $'),
-    **{f"host {host!r}": raw("GET", "/v1/facets", host=host) for host in (b"[", b"a b", b"\xff", b"x:99999999")},
 }
 
 
@@ -405,7 +366,7 @@ def exchange(running: Running, request: bytes) -> tuple[int, str, bytes]:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_hostile_is_refused_with_a_reason(running: Running, name: str) -> None:
     status, kind, body = exchange(running, REFUSED[name])
-    assert status in (401, 404, 405, 413, 422, 431), body
+    assert status in (401, 403, 404, 405, 413, 422, 431), body
     assert kind == "application/json"
     detail = json.loads(body)["detail"]
     said = [problem["msg"] for problem in detail] if isinstance(detail, list) else [detail]
@@ -482,9 +443,9 @@ def test_hostile_requests_leave_no_memory_behind(running: Running) -> None:
     def resident() -> list[int]:
         return [process.memory_info().rss for process in ingresses()]
 
-    assert set(ask(500)) <= {400, 401, 404, 405, 413, 422, 431}  # warms up
+    assert set(ask(500)) <= {400, 401, 403, 404, 405, 413, 422, 431}  # warms up
     before = resident()
     assert len(before) == 2
-    assert set(ask(2_000)) <= {400, 401, 404, 405, 413, 422, 431}
+    assert set(ask(2_000)) <= {400, 401, 403, 404, 405, 413, 422, 431}
     grown = [after - start for start, after in zip(before, resident(), strict=True)]
     assert max(grown) < GROWTH_BYTES, grown
