@@ -1,23 +1,99 @@
-"""Middleware of Ray Serve's HTTP proxies: if an ingress replica dies, its requests are retried on another.
+"""Middleware of Ray Serve's HTTP proxies: what is decided before a request reaches an ingress replica.
 
-Ray answers such a request with 500, because it cannot know whether the request may be repeated. Here every request may:
-a search changes nothing, and adding or removing an image twice has the same effect as once. Ray's proxies load this
-module because of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in their environment (`serve.environment`).
+- A large body is read only if the service wants it: a replica first answers for the headers alone, so that a client
+  without a key sends nothing that is kept. Bodies have a time to arrive, and a limit over all.
+- If an ingress replica dies, its requests are retried on another. Ray answers such a request with 500, because it
+  cannot know whether the request may be repeated. Here every request may: a search changes nothing, and adding or
+  removing an image twice has the same effect as once.
+- Headers by which clients could steer Ray are removed, and Ray's list of applications is closed.
+
+Ray's proxies load this module because of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in their environment
+(`serve.environment`). Requests to other applications of the cluster pass unchanged.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.middleware import Middleware
 
+from serve import connections
+from serve.wire import ADMITTED, ASK, BODY_LIMIT, INGRESS, with_headers
+
 ATTEMPTS, PAUSE_S = 5, 0.2
-KEPT_BYTES = 16 * 1024 * 1024  # largest body that is kept; a request with a larger or unknown length is sent once
+# Bodies of at most BODY_LIMIT are read at once, others when they are wanted. All that arrive or wait for an answer:
+SMALL_BYTES, LARGE_BYTES = 32 * 1024 * 1024, 64 * 1024 * 1024
+BODY_S, BODY_BYTES_PER_S = 10.0, 64 * 1024  # time for a body to arrive, and that much more for a large one
+# Headers with which Ray lets a client switch time limits off, keep a request at work after the client has left, or
+# choose a replica. Ray fails at values that are not UTF-8.
+OF_RAY = {
+    *(b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id"),
+    *(b"x-session-id", b"traceparent"),
+}
+REQUEST_ID, USABLE_ID = b"x-request-id", re.compile(rb"[!-~]{1,100}")
+
+
+class Full(Exception):
+    """There is no room for a body at the moment."""
+
+
+class Bodies:
+    """Keeps bodies, each until its request is answered. If room runs out, the one that has arrived longest is given up.
+
+    Args:
+        limit: most bytes of all bodies together, as their requests state them.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.kept = limit, 0
+        self.arriving: dict[asyncio.Timeout, int] = {}
+
+    @contextlib.asynccontextmanager
+    async def keep(self, receive: Any, length: int) -> AsyncIterator[bytes | None]:
+        """Read a body, and keep it until the block ends. None if the client leaves.
+
+        Raises:
+            TimeoutError: it does not arrive in time.
+            Full: there is no room, or others needed it.
+        """
+        body = await self._arrive(receive, length)
+        self.kept += length
+        try:
+            yield body
+        finally:
+            self.kept -= length
+
+    async def _arrive(self, receive: Any, length: int) -> bytes | None:
+        async with asyncio.timeout(BODY_S + length / BODY_BYTES_PER_S) as end:
+            self._make_room(length)
+            self.arriving[end] = length
+            try:
+                return await _read(receive)
+            except asyncio.CancelledError:
+                if end not in self.arriving:  # `_make_room` took it out
+                    raise Full from None
+                raise
+            finally:
+                self.arriving.pop(end, None)
+
+    def _make_room(self, length: int) -> None:
+        while self.kept + sum(self.arriving.values()) + length > self.limit:
+            if not self.arriving:
+                raise Full
+            oldest = next(iter(self.arriving))
+            del self.arriving[oldest]
+            oldest.reschedule(0)
 
 
 class AskAgain:
-    """Keeps a request's body and sends the request again until a replica answers. Responses are streamed unchanged.
+    """Reads the body of a request, if the service wants it, and sends the request again until a replica answers.
+
+    Answers are streamed unchanged.
 
     Args:
         app: the ASGI application of the proxy.
@@ -25,14 +101,38 @@ class AskAgain:
 
     def __init__(self, app: Any):
         self.app = app
+        self.small, self.large = Bodies(SMALL_BYTES), Bodies(LARGE_BYTES)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or not _can_be_kept(scope):
-            await self.app(scope, receive, send)
+        length = _length(scope)
+        large = length is None or length > BODY_LIMIT
+        if large and not await self._wanted(scope, send):
             return
-        body = await _read(receive)
-        if body is None:
-            return
+        try:
+            async with (self.large if large else self.small).keep(receive, length or 0) as body:
+                if body is not None:
+                    await self._ask(scope, body, receive, send)
+        except TimeoutError:
+            await _answer(send, 408, "the body of the request did not arrive in time")
+        except Full:
+            await _answer(send, 503, "too many large requests; try again")
+
+    async def _wanted(self, scope: dict[str, Any], send: Any) -> bool:
+        """Ask a replica whether a request would be let in. If not, its answer goes to the client."""
+        wanted = False
+
+        async def send_refusal(message: dict[str, Any]) -> None:
+            nonlocal wanted
+            wanted = wanted or any(name == ADMITTED for name, _ in message.get("headers", ()))
+            if not wanted:
+                await send(message)
+
+        extensions = {**(scope.get("extensions") or {}), ASK: {}}
+        await self._ask({**scope, "extensions": extensions}, b"", _wait_for_ever, send_refusal)
+        return wanted
+
+    async def _ask(self, scope: dict[str, Any], body: bytes, receive: Any, send: Any) -> None:
+        """Send a request until a replica answers."""
         started = False
 
         async def send_and_note(message: dict[str, Any]) -> None:
@@ -54,16 +154,51 @@ class AskAgain:
             if started:
                 return
             await asyncio.sleep(PAUSE_S * (attempt + 1))
-        headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
-        await send({"type": "http.response.body", "body": b'{"detail": "no replica answers; try again"}'})
+        await _answer(send, 503, "no replica answers; try again")
 
 
-def _can_be_kept(scope: dict[str, Any]) -> bool:
-    """Whether a request states the length of its body, and that is small. A body without a length may have no end."""
+class Front:
+    """Sorts requests by the application that they are for.
+
+    Args:
+        app: the ASGI application of the proxy.
+    """
+
+    def __init__(self, app: Any):
+        self.app, self.service = app, AskAgain(app)
+        while not hasattr(app, "proxy_router"):  # of Ray's own application, below its middleware
+            app = app._app
+        self.router = app.proxy_router
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if path == "/-/routes":
+            await _answer(send, 404, "this list is closed")
+        elif not self._ours(path):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            headers = [(name, value) for name, value in scope["headers"] if _passes(name, value)]
+            await self.service({**scope, "headers": headers}, receive, send)
+
+    def _ours(self, path: str) -> bool:
+        found = self.router.match_route(path)
+        return found is not None and found[1].deployment_id.name == INGRESS
+
+
+def _passes(name: bytes, value: bytes) -> bool:
+    """Whether a header goes on to Ray."""
+    if name == REQUEST_ID:
+        return USABLE_ID.fullmatch(value) is not None
+    return name.replace(b"_", b"-") not in OF_RAY
+
+
+def _length(scope: dict[str, Any]) -> int | None:
+    """The stated length of a body; None if it is not stated or no number."""
     headers = dict(scope.get("headers", ()))
     length = headers.get(b"content-length", b"0")
-    return length.isdigit() and int(length) <= KEPT_BYTES and b"transfer-encoding" not in headers
+    return int(length) if b"transfer-encoding" not in headers and re.fullmatch(rb"[0-9]{1,15}", length) else None
 
 
 async def _read(receive: Any) -> bytes | None:
@@ -78,6 +213,18 @@ async def _read(receive: Any) -> bytes | None:
     return bytes(body)
 
 
+async def _wait_for_ever() -> Any:
+    await asyncio.Event().wait()
+
+
+async def _answer(send: Callable[[dict[str, Any]], Awaitable[None]], status: int, detail: str) -> None:
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers += [(b"retry-after", b"1")] if status == 503 else []
+    await send({"type": "http.response.start", "status": status, "headers": with_headers(headers)})
+    await send({"type": "http.response.body", "body": json.dumps({"detail": detail}).encode()})
+
+
 def middlewares() -> list[Middleware]:
-    """The middleware that Ray's proxies add."""
-    return [Middleware(AskAgain)]
+    """The middleware that Ray's proxies add. They call this before they listen."""
+    connections.install()
+    return [Middleware(Front)]

@@ -1,28 +1,37 @@
-"""Requests in front of replicas: asked again where one dies, and never kept without an end."""
+"""Requests in front of replicas: asked again where one dies, never kept without an end, and only if they are ours."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from serve.proxy import KEPT_BYTES, AskAgain
+import pytest
+
+from serve import proxy
+from serve.proxy import LARGE_BYTES, AskAgain, Bodies, Front, Full
+from serve.wire import ADMITTED, ASK, BODY_LIMIT, INGRESS
+from tests.serve.front import Proxy
 
 PIECE = b"x" * 1024
 
 
-def send_to(app: Any, headers: dict[bytes, bytes], pieces: int) -> tuple[int, list[dict[str, Any]]]:
+def send_to(
+    app: Any, headers: dict[bytes, bytes], pieces: int, path: str = "/", kind: str = "http"
+) -> tuple[int, list[dict[str, Any]]]:
     """Send a request in `pieces` pieces → how many were read, and the answer."""
     read, sent = 0, []
 
     async def receive() -> dict[str, Any]:
         nonlocal read
+        if read >= pieces:
+            await asyncio.Event().wait()  # as a client that waits for its answer
         read += 1
         return {"type": "http.request", "body": PIECE, "more_body": read < pieces}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    asyncio.run(AskAgain(app)({"type": "http", "headers": list(headers.items())}, receive, send))
+    asyncio.run(app({"type": kind, "path": path, "headers": list(headers.items())}, receive, send))
     return read, sent
 
 
@@ -31,10 +40,41 @@ async def refuse(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 413, "headers": []})
 
 
-def test_a_body_without_a_length_or_a_large_one_is_not_read_before_the_service_wants_it() -> None:
-    for headers in ({b"transfer-encoding": b"chunked"}, {b"content-length": str(KEPT_BYTES + 1).encode()}):
-        read, sent = send_to(refuse, headers, pieces=10**6)
-        assert (read, sent[0]["status"]) == (0, 413)
+async def admit(scope: Any, receive: Any, send: Any) -> None:
+    """As the ingress lets a request in if it is asked, and answers it with its length."""
+    if ASK in scope.get("extensions", {}):
+        await send({"type": "http.response.start", "status": 204, "headers": [(ADMITTED, b"1")]})
+        await send({"type": "http.response.body", "body": b""})
+        return
+    body = (await receive())["body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"%d" % len(body)})
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {b"transfer-encoding": b"chunked"},
+        {b"transfer-encoding": b"chunked", b"content-length": b"3"},
+        {b"content-length": str(BODY_LIMIT + 1).encode()},
+        {b"content-length": b"9" * 5_000},
+        {b"content-length": "²".encode("latin-1")},
+        {b"content-length": b"-1"},
+    ],
+    ids=str,
+)
+def test_a_body_without_a_length_or_a_large_one_is_not_read_before_the_service_wants_it(headers: Any) -> None:
+    read, sent = send_to(AskAgain(refuse), headers, pieces=10**6)
+    assert (read, [message["status"] for message in sent]) == (0, [413])
+
+
+def test_a_large_body_is_read_when_the_service_wants_it() -> None:
+    length = BODY_LIMIT + 1024
+    read, sent = send_to(AskAgain(admit), {b"content-length": str(length).encode()}, pieces=length // 1024)
+    assert read == length // 1024
+    assert [message.get("body") for message in sent] == [None, str(length).encode()]
+    read, sent = send_to(AskAgain(admit), {b"content-length": str(LARGE_BYTES + 1).encode()}, pieces=10**6)
+    assert (read, sent[0]["status"]) == (0, 503)
 
 
 def test_a_request_is_asked_again_with_its_body_until_a_replica_answers() -> None:
@@ -46,7 +86,121 @@ def test_a_request_is_asked_again_with_its_body_until_a_replica_answers() -> Non
             raise RuntimeError("the replica is gone")
         await refuse(scope, receive, send)
 
-    read, sent = send_to(dies_once, {b"content-length": b"3072"}, pieces=3)
+    read, sent = send_to(AskAgain(dies_once), {b"content-length": b"3072"}, pieces=3)
     assert read == 3
     assert bodies == [3 * PIECE] * 2
     assert len(sent) == 1
+
+
+def test_the_question_whether_a_body_is_wanted_is_asked_again_too() -> None:
+    asked: list[bool] = []
+
+    async def dies_every_other_time(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(ASK in scope.get("extensions", {}))
+        if len(asked) % 2:
+            raise RuntimeError("the replica is gone")
+        await admit(scope, receive, send)
+
+    length = BODY_LIMIT + 1024
+    _, sent = send_to(AskAgain(dies_every_other_time), {b"content-length": str(length).encode()}, pieces=length // 1024)
+    assert asked == [True, True, False, False]
+    assert sent[-1]["body"] == str(length).encode()
+
+
+def test_a_body_that_arrives_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "BODY_S", 0.05)
+
+    async def ask() -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/", "headers": [(b"content-length", b"9")]}
+        front = AskAgain(admit)
+        await front(scope, asyncio.Event().wait, send)
+        assert (front.small.kept, front.small.arriving) == (0, {})
+        return sent
+
+    start, body = asyncio.run(ask())
+    assert start["status"] == 408
+    assert (b"connection", b"close") in start["headers"]
+    assert b"in time" in body["body"]
+
+
+def test_the_body_that_has_arrived_longest_makes_room() -> None:
+    async def work() -> None:
+        bodies, whole = Bodies(100), asyncio.Event()
+
+        async def arrives() -> dict[str, Any]:
+            await whole.wait()
+            return {"type": "http.request", "body": b"x"}
+
+        async def keep(length: int) -> bytes | None:
+            async with bodies.keep(arrives, length) as body:
+                return body
+
+        first, second = asyncio.create_task(keep(60)), asyncio.create_task(keep(40))
+        await asyncio.sleep(0)
+        third = asyncio.create_task(keep(50))
+        await asyncio.sleep(0.01)
+        with pytest.raises(Full):
+            await first
+        whole.set()
+        assert await second == await third == b"x"
+        async with bodies.keep(arrives, 60):  # what is at work is never given up
+            with pytest.raises(Full):
+                await keep(50)
+            assert await keep(40) == b"x"
+        left = asyncio.create_task(keep(100))
+        whole.clear()
+        await asyncio.sleep(0)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        assert (bodies.kept, bodies.arriving) == (0, {})
+
+    asyncio.run(work())
+
+
+def test_only_our_requests_are_changed() -> None:
+    inner = Proxy(admit, {"/other": "Ingress", "/ceca": INGRESS})
+    headers = {
+        b"x-request-timeout-seconds": b"0",
+        b"X-Request-Disconnect-Disabled".lower(): b"?1",
+        b"serve_multiplexed_model_id": b"\xff",
+        b"x-session-id": b"\xff",
+        b"x-session_id": b"\xff",
+        b"traceparent": b"\xff",
+        b"x-request-id": b"\xff" * 500,
+        b"accept": b"*/*",
+    }
+    send_to(Front(inner), headers, 1, "/ceca/v1/facets")
+    assert inner.seen[0]["headers"] == [(b"accept", b"*/*")]
+    send_to(Front(inner), {b"x-request-id": b"mine-1"}, 1, "/ceca")
+    assert inner.seen[0]["headers"] == [(b"x-request-id", b"mine-1")]
+    for path in ("/other/v1/facets", "/nowhere"):
+        send_to(Front(inner), headers, 1, path)
+        assert inner.seen[0]["headers"] == list(headers.items())
+        large = {b"content-length": str(10 * LARGE_BYTES).encode()}
+        _, sent = send_to(Front(inner), large, 1, path)
+        assert sent[0]["status"] == 200
+        assert ASK not in inner.seen[0].get("extensions", {})
+
+
+def test_what_is_rays_own_is_closed() -> None:
+    inner = Proxy(admit, {"/": INGRESS})
+    _, sent = send_to(Front(inner), {}, 1, "/-/routes")
+    assert sent[0]["status"] == 404
+    assert send_to(Front(inner), {}, 1, "/v1/search", "websocket")[1] == [{"type": "websocket.close", "code": 1008}]
+    assert not inner.seen
+
+
+def test_rays_proxy_has_what_the_middleware_relies_on() -> None:
+    """Names of Ray's own that no interface promises."""
+    from ray.serve._private import http_util, proxy_router
+    from ray.serve._private.proxy import HTTPProxy
+
+    assert callable(proxy_router.ProxyRouter.match_route)
+    assert "proxy_router" in HTTPProxy.__init__.__code__.co_varnames
+    assert http_util.RequestIdMiddleware(None)._app is None
