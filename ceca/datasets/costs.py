@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 # Encoders write 1 scan, or about 10 if progressive. Each scan goes over all pixels.
-MAX_SCANS = 100
+USUAL_SCANS, MAX_SCANS = 12, 100
 MAX_SCANNED_PIXELS = 1_000_000_000  # scans times pixels: 62 scans of 16 million pixels
 # Encoders write pieces of 8 kB and more, besides some dozens of small ones.
 MAX_PIECES, BYTES_PER_PIECE = 1_000, 1024
@@ -59,7 +59,7 @@ def _jpeg(content: bytes, most: int) -> str:
             pixels = max(pixels, int.from_bytes(height, "big") * int.from_bytes(width, "big"))
         if marker == START_OF_SCAN:
             scans += 1
-            if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
+            if scans > MAX_SCANS or (scans > USUAL_SCANS and scans * pixels > MAX_SCANNED_PIXELS):
                 return f"more than {scans - 1} scans of {pixels:,} pixels"
         place = start
         if marker not in BARE:

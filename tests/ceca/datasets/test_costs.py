@@ -91,6 +91,13 @@ def test_what_encoders_write_is_decoded() -> None:
     assert check_image(small[:33] + pieces + chunk(b"IEND", b"")) == (5_000, 3_000)
 
 
+def test_a_size_that_is_too_large_is_called_that() -> None:
+    huge = SMALL_JPEG.replace(b"\x00\x40\x00\x40", b"\xff\xff\xff\xff")
+    with pytest.raises(ImageError) as refused:
+        check_image(huge)
+    assert refused.value.reason == "image_too_large"
+
+
 @pytest.mark.parametrize("whole", [SMALL_JPEG, SMALL_PNG, SMALL_WEBP, run_length_encoded(8), scan_bomb(3, (64, 64))])
 def test_every_start_of_an_image_is_looked_at_without_an_exception(whole: bytes) -> None:
     for length in range(min(len(whole), 700)):
