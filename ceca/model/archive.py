@@ -87,7 +87,10 @@ def _find_weights(name: str, source: str) -> Path:
 
     tags = open_clip.list_pretrained_tags_by_model(name)
     if source not in tags:
-        raise WeightsError(f"no weights {source!r}: not a file, and the tags of {name} are {', '.join(tags) or 'none'}")
+        raise WeightsError(
+            f"no weights {source!r}: not a file, not a published model, and the tags of {name} are "
+            f"{', '.join(tags) or 'none'}"
+        )
     try:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, source)))
     except Exception as error:

@@ -90,9 +90,10 @@ def read_checkpoint(source: str, config: ModelConfig, store: Store | None = None
     Raises:
         WeightsError: it is not found or of no known program, holds code, or has weights that would be lost.
     """
-    published = find_named(store, source) if store is not None else None
-    if store is not None and published is not None:
-        state = safetensors.torch.load(model_file(store, source, "model.safetensors"))
+    home = Store(source) if store is None and "/" in source else store  # a URI needs no dataset
+    published = find_named(home, source) if home is not None else None
+    if home is not None and published is not None:
+        state = safetensors.torch.load(model_file(home, source, "model.safetensors"))
         settings = from_mapping(ModelConfig, published.config["model"], f"{published.uri} config.json")
         return Checkpoint(source, "published model", state, {name: name for name in state}, [], settings)
     content = read_weights(config.backbone, source)

@@ -227,7 +227,7 @@ def report_attributes(
         images.identities,
         best_images(texts, images, published.omega(omega), 1)[:, 0],
     )
-    draw_attributes(errors.confused, errors.rank1, picture, published.label(""))
+    draw_attributes(errors.confused, errors.rank1, picture, published.label("").strip())
     console.print(f"report: {errors.wrong} of {errors.queries} first places are wrong → {picture}")
     return errors.confused
 
