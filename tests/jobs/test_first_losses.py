@@ -1,4 +1,4 @@
-"""The first losses of the released recipe, worked out by a plain loop: ε 1e-3, rates per epoch, equal batches."""
+"""Steps of training worked out by plain loops: the first losses of the released recipe, and a divided epoch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ceca.config import AugmentationConfig, ModelConfig, OptimiserConfig, TrainConfig
+from ceca.config import AugmentationConfig, LossConfig, ModelConfig, OptimiserConfig, TrainConfig
 from ceca.model.backbone import tokenize
 from ceca.model.ceca import CECA
 from ceca.model.embed import normalize
+from ceca.training.division import divide
 from ceca.training.engine import import_deepspeed, make_engine
+from ceca.training.order import Batches
 
 BATCH, STEPS, EPOCHS, WARMUP = 8, 2, 6, 2  # steps of an epoch; five losses are of three epochs
 CLIP_RATE, NEW_RATE = 1e-4, 1e-3
@@ -35,11 +37,12 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 
 def tal(text: Tensor, image: Tensor, same: Tensor) -> Tensor:
-    s, loss = F.normalize(text) @ F.normalize(image).T, torch.zeros(())
+    """Losses of the samples, [B]."""
+    s, loss = F.normalize(text) @ F.normalize(image).T, torch.zeros(len(text))
     for rows in (s, s.T):
         alpha = (rows.detach() / 0.015).masked_fill(~same, -math.inf).softmax(dim=1)
         negative = 0.015 * (rows / 0.015).masked_fill(same, -math.inf).logsumexp(dim=1)
-        loss = loss + (0.1 - (alpha * rows).sum(dim=1) + negative).clamp(min=0).sum()
+        loss = loss + (0.1 - (alpha * rows).sum(dim=1) + negative).clamp(min=0)
     return loss
 
 
@@ -68,7 +71,7 @@ def plain_losses(model: CECA, count: int) -> list[float]:
             group["lr"] = group["rate"] * factor
         b = {name: torch.from_numpy(values) for name, values in batch(step).items()}
         f, same = model(normalize(b["image"]), b["caption"], b["summary"]), b["identity"][:, None] == b["identity"]
-        loss = tal(f.text, f.visual, same) + tal(f.local_text, f.local_visual, same)
+        loss = (tal(f.text, f.visual, same) + tal(f.local_text, f.local_visual, same)).sum()
         loss = loss + cawl(f.image, f.text, f.summary, same)
         adam.zero_grad()
         loss.backward()
@@ -77,14 +80,18 @@ def plain_losses(model: CECA, count: int) -> list[float]:
     return losses
 
 
-@pytest.fixture
-def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setitem(os.environ, name, value)
-    import_deepspeed()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setitem(os.environ, name, value)
+        import_deepspeed()
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+PLAIN = AugmentationConfig(flip=0, pad=0, erase=0, word_mask=0)
 
 
 def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) -> None:
@@ -97,7 +104,7 @@ def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) ->
         optimiser=OptimiserConfig(
             learning_rate=CLIP_RATE, new_learning_rate=NEW_RATE, epsilon=1e-3, schedule="epoch", warmup_epochs=WARMUP
         ),
-        augmentation=AugmentationConfig(flip=0, pad=0, erase=0, word_mask=0),
+        augmentation=PLAIN,
         global_batch=BATCH,
         epochs=EPOCHS,
         precision="fp32",
@@ -114,3 +121,47 @@ def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) ->
     engine.destroy()
     assert found == pytest.approx(expected, rel=1e-4)
     assert len({round(loss, 2) for loss in found}) == 5
+
+
+def test_a_divided_epoch_learns_from_the_pairs_that_its_model_calls_clean(process_group: None) -> None:
+    """Two batches of eight and a last one of four; the division compares all pairs before the first step."""
+    from jobs.training.worker import _divide, _of_step, _train_step
+
+    config = TrainConfig(
+        model=ModelConfig(
+            backbone="ceca-tiny", image_height=32, image_width=32, summary_weight=0, mixer="none", local_dim=32
+        ),
+        losses=LossConfig(terms=("tal_global", "tal_local")),
+        augmentation=PLAIN,
+        global_batch=BATCH,
+        precision="fp32",
+        division="consensus",
+        last_batch="keep",
+    )
+    batches = Batches.of(20, config)
+    parts = [{name: values[: batches.size(step)] for name, values in batch(step).items()} for step in range(3)]
+    torch.manual_seed(0)
+    model = CECA(config.model).train()
+    plain = copy.deepcopy(model).eval()
+    found = []
+    with torch.no_grad():
+        for part in parts:
+            b = {name: torch.from_numpy(values) for name, values in part.items()}
+            f, same = plain(normalize(b["image"]), b["caption"], None), b["identity"][:, None] == b["identity"]
+            found.append(torch.stack([tal(f.text, f.visual, same), tal(f.local_text, f.local_visual, same)]))
+    expected = divide(torch.cat(found, dim=1).numpy(), config.seed, 0)
+    engine = make_engine(model, config, len(batches))
+    cpu = torch.device("cpu")
+    clean = _divide(engine, iter(parts), batches, config, 0, cpu)
+    assert np.array_equal(clean, expected)
+    assert 0 < clean.sum() < 20
+    chosen = _of_step(clean, batches, 2, cpu)
+    assert chosen is not None
+    assert chosen.tolist() == expected[16:].tolist()
+    _, _, terms = _train_step(engine, parts[2], config, 0, 2, 4, chosen, cpu)
+    f = copy.deepcopy(plain).train()(normalize(b["image"]), b["caption"], None)
+    assert terms["tal_global"].item() == pytest.approx(tal(f.text, f.visual, same)[chosen].sum().item(), rel=1e-5)
+    assert terms["tal_local"].item() == pytest.approx(
+        tal(f.local_text, f.local_visual, same)[chosen].sum().item(), rel=1e-5
+    )
+    engine.destroy()
