@@ -442,7 +442,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_up(chosen: argparse.Namespace) -> None:
-    print("starting a head and an S3 server …", flush=True)
+    print("starting a head and an S3 server ...", flush=True)
     options = ("nodes", "gpus", "cpus", "idle_minutes", "dashboard_port", "store")
     cluster = up(chosen.name, **{option: getattr(chosen, option) for option in options})
     print(f"dashboard: {cluster.dashboard}   object store: {cluster.variables['AWS_ENDPOINT_URL']}")

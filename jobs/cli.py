@@ -34,7 +34,7 @@ def main() -> None:
         for name, purpose in COMMANDS.items():
             print(f"  {name:<10} {purpose}")
         return
-    name, *rest = arguments
+    name, *rest = map(_at_home, arguments)
     if name not in COMMANDS:
         print(f"error: no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
@@ -43,6 +43,12 @@ def main() -> None:
     from jobs.runtime.console import entry
 
     entry(lambda: importlib.import_module(f"jobs.{name}").main(rest))
+
+
+def _at_home(argument: str) -> str:
+    """Replace `~` in `--picture=~/x.png` by the home folder; a shell does that only at the start of a word."""
+    option, _, value = argument.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if option.startswith("--") and value.startswith("~") else argument
 
 
 if __name__ == "__main__":

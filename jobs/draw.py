@@ -10,6 +10,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from fsspec.implementations.local import LocalFileSystem
+
 from ceca.commandline import parse_arguments
 from ceca.config import DrawConfig
 from ceca.data.store import filesystem
@@ -28,11 +30,11 @@ def draw(folder: str, config: DrawConfig) -> DrawnStatistics:
     Raises:
         UserError: the settings do not fit together.
     """
-    if "://" not in folder:
-        return _draw(Path(folder), config, folder)
+    fs, root = filesystem(folder)
+    if isinstance(fs, LocalFileSystem):
+        return _draw(Path(root), config, folder)
     with tempfile.TemporaryDirectory(prefix="ceca-draw-") as place:
         statistics = _draw(Path(place), config, folder)
-        fs, root = filesystem(folder)
         if folder.startswith("s3://") and not fs.exists(root.split("/")[0]):
             fs.mkdir(root.split("/")[0])
         files = [path for path in Path(place).rglob("*") if path.is_file()]

@@ -76,7 +76,7 @@ def application(edition: Edition, config: ServeConfig) -> Application:
         edition: what the dataset has to search now; it was read, so it is in order. Its dataset is served.
         config: settings of the service.
     """
-    keys = read_keys(Path(config.keys)) if config.keys else ()
+    keys = read_keys(Path(config.keys).expanduser()) if config.keys else ()
     data = edition.data
     common = {
         "logging_config": QUIET,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +33,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Filesystem of a URI, and the path in it. For s3://, endpoint and keys come from the AWS_* variables.
 
     Raises:
-        StoreError: the URI is empty, or its scheme is not known.
+        StoreError: the URI is empty, its scheme is not known, or it or the endpoint's address is not valid.
     """
     if not uri:
         raise StoreError("no dataset URI given: pass --data with a folder, file://… or s3://bucket/prefix")
+    uri = _absolute(uri)
     options: dict[str, Any] = {}
     if uri.startswith("s3://"):
         # Listings are not cached: another process may have published a second ago. Checksums of the S3 protocol are
@@ -55,6 +58,29 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path.rstrip("/")
 
 
+def _absolute(uri: str) -> str:
+    """A URI with `~` and `~user` replaced by home folders, which a shell does not do in `--data=~/people`.
+
+    Raises:
+        StoreError: there is no such home folder, or a file:// URI has no absolute path.
+    """
+    scheme, path = "", uri
+    if uri.startswith("file:"):
+        scheme, path = "file://", uri.removeprefix("file:").removeprefix("//")
+    elif "://" in uri:
+        return uri
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise StoreError(
+            f"cannot use {uri!r}: there is no home folder {path.split('/')[0]}; a folder of that name is ./~…"
+        )
+    if scheme and not expanded.startswith("/"):
+        raise StoreError(
+            f"cannot use {uri!r}: the path of a file:// URI begins with a slash, as in file:///data/people"
+        )
+    return scheme + expanded
+
+
 def below(root: str, *names: str) -> str:
     """Path of an object below a dataset's root. Names come from manifests too, and anybody may have written those.
 
@@ -67,8 +93,26 @@ def below(root: str, *names: str) -> str:
 
 
 def _s3_endpoint() -> str:
-    """Address of the S3 server; empty for AWS."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    """Address of the S3 server; empty for AWS.
+
+    Raises:
+        StoreError: it is not valid.
+    """
+    for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        endpoint = os.environ.get(variable, "")
+        if not endpoint:
+            continue
+        try:
+            parts = urllib.parse.urlsplit(endpoint)
+            valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and " " not in endpoint
+        except ValueError:  # a port that is no number
+            valid = False
+        if not valid:
+            raise StoreError(
+                f"{variable}={endpoint!r} is no address of a server: write http://HOST:PORT or https://HOST"
+            )
+        return endpoint
+    return ""
 
 
 def behind_proxy() -> str:
@@ -104,6 +148,13 @@ def written_aside(path: str, content: bytes) -> Iterator[str]:
     finally:
         if os.path.exists(aside):
             os.remove(aside)
+
+
+def comes_from_s3(error: BaseException) -> bool:
+    """Whether an error is of the S3 client or was raised in it: a variable that means nothing gives a ValueError."""
+    modules = [type(error).__module__]
+    modules += [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(module.split(".")[0] in ("botocore", "aiobotocore") for module in (modules[0], modules[-1]))
 
 
 def remove_exactly(fs: fsspec.AbstractFileSystem, path: str) -> None:

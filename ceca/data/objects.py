@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 
-from ceca.data.filesystems import StoreError, behind_proxy, below, filesystem, remove_exactly, write_whole
+from ceca.data.filesystems import (
+    StoreError,
+    behind_proxy,
+    below,
+    comes_from_s3,
+    filesystem,
+    remove_exactly,
+    write_whole,
+)
 from ceca.data.names import MANIFEST
 from ceca.data.replacing import Check, Make, read_newest, replace, unchecked
 
@@ -24,7 +33,8 @@ class Objects:
     def __init__(self, uri: str):
         self.fs, self.root = filesystem(uri)
         # Workers of a job may run in another folder, where a relative path would be another place.
-        self.uri = uri if "://" in uri else str(Path(uri).absolute())
+        place = self.root or "/"
+        self.uri = (f"file://{place}" if "://" in uri else place) if isinstance(self.fs, LocalFileSystem) else uri
 
     def path(self, *names: str) -> str:
         """Path of an object in the filesystem; errors as in `below`."""
@@ -184,10 +194,8 @@ class _Explained:
             )
         elif isinstance(error, OSError) and error.errno == 28:
             advice = "the disk is full: free some space and start the same command again, finished work is kept"
-        elif isinstance(error, OSError | pa.ArrowException) or type(error).__module__.startswith(
-            ("botocore", "aiobotocore")
-        ):
-            advice = f"check that the place exists and, for s3://, AWS_ENDPOINT_URL and the keys{behind_proxy()}"
+        elif isinstance(error, OSError | pa.ArrowException) or comes_from_s3(error):
+            advice = f"check the place and, for s3://, AWS_ENDPOINT_URL and the other AWS_* variables{behind_proxy()}"
         else:
             return False
         raise StoreError(f"{self.attempt}: {type(error).__name__}: {error}; {advice}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,13 +25,13 @@ def fetch_model(model: str) -> str:
     again. Workers on one node wait for the first download instead of repeating it.
 
     Args:
-        model: URI of a folder, local path, or name on the hub. A path or name is returned unchanged.
+        model: URI of a folder, local path, or name on the hub. A path or name is returned, `~` replaced.
 
     Raises:
         EngineError: the folder does not exist, or the download failed.
     """
     if "://" not in model:
-        return model
+        return os.path.expanduser(model)
     fs, path = filesystem(model)
     if isinstance(fs, LocalFileSystem):
         return path

@@ -81,8 +81,8 @@ def _find_weights(name: str, source: str) -> Path:
             return Path(fsspec.open_local(f"simplecache::{source}"))
         except (OSError, ValueError) as error:
             raise WeightsError(f"cannot fetch weights from {source!r}: {error}") from error
-    if Path(source).is_file():
-        return Path(source)
+    if (path := Path(source).expanduser()).is_file():
+        return path
     import open_clip  # slow to import, and only a download needs it
 
     tags = open_clip.list_pretrained_tags_by_model(name)

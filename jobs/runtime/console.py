@@ -21,8 +21,8 @@ from rich.text import Text
 from ceca.errors import UserError
 from ceca.evaluation.names import METRICS
 
-# Without markup: a query or a path may hold [/b], which is no more than that.
-console = Console(stderr=True, soft_wrap=True, markup=False)
+# Without markup and emoji: a query or a path may hold [/b] or :cat:, which is no more than that.
+console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 
 def label(word: str, style: str, message: object) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
+
+from ceca.data.store import Store
 from ceca.environment import RAY_JOB_CONFIG, ray_address, ray_folder
 from ceca.errors import UserError
-from jobs.runtime.console import divert_stderr, plain
+from jobs.runtime.console import divert_stderr, label, plain
 from jobs.runtime.noise import forward
 
 # Environment of Ray's worker processes, unless it is set otherwise.
@@ -20,11 +24,14 @@ WORKERS = {
 }
 
 
-def connect() -> None:
+def connect(store: Store | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (as in `ray job submit`), else start Ray on this machine.
 
     On one machine Ray gets at least eight logical CPUs: each worker of the trainer holds one while other processes
     decode the images.
+
+    Args:
+        store: the dataset that workers will use.
 
     Raises:
         UserError: there is no such cluster, or Ray does not start.
@@ -43,6 +50,15 @@ def connect() -> None:
             if not address:
                 raise
             raise UserError(f"cannot join the cluster at RAY_ADDRESS={address}: {plain(error)}") from error
+        if store is not None and isinstance(store.fs, LocalFileSystem):
+            others = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]} - {socket.gethostname()}
+            if others:
+                label(
+                    "warning",
+                    "yellow",
+                    f"{store.uri} is a folder, and the cluster of RAY_ADDRESS has other machines ({min(others)}): each "
+                    "must have this folder, e.g. by NFS; otherwise use s3://",
+                )
     quiet()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -177,7 +177,7 @@ def _finish_units(store: Store, plan: Plan, version: str, workers: Workers) -> d
             return done
         if done:
             console.print(f"{plan.stage}: continuing, {len(done)} of {len(plan.units)} parts are there")
-        connect()
+        connect(store)
         _run_units(store, plan, version, todo, workers)
     done = _receipts(store, plan, version)
     if len(done) < len(plan.units):

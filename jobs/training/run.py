@@ -60,7 +60,7 @@ def train_and_publish(
     folder = f"{MODELS}/{config.name}/run-{version}"
     if redo and store.read_json(folder, WHOLE) is not None:  # left by a run that was killed after publishing
         store.remove(folder)
-    connect()
+    connect(store)
     started = time.monotonic()
     pairs = training_pairs(store, config, tables)
     validation = held_out(store, tables, config.protocol) if config.validate_every else None

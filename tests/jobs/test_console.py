@@ -10,7 +10,7 @@ from ceca.errors import UserError
 from jobs.runtime import console as module
 from jobs.runtime.console import Track, entry, label, print_metrics
 
-WORDS = "[/b] [bold]x[/] [link=a] \\[ [red"
+WORDS = "[/b] [bold]x[/] [link=a] \\[ [red :cat: :warning:"
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pwd
+
 import pytest
 
 from ceca.data.filesystems import as_pyarrow, remove_exactly
@@ -51,6 +54,79 @@ def test_what_begins_with_the_same_letters_is_something_else(place):
         store.write_json({}, name, "a.json")
     remove_exactly(store.fs, store.path("run"))
     assert store.walk() == ["run-2/a.json", "run1/a.json"]
+
+
+# --- places -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "uri", ["~/people", "~/people/", "file://~/people", "people", "./people", "file:{home}/people"]
+)
+def test_a_folder_is_the_same_for_workers_that_run_elsewhere(monkeypatch, tmp_path, uri):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    store = Store(uri.format(home=tmp_path))
+    store.write_json({"a": 1}, "part.json")
+    monkeypatch.chdir("/")
+    assert Store(store.uri).read_json("part.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["people"]
+
+
+def test_a_folder_of_another_user_is_found_by_name():
+    user = pwd.getpwuid(os.getuid())
+    assert Store(f"~{user.pw_name}/people").uri == f"{user.pw_dir}/people"
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("~nobody-of-this-name/people", "no home folder ~nobody-of-this-name"),
+        ("file://people/data", "begins with a slash"),
+        ("file:people", "begins with a slash"),
+        ("file://", "begins with a slash"),
+        ("nothing://people", "nothing"),
+        ("", "no dataset URI"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_one_line(monkeypatch, tmp_path, uri, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=says):
+        Store(uri)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_have_a_name_that_begins_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert Store("./~").uri == f"{tmp_path}/~"
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize(
+    "value", ["localhost:9000", "127.0.0.1", "ftp://store:21", "http://", "http://store:port", "http://a b", "//store"]
+)
+def test_an_address_of_no_s3_server_is_one_line_with_the_variable(monkeypatch, variable, value):
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StoreError, match=f"{variable}='{value}' is no address of a server"):
+        Store("s3://bucket/people")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_DEFAULT_REGION", "us west"),
+        ("AWS_PROFILE", "nobody"),
+        ("AWS_MAX_ATTEMPTS", "many"),
+        ("AWS_RETRY_MODE", "x"),
+    ],
+)
+def test_other_variables_of_s3_that_mean_nothing_are_one_line(s3_environment, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    store = Store(f"s3://bucket/{variable}")
+    store.fs.clear_instance_cache()  # as in a new process
+    with pytest.raises(StoreError, match=r"other AWS_\* variables"):
+        Store(store.uri).read_json("part.json")
+    store.fs.clear_instance_cache()
 
 
 # --- proxies ----------------------------------------------------------------------------------------------
