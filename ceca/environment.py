@@ -208,6 +208,24 @@ def ray_address() -> str:
     return given
 
 
+def cannot_join(address: str, error: BaseException) -> UserError:
+    """The error of a cluster that answers and does not let this process join.
+
+    Args:
+        address: the cluster's.
+        error: what Ray raised. The reason is among its causes.
+    """
+    reasons = [str(error)]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        reasons.append(str(error))
+    if any("InvalidAuthToken" in reason or "Unauthenticated" in reason for reason in reasons):
+        reason = "it wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+    else:
+        reason = " ".join(reasons[0].split())
+    return UserError(f"cannot join the cluster at RAY_ADDRESS={address}: {reason}")
+
+
 def started_here() -> str:
     """Address of the cluster that this user's `ray start` left on this machine; empty if none answers.
 

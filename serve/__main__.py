@@ -16,7 +16,7 @@ import time
 
 from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
-from ceca.environment import ray_address, ray_folder, started_here
+from ceca.environment import cannot_join, ray_address, ray_folder, started_here
 from ceca.errors import UserError
 from serve.audit import audit_folder
 from serve.environment import ENVIRONMENT
@@ -94,7 +94,7 @@ def _connect(config: ServeConfig, address: str) -> ServeConfig:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-            raise UserError(f"cannot join the cluster at RAY_ADDRESS={address}: {error}") from error
+            raise cannot_join(address, error) from error
         return config
     cores = os.cpu_count() or 1
     cpus = config.cpus or min(cores, CORES)

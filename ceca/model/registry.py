@@ -93,7 +93,7 @@ def find_model(store: Store, name: str) -> PublishedModel | None:
 
 def find_named(store: Store, source: str) -> PublishedModel | None:
     """The published model that a name or URI means; None if it is a file or anything else."""
-    if Path(source).is_file() or Path(source).suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
+    if Path(source).expanduser().is_file() or Path(source).suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
         return None
     return find_model(store, source)
 

@@ -12,9 +12,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from ceca.data.store import Store
-from ceca.environment import RAY_JOB_CONFIG, ray_address, ray_folder
-from ceca.errors import UserError
-from jobs.runtime.console import divert_stderr, label, plain
+from ceca.environment import RAY_JOB_CONFIG, cannot_join, ray_address, ray_folder
+from jobs.runtime.console import divert_stderr, label
 from jobs.runtime.noise import forward
 
 # Environment of Ray's worker processes, unless it is set otherwise.
@@ -49,7 +48,7 @@ def connect(store: Store | None = None) -> None:
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             if not address:
                 raise
-            raise UserError(f"cannot join the cluster at RAY_ADDRESS={address}: {plain(error)}") from error
+            raise cannot_join(address, error) from error
         if store is not None and isinstance(store.fs, LocalFileSystem):
             others = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]} - {socket.gethostname()}
             if others:

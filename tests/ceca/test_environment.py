@@ -19,6 +19,7 @@ from ceca.environment import (
     RAY_JOB_CONFIG,
     VARIABLES,
     cache_folder,
+    cannot_join,
     lease_silent_s,
     ray_address,
     ray_folder,
@@ -205,6 +206,13 @@ def test_a_cluster_is_told_from_other_programs(monkeypatch, server):
         monkeypatch.setenv("RAY_ADDRESS", server(words))
         with pytest.raises(UserError, match=r"another program listens there|reset"):
             ray_address()
+
+
+def test_a_cluster_that_wants_a_token_says_so():
+    error = ConnectionError("Failed to connect to Ray cluster at head:6379")
+    error.__cause__ = RuntimeError("…\nray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: …")
+    assert "RAY_AUTH_TOKEN_PATH" in str(cannot_join("head:6379", error))
+    assert str(cannot_join("h:1", RuntimeError("Version\nmismatch"))).endswith("RAY_ADDRESS=h:1: Version mismatch")
 
 
 def test_a_cluster_that_another_user_names_is_not_joined(monkeypatch, server, tmp_path):
