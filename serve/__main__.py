@@ -147,8 +147,13 @@ def entry() -> None:
         signal.signal(number, _interrupt)
     try:
         main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        from ceca.data.filesystems import comes_from_s3, explain_s3
+
+        if not isinstance(error, UserError) and not comes_from_s3(error):
+            raise
+        words = str(error) if isinstance(error, UserError) else explain_s3(error)
+        print(f"error: {' '.join(words.split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -154,7 +154,13 @@ def comes_from_s3(error: BaseException) -> bool:
     """Whether an error is of the S3 client or was raised in it: a variable that means nothing gives a ValueError."""
     modules = [type(error).__module__]
     modules += [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any(module.split(".")[0] in ("botocore", "aiobotocore") for module in (modules[0], modules[-1]))
+    return any(module.split(".")[0] in ("botocore", "aiobotocore", "s3fs") for module in (modules[0], modules[-1]))
+
+
+def explain_s3(error: BaseException) -> str:
+    """An error of the S3 client as one line that says what to check."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{words}; check the URI, AWS_ENDPOINT_URL and the other AWS_* variables{behind_proxy()}"
 
 
 def remove_exactly(fs: fsspec.AbstractFileSystem, path: str) -> None:

@@ -128,7 +128,7 @@ def divert_stderr() -> TextIO | None:
 
 
 def entry(main: Callable[[], None]) -> None:
-    """Run a command. A UserError is printed without a traceback and exits with 2, an interrupt exits with 130."""
+    """Run a command. An error that a person can mend is one line and exits with 2, an interrupt exits with 130."""
     _stderr.may_divert = True
     try:
         main()
@@ -138,6 +138,11 @@ def entry(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues")
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        from ceca.data.filesystems import comes_from_s3, explain_s3
+
+        if comes_from_s3(error):
+            label("error", "bold red", explain_s3(error))
+            sys.exit(2)
         _stderr.restore()  # the person reads the traceback
         raise

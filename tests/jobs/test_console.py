@@ -6,6 +6,7 @@ import io
 
 import pytest
 
+from ceca.data.filesystems import filesystem
 from ceca.errors import UserError
 from jobs.runtime import console as module
 from jobs.runtime.console import Track, entry, label, print_metrics
@@ -30,6 +31,21 @@ def test_errors_and_warnings_are_printed_as_they_are(shown):
         entry(fail)
     assert ended.value.code == 2
     assert shown.getvalue().splitlines() == [f"warning: {WORDS}", f"error: no folder {WORDS}"]
+
+
+def test_an_error_of_the_s3_client_is_one_line_wherever_it_is_raised(shown, monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us west")
+
+    def fail() -> None:
+        fs, path = filesystem("s3://bucket/people")
+        fs.clear_instance_cache()
+        filesystem("s3://bucket/people")[0].exists(path)
+
+    with pytest.raises(SystemExit) as ended:
+        entry(fail)
+    assert ended.value.code == 2
+    (line,) = shown.getvalue().splitlines()
+    assert line.startswith("error: InvalidRegionError: Provided region_name 'us west'")
 
 
 def test_tables_and_progress_are_printed_as_they_are(shown):
