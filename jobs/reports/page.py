@@ -91,8 +91,8 @@ def report_page(
     sections[0][1].extend(_comparisons(figures, store))
     first = results[best]
     lead = (
-        f"Split {split}: {first['queries']:,} sentences, {first['gallery']:,} images. Best by Rsum: {require_model(store, best).label(best)}. "
-        f"{store.uri}, {time.strftime('%Y-%m-%d')}."
+        f"Split {split}: {first['queries']:,} sentences, {first['gallery']:,} images. "
+        f"Best by Rsum: {require_model(store, best).label(best)}. {store.uri}, {time.strftime('%Y-%m-%d')}."
     )
     out = write_page("Text-to-image person retrieval", lead, sections, folder / "index.html")
     console.print(f"report: {len(names)} models → {out} ({out.stat().st_size / 1e6:.1f} MB, complete in itself)")
