@@ -1,32 +1,37 @@
-"""Ingest: a published layout (annotation file and imgs/) becomes the tables images and captions.
+"""Ingest: a source of images (a published layout, a folder, tables, …) becomes the tables images and captions.
 
     python jobs/ingest.py --source CUHK-PEDES --data s3://bucket/cuhk
+    python jobs/ingest.py --source people.csv --columns image=file identity=pid --data s3://bucket/people
 
-Ray workers decode every image to check it; the tables keep the original bytes.
+The driver lists the records on disk, one at a time. Ray workers decode every image to check it; the tables keep the
+original bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
 from ceca.commandline import parse_arguments
 from ceca.config import IngestConfig
 from ceca.data.changes import erased_images
-from ceca.data.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, caption_id, image_id
-from ceca.data.store import Manifest, Reject, Store, StoreError, filesystem, version_of
+from ceca.data.names import LISTING, WORK, listing_name
+from ceca.data.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, TIME, caption_id, image_id
+from ceca.data.store import Manifest, Receipt, Reject, Store, filesystem, version_of
 from ceca.datasets.images import ImageError, check_image
-from ceca.datasets.layouts import Annotations, Record, count_splits, differences, read_annotations, read_attributes
+from ceca.datasets.layouts import LAYOUTS, differences
+from ceca.datasets.listing import Listing, read_record
+from ceca.datasets.records import Record
+from ceca.datasets.sources import Source, open_source
 from ceca.settings import to_mapping
 from jobs.runtime.console import console, entry, label, text_table
-from jobs.runtime.records import cut, from_json, to_json
 from jobs.runtime.units import Output, Plan, Workers, run_plan
+
+TOLD_S = 10.0  # seconds between messages while records are listed
 
 
 def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, Manifest]:
@@ -34,61 +39,128 @@ def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, 
 
     Args:
         data: dataset URI.
-        config: source, layout and size of the parts.
+        config: source, form and size of the parts.
         redo: make a new version even if this one is published.
 
     Returns:
         The manifest of each table.
+
+    Raises:
+        DatasetError: the source cannot be read, or nothing in it can be used.
     """
     store = Store(data)
-    annotations = read_annotations(config.source, config.layout)
-    print_statistics(annotations)
-    batches = cut(annotations.records[: config.limit], config.images_per_part)
+    source = open_source(
+        config.source, config.layout, columns=config.columns, images=config.images, share=config.split_share
+    )
+    with Listing(_told(source.records())) as listing:
+        listing.refuse_empty(source.place)
+        print_statistics(source, listing)
+        earlier = _earlier(store) if config.only_missing else {}
+        if earlier:
+            ids = store.read(earlier["images"], ["image_id"])["image_id"].to_pylist() if earlier["images"].rows else []
+            gone = listing.leave_out(ids)
+            if gone:
+                console.print(f"ingest: {len(gone):,} published images are not in the source now, and stay")
+            if not len(listing):
+                console.print(f"ingest: {store.place('images')} lacks nothing")
+                return earlier
+        plan = _plan(store, config, source, listing, earlier)
+        manifests = run_plan(store, plan, Workers(len(plan.units), cpus=config.cpus_per_task), redo=redo)
+    store.remove(WORK, LISTING, plan.version)
+    return manifests
+
+
+def _earlier(store: Store) -> dict[str, Manifest]:
+    """The published tables, empty if there are none."""
+    images = store.manifest("images")
+    if images is None:
+        return {}
+    tables = {name: store.manifest(name, images.version) for name in ("captions", "attributes")}
+    return {"images": images, **{name: manifest for name, manifest in tables.items() if manifest is not None}}
+
+
+def _plan(store: Store, config: IngestConfig, source: Source, listing: Listing, earlier: dict[str, Manifest]) -> Plan:
+    """The units of work. A unit is a number; its records wait in the store, as many as there may be."""
     settings = to_mapping(config, results_only=True)
     tables: tuple[str, ...] = ("captions", "images")
-    notes: dict[str, Any] = {"layout": annotations.layout.name}
-    if annotations.attributes is not None:
+    notes: dict[str, Any] = {"layout": source.name}
+    if source.attributes is not None:
         tables = ("captions", "attributes", "images")
-        notes["vocabulary"] = annotations.attributes["vocabulary"]
-    digest = hashlib.sha256(annotations.content).hexdigest()
+        notes["vocabulary"] = source.attributes["vocabulary"]
+    digest = source.fingerprint or listing.digest
     # The folder's name is not part of the version: the same dataset elsewhere is the same dataset.
-    decides = {**settings, "source": "", "layout": annotations.layout.name}
-    plan = Plan(
+    decides = {**settings, "source": "", "layout": source.name}
+    described = ["ingest", SCHEMA_VERSION, digest, notes, decides]
+    made_from = {"annotation": digest}
+    if earlier:
+        made_from["images"] = earlier["images"].version
+        described.append(made_from["images"])
+    version = version_of(*described)
+    total = min(len(listing), config.limit or len(listing))
+    sizes = [min(config.images_per_part, total - start) for start in range(0, total, config.images_per_part)]
+
+    def prepare() -> None:
+        for unit, lines in enumerate(listing.cut(config.images_per_part, config.limit)):
+            store.write_bytes("\n".join(lines).encode(), WORK, LISTING, version, listing_name(unit))
+
+    return Plan(
         stage="ingest",
-        version=version_of("ingest", SCHEMA_VERSION, digest, notes, decides),
+        version=version,
         tables=tables,
-        units=[to_json(records) for records in batches],
-        sizes=[len(records) for records in batches],
+        units=range(len(sizes)),
+        sizes=sizes,
         worker=IngestWorker,
         arguments={
-            "source": config.source if "://" in config.source else filesystem(config.source)[1],
+            "source": {
+                "source": config.source if "://" in config.source else filesystem(config.source)[1],
+                "layout": source.name,
+                "columns": config.columns,
+                "images": config.images
+                if "://" in config.images or not config.images
+                else filesystem(config.images)[1],
+            },
             "data": store.uri,
+            "version": version,
+            "column": next(iter(source.found.get("image", ())), ""),
+            "timed": listing.timed,
         },
-        made_from={"annotation": digest},
+        made_from=made_from,
         config=settings,
-        rejects=annotations.rejects,
+        rejects=listing.rejects,
+        kept=[Receipt({table: part}) for table, manifest in earlier.items() for part in manifest.parts],
         notes=notes,
+        prepare=prepare,
     )
-    return run_plan(store, plan, Workers(len(batches), cpus=config.cpus_per_task), redo=redo)
 
 
 class IngestWorker:
-    """Reads and checks the images of some records. A unit of work is a list of Record as JSON."""
+    """Reads and checks the images of some records. A unit of work is the number of their listing.
 
-    def __init__(self, source: str, data: str):
-        self.fs, self.root = filesystem(source)
-        self.erased = erased_images(Store(data))  # they do not come back, whatever the source still has
+    Args:
+        source: arguments of `open_source`.
+        data: dataset URI.
+        version: the version that is made.
+        column: the column of images inside a table.
+        timed: write the time of each image.
+    """
+
+    def __init__(self, source: dict[str, Any], data: str, version: str = "", column: str = "", timed: bool = False):
+        self.source, self.column, self.timed = open_source(**source), column, timed
+        self.store, self.version = Store(data), version
+        self.erased = erased_images(self.store)  # they do not come back, whatever the source still has
         # Each worker reads the ground truth itself: it is as large as the annotations, too large for the plan.
-        truth = read_attributes(self.fs, self.root)
+        truth = self.source.attributes
         self.attributes = {image["path"]: image for image in truth["images"]} if truth else {}
 
-    def __call__(self, work: list[Any]) -> Output:
-        whole = from_json(Record, work)
+    def __call__(self, work: int) -> Output:
+        lines = self.store.read_bytes(WORK, LISTING, self.version, listing_name(work)).decode().split("\n")
+        return self.check([read_record(line) for line in lines])
+
+    def check(self, whole: Sequence[Record]) -> Output:
+        """Rows of the tables for these records, and a reject for each image that cannot be used."""
         records = [record for record in whole if record.image_id not in self.erased]
         images, captions, attributes, rejects = [], [], [], []
-        with ThreadPoolExecutor(16) as readers:  # an object store answers many requests at once
-            contents = readers.map(self._read, [record.source_path for record in records])
-        for record, content in zip(records, contents, strict=True):
+        for record, content in zip(records, self.source.read(records, self.column), strict=True):
             if isinstance(content, Reject):
                 rejects.append(content)
                 continue
@@ -99,7 +171,8 @@ class IngestWorker:
                 rejects.append(Reject(path, error.reason, error.detail))
                 continue
             key = image_id(path)
-            images.append((key, record.identity, record.split, record.camera, content, width, height, path))
+            when = [datetime.fromisoformat(record.time) if record.time else None] if self.timed else []
+            images.append((key, record.identity, record.split, record.camera, content, width, height, path, *when))
             captions += [
                 (caption_id(key, position), key, record.identity, record.split, text)
                 for position, text in record.captions
@@ -109,51 +182,11 @@ class IngestWorker:
                 attributes.append(
                     (key, truth["view"], truth["lighting"], truth["occluded"], list(truth["attributes"].items()))
                 )
-        tables = {"images": _table(images, IMAGES), "captions": _table(captions, CAPTIONS)}
+        schema = IMAGES.append(TIME) if self.timed else IMAGES
+        tables = {"images": _table(images, schema), "captions": _table(captions, CAPTIONS)}
         if self.attributes:
             tables["attributes"] = _table(attributes, ATTRIBUTES)
         return Output(tables, rejects, {"erased_images": len(whole) - len(records)})
-
-    def _read(self, path: str) -> bytes | Reject:
-        # Some file systems spell an accented letter as one character, others as two.
-        for spelling in dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))):
-            content = self._read_file(path, f"{self.root}/imgs/{spelling}")
-            if not isinstance(content, Reject) or content.reason != "missing_file":
-                return content
-        return content
-
-    def _read_file(self, path: str, place: str) -> bytes | Reject:
-        if isinstance(self.fs, LocalFileSystem):
-            problem = find_file_problem(Path(place), Path(self.root) / "imgs")
-            if problem is not None:
-                return Reject(path, *problem)
-        try:
-            return self.fs.cat_file(place)
-        except (FileNotFoundError, IsADirectoryError):
-            return Reject(path, "missing_file", f"no {place}")
-        except OSError as error:
-            raise StoreError(f"cannot read {place}: {error}") from error
-
-
-def find_file_problem(file: Path, folder: Path) -> tuple[str, str] | None:
-    """Why a local file is not read, as a reject's reason and detail; None if it can be.
-
-    Args:
-        file: the file.
-        folder: the folder of the dataset's images, outside which nothing is read.
-    """
-    try:
-        resolved = file.resolve(strict=True)
-        if not resolved.is_relative_to(folder.resolve()):
-            return "outside_the_dataset", f"{file} leads to {resolved}; a dataset's images stay in {folder}"
-        if not resolved.is_file():
-            return "missing_file", f"{file} is no file"
-        with resolved.open("rb"):
-            return None
-    except (FileNotFoundError, NotADirectoryError):
-        return "missing_file", f"no {file}"
-    except (OSError, RuntimeError, ValueError) as error:  # not allowed, a circle of links, a name that is too long
-        return "unreadable_file", f"{file}: {error}"
 
 
 def _table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
@@ -162,19 +195,32 @@ def _table(rows: list[tuple], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def print_statistics(annotations: Annotations) -> None:
+def _told(records: Iterable[Record | Reject]) -> Iterator[Record | Reject]:
+    """The same records, and a message now and then."""
+    told = time.monotonic()
+    for number, record in enumerate(records):
+        if time.monotonic() - told > TOLD_S:
+            told = time.monotonic()
+            console.print(f"ingest: {number:,} records listed")
+        yield record
+
+
+def print_statistics(source: Source, listing: Listing) -> None:
     """Print the dataset's size by split, and a warning for each number that differs from the published one."""
-    counts = count_splits(annotations.records)
-    title = f"{annotations.layout.name}: {annotations.layout.annotation}"
-    table = text_table(title, "split", "images", "identities", "captions", left="split")
+    counts = listing.counts()
+    table = text_table(f"{source.name}: {source.place}", "split", "images", "identities", "captions", left="split")
     for split, count in counts.items():
         table.add_row(split, f"{count.images:,}", f"{count.identities:,}", f"{count.captions:,}")
     console.print(table)
-    if annotations.attributes is not None:
+    if source.attributes is not None:
         console.print("drawn pedestrians in this layout: the published figures do not apply")
         return
-    for difference in differences(annotations.layout, counts):
+    for difference in differences(LAYOUTS[source.name], counts) if source.name in LAYOUTS else ():
         label("warning", "yellow", difference)
+    if source.found and source.name != "folder":
+        said = ", ".join(f"{says} from {' and '.join(names)}" for says, names in source.found.items() if names)
+        nothing = ", ".join(says for says, names in source.found.items() if not names)
+        console.print(f"ingest: {said}" + (f"; nothing says {nothing} (--columns)" if nothing else ""))
 
 
 def main(argv: list[str] | None = None) -> None:

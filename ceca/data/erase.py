@@ -34,7 +34,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ceca.data.changes import READERS, erased_images, mark_erased, removal, reopen, waiting_image, write_added
 from ceca.data.lease import Holders, Lease, holding
-from ceca.data.names import ADDED, ARRIVALS, FAILED, MANIFEST, PART, REMOVED, WORK, rewritten_part_name
+from ceca.data.names import ADDED, ARRIVALS, FAILED, LISTING, MANIFEST, PART, REMOVED, WORK, rewritten_part_name
 from ceca.data.objects import as_json
 from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import image_id, image_of
@@ -143,7 +143,7 @@ def erase(
                 store.remove(name)
                 erased[folder] += 1
         counts = {name: rows for name, rows in _count_rows(store, ids, watch, f"erase, look{again}") if rows}
-        if not counts and not _rejected(store, ids):
+        if not counts and not _unfinished(store, ids):
             break
         erased.update(_erase_objects(store, ids, counts, functools.partial(watch, f"erase{again}"), check))
     else:
@@ -233,7 +233,7 @@ def _erase_objects(
             alone.append(name)
     # A unit of unfinished work is a slice of the list of images. The list gets shorter, so unfinished work starts over.
     # The table images comes last, so that a second run after a kill removes the work too.
-    start_over = bool(parts) or _rejected(store, ids)
+    start_over = bool(parts) or _unfinished(store, ids)
     if start_over:
         check()
         store.remove(WORK)
@@ -291,8 +291,10 @@ def _belongs(column: str, key: str, ids: Collection[str]) -> bool:
     return of_caption if column == "caption_id" else of_caption or key in ids or image_id(key) in ids
 
 
-def _rejected(store: Store, ids: Collection[str]) -> bool:
-    """Whether a receipt of unfinished work holds a reject of one of these images."""
+def _unfinished(store: Store, ids: Collection[str]) -> bool:
+    """Whether unfinished work may name one of these images: a receipt's reject does, or there are listed records."""
+    if store.names(WORK, LISTING):
+        return True
     receipts = (store.read_json(name) or {} for name in store.walk(WORK) if name.endswith(".json"))
     return any(_belongs("key", reject["key"], ids) for receipt in receipts for reject in receipt.get("rejects", ()))
 

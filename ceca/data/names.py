@@ -6,6 +6,7 @@
 <folder>/.turns/                       writers of the folder's manifest, see `ceca.data.replacing`
 rejects/<stage>/                       a table of rows that a stage could not use
 .work/<stage>/<version>/00000.json     receipts of finished units, until the stage is published
+.work/listing/<version>/00000.jsonl    records of a unit of ingest, until it is published
 .leases/<name>/<claim>.json            holders of names, see `ceca.data.lease`
 models/<name>/<digest>/                published models
 evaluations/<digest>/                  embeddings and figures of a model
@@ -19,6 +20,7 @@ import re
 
 MANIFEST = "manifest.json"
 WORK = ".work"
+LISTING = "listing"
 LEASES = ".leases"
 TURNS = ".turns"
 MODELS = "models"
@@ -65,6 +67,11 @@ def rewritten_part_name(path: str, sha256: str) -> str:
 def receipt_name(unit: int) -> str:
     """Name of a unit's receipt, below `.work/<stage>/<version>`."""
     return f"{unit:05d}.json"
+
+
+def listing_name(unit: int) -> str:
+    """Name of a unit's records, below `.work/listing/<version>`; no receipt ends like it."""
+    return f"{unit:05d}.jsonl"
 
 
 def rejects_table(stage: str) -> str:

@@ -25,6 +25,9 @@ IMAGES = pa.schema(
     ]
 )
 
+# A further column of IMAGES where the source says when a picture was taken; other tables do not have it.
+TIME = pa.field("time", pa.timestamp("us", tz="UTC"))
+
 CAPTIONS = pa.schema(
     [
         pa.field("caption_id", pa.string(), nullable=False),

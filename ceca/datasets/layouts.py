@@ -10,28 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
-from ceca.data.schema import caption_id
-from ceca.data.schema import image_id as image_id_of
 from ceca.data.store import Reject, filesystem
-from ceca.errors import UserError
+from ceca.datasets.listing import Count
+from ceca.datasets.records import SPLITS, DatasetError, Record, is_text, read_captions
 
-SPLITS = ("train", "val", "test")
 ATTRIBUTES_FILE = "attributes.json"  # ground truth of drawn pedestrians; other datasets have none
-
-
-class DatasetError(UserError):
-    """The folder does not hold a dataset in a published layout."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """Size of a split. A count is None where the publication does not report it."""
-
-    images: int
-    identities: int
-    captions: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,28 +83,6 @@ LAYOUTS = {
 }
 
 
-class Caption(NamedTuple):
-    """A caption and its position in the record's list of captions."""
-
-    position: int
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """An image of the annotation file and its usable captions."""
-
-    source_path: str
-    identity: int
-    split: str
-    captions: tuple[Caption, ...]
-    camera: str | None = None
-
-    @property
-    def image_id(self) -> str:
-        return image_id_of(self.source_path)
-
-
 @dataclasses.dataclass(frozen=True)
 class Annotations:
     """The contents of a dataset's annotation file.
@@ -150,7 +113,7 @@ def read_annotations(source: str, layout: str = "auto") -> Annotations:
         DatasetError: the annotation file is missing, is not a JSON list, or has no usable record.
     """
     fs, root = filesystem(source)
-    chosen = _find_layout(fs, root, source, layout)
+    chosen = find_layout(fs, root, source, layout)
     path = f"{root}/{chosen.annotation}"
     content = fs.cat_file(path)
     items = _parse(content, path)
@@ -172,16 +135,23 @@ def read_attributes(fs: Any, root: str) -> dict[str, Any] | None:
     return _parse(fs.cat_file(path), path) if fs.exists(path) else None
 
 
-def _find_layout(fs: Any, root: str, source: str, layout: str) -> Layout:
+def find_layout(fs: Any, root: str, source: str, layout: str = "auto") -> Layout:
+    """The layout of a dataset, with the spelling of its annotation file.
+
+    Args:
+        fs: the dataset's filesystem.
+        root: its path.
+        source: the same as somebody wrote it, for errors.
+        layout: key in LAYOUTS, whose annotation file may then have any name if it is alone, or "auto".
+
+    Raises:
+        DatasetError: none or several are there.
+    """
     candidates = list(LAYOUTS.values()) if layout == "auto" else [LAYOUTS[layout]]
     files = _json_files(fs, root)
-    # People are handed ICFG_PEDES.json and other spellings of the same name.
-    present = [
-        dataclasses.replace(candidate, annotation=file)
-        for candidate in candidates
-        for file in ([candidate.annotation] if candidate.annotation in files else files)
-        if _spelling(file) == _spelling(candidate.annotation)
-    ]
+    present = present_layouts(fs, root, candidates)
+    if layout != "auto" and not present and len(files) == 1:
+        return dataclasses.replace(LAYOUTS[layout], annotation=files[0])
     if len(present) == 1:
         return present[0]
     if not present:
@@ -195,6 +165,17 @@ def _find_layout(fs: Any, root: str, source: str, layout: str) -> Layout:
         f"{source!r} has several annotation files ({', '.join(candidate.annotation for candidate in present)}); "
         "choose one with --layout"
     )
+
+
+def present_layouts(fs: Any, root: str, candidates: Sequence[Layout] = tuple(LAYOUTS.values())) -> list[Layout]:
+    """Layouts whose annotation file is in a folder. People are handed ICFG_PEDES.json and other spellings of a name."""
+    files = _json_files(fs, root)
+    return [
+        dataclasses.replace(candidate, annotation=file)
+        for candidate in candidates
+        for file in ([candidate.annotation] if candidate.annotation in files else files)
+        if _spelling(file) == _spelling(candidate.annotation)
+    ]
 
 
 def _json_files(fs: Any, root: str) -> list[str]:
@@ -237,7 +218,7 @@ def read_records(items: Sequence[Any], layout: Layout) -> tuple[list[Record], li
             detail = f"record {position} names an image of another person or split; the first one is kept"
             rejects.append(Reject(path, "duplicated_record", detail))
             continue
-        captions, unusable = _read_captions(item["captions"], path, earlier.captions if earlier else ())
+        captions, unusable = read_captions(item["captions"], path, earlier.captions if earlier else ())
         rejects += unusable
         if earlier is None:
             camera = re.search(layout.camera, PurePosixPath(path).name) if layout.camera else None
@@ -255,42 +236,6 @@ def _normal_path(path: str) -> str:
     return path.replace("\\", "/").removeprefix("./").removeprefix("imgs/")
 
 
-def _read_captions(
-    captions: Sequence[Any], path: str, earlier: Sequence[Caption]
-) -> tuple[tuple[Caption, ...], list[Reject]]:
-    """Usable captions of a record and a reject for each other one.
-
-    Args:
-        captions: what the record lists.
-        path: the image's path.
-        earlier: captions of an earlier record of the same image; a repetition of them is left out.
-    """
-    first = max((caption.position for caption in earlier), default=-1) + 1
-    known = {caption.text for caption in earlier}
-    usable: list[Caption] = []
-    rejects = []
-    for number, text in enumerate(captions, first):
-        if not isinstance(text, str) or not text.strip():
-            reason, detail = "empty_caption", f"caption {number} of {path} is {text!r:.100}"
-        elif not _is_text(text):
-            reason, detail = "bad_caption", f"caption {number} of {path} has half a character: {text!r:.100}"
-        else:
-            if text.strip() not in known:
-                usable.append(Caption(number, text.strip()))
-            continue
-        rejects.append(Reject(caption_id(image_id_of(path), number), reason, detail))
-    return tuple(usable), rejects
-
-
-def _is_text(text: str) -> bool:
-    """Whether a text can be stored: JSON can spell halves of surrogate pairs, UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
-
-
 def _find_problem(item: Any, layout: Layout, position: int) -> Reject | None:
     """Return a reject if the item at this position of the annotation list is not a usable record."""
     where = f"record {position}"
@@ -303,7 +248,7 @@ def _find_problem(item: Any, layout: Layout, position: int) -> Reject | None:
         detail = f"no {', '.join(missing)}; the record has {', '.join(map(str, item))}"
         return Reject(key, "missing_key", detail)
     identity, split, captions = item["id"], item["split"], item["captions"]
-    if not isinstance(path, str) or not path or not _is_text(path):
+    if not isinstance(path, str) or not path or not is_text(path):
         return Reject(key, "bad_path", f"expected a path below imgs/, found {path!r:.100}")
     normal = PurePosixPath(_normal_path(path))
     if normal.is_absolute() or ".." in normal.parts or not normal.name:
@@ -315,17 +260,6 @@ def _find_problem(item: Any, layout: Layout, position: int) -> Reject | None:
     if not isinstance(captions, list):
         return Reject(key, "bad_captions", f"expected a list of sentences, found {captions!r:.100}")
     return None
-
-
-def count_splits(records: Sequence[Record]) -> dict[str, Count]:
-    """Count the images, identities and captions of each split that has records."""
-    counts = {}
-    for split in SPLITS:
-        chosen = [record for record in records if record.split == split]
-        if chosen:
-            identities = len({record.identity for record in chosen})
-            counts[split] = Count(len(chosen), identities, sum(len(record.captions) for record in chosen))
-    return counts
 
 
 def differences(layout: Layout, counts: Mapping[str, Count]) -> list[str]:

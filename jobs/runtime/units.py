@@ -69,6 +69,7 @@ class Plan:
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     progress: Callable[[Mapping[str, float], float], str] | None = None  # (sums so far, seconds) → words
     again: str = "--redo reads all rows again"  # how rejected rows get another chance
+    prepare: Callable[[], None] | None = None  # called before units are done; writes what they read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,8 @@ def _finish_units(store: Store, plan: Plan, version: str, workers: Workers) -> d
             return done
         if done:
             console.print(f"{plan.stage}: continuing, {len(done)} of {len(plan.units)} parts are there")
+        if plan.prepare is not None:
+            plan.prepare()
         connect(store)
         _run_units(store, plan, version, todo, workers)
     done = _receipts(store, plan, version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import unicodedata
@@ -9,15 +10,20 @@ import unicodedata
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
+from ceca.config import IngestConfig
 from ceca.data.changes import hide
+from ceca.data.erase import finish
 from ceca.data.schema import image_id
 from ceca.data.store import Store
 from ceca.data.tables import PAIRS
-from ceca.datasets.layouts import Caption, Record
+from ceca.datasets.records import Caption, Record
 from ceca.metrics import Matches, retrieval_metrics
+from ceca.settings import ConfigError
 from jobs.ingest import IngestWorker
-from jobs.runtime.records import to_json
+from jobs.ingest import ingest as run_ingest
+from jobs.runtime import units
 from jobs.training.samples import number_identities
 
 
@@ -33,7 +39,8 @@ def source(drawn, tmp_path):
 def ingest(source, *paths: str, data=None):
     """Image ids and reasons by path that a worker makes of these paths."""
     records = [Record(path, 1, "train", (Caption(0, "a man"),)) for path in paths]
-    output = IngestWorker(str(source), str(data or source / "data"))(to_json(records))
+    (source / "reid_raw.json").write_text("[]")
+    output = IngestWorker({"source": str(source)}, str(data or source / "data")).check(records)
     return output.tables["images"]["image_id"].to_pylist(), {r.key: r.reason for r in output.rejects}
 
 
@@ -101,3 +108,97 @@ def test_images_of_nobody_match_nobody_in_the_figures():
     assert figures.rank1 == 0.0  # a stranger is before person 5, and nobody is found
     assert figures.rank5 == 50.0
     assert Matches(np.array([-1, 5]), np.array([-1, -1, 5])).count.tolist() == [0, 1]
+
+
+# --- any source becomes the tables ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Units are done in this process, by the same worker."""
+
+    def run(store, plan, version, todo, workers):
+        worker = units._UnitWorker(store.uri, plan.stage, version, plan.worker, dict(plan.arguments))
+        for unit in todo:
+            result = worker({"unit": unit, "work": json.dumps(plan.units[unit])})
+            assert not result["fatal"], result["fatal"]
+
+    monkeypatch.setattr(units, "_run_units", run)
+    monkeypatch.setattr(units, "connect", lambda: None)
+
+
+def put(folder, *names):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 8 + number)).save(folder / name, "PNG")
+
+
+def test_a_folder_of_pictures_becomes_a_gallery_of_nobody(tmp_path, without_ray):
+    put(tmp_path / "in", "a.png", "b/c.png", "d.png")
+    (tmp_path / "in" / "notes.bin").write_bytes(b"no picture")
+    config = IngestConfig(source=str(tmp_path / "in"), images_per_part=2)
+    manifests = run_ingest(str(tmp_path / "data"), config)
+    store = Store(str(tmp_path / "data"))
+    rows = store.read(manifests["images"]).to_pylist()
+    assert [(row["source_path"], row["identity"], row["split"], row["height"]) for row in rows] == [
+        ("a.png", -1, "test", 8),
+        ("d.png", -1, "test", 10),
+        ("b/c.png", -1, "test", 9),
+    ]
+    assert (manifests["captions"].rows, len(manifests["images"].parts)) == (0, 2)
+    assert store.rejects()["reason"].to_pylist() == ["not_an_image"]
+    assert store.walk(".work") == []
+
+
+def test_only_new_pictures_are_read_and_the_others_stay(tmp_path, without_ray, capsys):
+    put(tmp_path / "in", "a.png", "b.png")
+    config = IngestConfig(source=str(tmp_path / "in"), only_missing=True)
+    first = run_ingest(str(tmp_path / "data"), config)
+    put(tmp_path / "in", "0.png")
+    second = run_ingest(str(tmp_path / "data"), config)
+    assert second["images"].parts[0] == first["images"].parts[0]
+    store = Store(str(tmp_path / "data"))
+    assert store.read(second["images"])["source_path"].to_pylist() == ["a.png", "b.png", "0.png"]
+    assert run_ingest(str(tmp_path / "data"), config) == {"images": second["images"], "captions": second["captions"]}
+    assert "lacks nothing" in capsys.readouterr().err
+    (tmp_path / "in" / "a.png").unlink()
+    put(tmp_path / "in", "1.png")
+    assert run_ingest(str(tmp_path / "data"), config)["images"].rows == 4
+    assert "1 published images are not in the source now" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_table_keeps_captions_shares_and_times(tmp_path, without_ray, capsys):
+    put(tmp_path, *(f"{number}.png" for number in range(40)))
+    lines = [f"{number}.png,{number // 4},a man,{1769860800 + number}" for number in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,pid,text,ts", *lines]))
+    config = IngestConfig(source=str(tmp_path / "t.csv"), columns=("time=ts",), split_share=(0.5, 0.25, 0.25))
+    manifests = run_ingest(str(tmp_path / "data"), config)
+    images = Store(str(tmp_path / "data")).read(manifests["images"])
+    assert images.schema.field("time").type == pa.timestamp("us", "UTC")
+    assert images["time"][1].as_py().isoformat() == "2026-01-31T12:00:01+00:00"
+    splits = dict(zip(images["identity"].to_pylist(), images["split"].to_pylist(), strict=True))
+    by_image = zip(images["identity"].to_pylist(), images["split"].to_pylist(), strict=True)
+    assert all(splits[identity] == split for identity, split in by_image)
+    assert set(splits.values()) == {"train", "test"}  # none of ten people fell into val
+    assert manifests["captions"].rows == 40
+    said = " ".join(capsys.readouterr().err.split())
+    assert "image from file, identity from pid, text from text, time from ts; nothing says split, camera" in said
+
+
+def test_shares_that_do_not_sum_to_one_are_refused():
+    with pytest.raises(ConfigError, match="must sum to 1"):
+        IngestConfig(split_share=(0.8, 0.1, 0.2))
+
+
+def test_an_erasure_removes_the_listing_of_an_ingest_that_was_killed(tmp_path, without_ray, monkeypatch):
+    put(tmp_path / "in", "a.png", "b.png")
+    config, store = IngestConfig(source=str(tmp_path / "in")), Store(str(tmp_path / "data"))
+    with monkeypatch.context() as killed:
+        killed.setattr(units, "_run_units", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_ingest(store.uri, config)
+    assert store.walk(".work")
+    hide(store, [image_id("a.png")], erase=True)
+    finish(store)
+    assert store.walk(".work") == []
+    assert run_ingest(store.uri, config)["images"].rows == 1

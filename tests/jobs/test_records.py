@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ceca.data.tables import ImageRow
-from ceca.datasets.layouts import Record
+from ceca.datasets.records import Record
 from jobs.index import CopiedRows
 from jobs.runtime.embed import CaptionRow
 from jobs.runtime.records import cut, from_json, to_json

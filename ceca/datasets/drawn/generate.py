@@ -19,7 +19,8 @@ from ceca.datasets.drawn.attributes import VOCABULARY, Attributes, distinct_peop
 from ceca.datasets.drawn.body import VIEWS, sample_body
 from ceca.datasets.drawn.camera import draw_shot, sample_shot
 from ceca.datasets.drawn.captions import describe
-from ceca.datasets.layouts import ATTRIBUTES_FILE, LAYOUTS, SPLITS, Layout
+from ceca.datasets.layouts import ATTRIBUTES_FILE, LAYOUTS, Layout
+from ceca.datasets.records import SPLITS
 
 VERSION = 1  # version of the drawings; raised when the same seed gives other images or captions
 _MARK = ".drawing.json"  # arguments of an unfinished drawing, in its folder

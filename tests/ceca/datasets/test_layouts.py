@@ -11,15 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ceca.data.schema import image_id
-from ceca.datasets.layouts import (
-    LAYOUTS,
-    Count,
-    DatasetError,
-    count_splits,
-    differences,
-    read_annotations,
-    read_records,
-)
+from ceca.datasets.layouts import LAYOUTS, differences, read_annotations, read_records
+from ceca.datasets.listing import Count, Listing
+from ceca.datasets.records import DatasetError
 
 CUHK = LAYOUTS["cuhk_pedes"]
 
@@ -134,7 +128,7 @@ def test_differences_from_the_published_statistics_name_both_numbers():
 
 def test_splits_are_counted_by_image_identity_and_caption():
     records, _ = read_records([record(n, id=n // 2, split="test" if n > 3 else "train") for n in range(5)], CUHK)
-    assert count_splits(records) == {"train": Count(4, 2, 8), "test": Count(1, 1, 2)}
+    assert Listing(records).counts() == {"train": Count(4, 2, 8), "test": Count(1, 1, 2)}
 
 
 # --- what people are handed -------------------------------------------------------------------------------
