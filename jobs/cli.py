@@ -7,10 +7,11 @@ import os
 import sys
 
 COMMANDS = {
+    "open": "from a folder of pictures to a search page",
     "demo": "draw pedestrians and take them through every stage",
     "draw": "draw a synthetic benchmark in a published layout",
     "pipeline": "every stage from ingest to index",
-    "ingest": "a published layout → tables images and captions",
+    "ingest": "a folder, table, tar files or published layout → tables images and captions",
     "dialogue": "ask a multimodal model about every image → table dialogues",
     "train": "train a model",
     "compare": "train several methods, several seeds each, and print their table",

@@ -9,6 +9,7 @@ original bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -27,6 +28,7 @@ from ceca.datasets.layouts import LAYOUTS, differences
 from ceca.datasets.listing import Listing, read_record
 from ceca.datasets.records import Record
 from ceca.datasets.sources import Source, open_source
+from ceca.errors import UserError
 from ceca.settings import to_mapping
 from jobs.runtime.console import console, entry, label, text_table
 from jobs.runtime.units import Output, Plan, Workers, run_plan
@@ -34,33 +36,44 @@ from jobs.runtime.units import Output, Plan, Workers, run_plan
 TOLD_S = 10.0  # seconds between messages while records are listed
 
 
-def ingest(data: str, config: IngestConfig, *, redo: bool = False) -> dict[str, Manifest]:
+def ingest(data: str, config: IngestConfig, *, redo: bool = False, mirror: bool = False) -> dict[str, Manifest]:
     """Publish the tables images and captions, and attributes if the pedestrians are drawn.
 
     Args:
         data: dataset URI.
         config: source, form and size of the parts.
         redo: make a new version even if this one is published.
+        mirror: with `only_missing`, read everything again if published images are gone from the source.
 
     Returns:
         The manifest of each table.
 
     Raises:
         DatasetError: the source cannot be read, or nothing in it can be used.
+        UserError: the dataset lies in the folder that is read.
     """
     store = Store(data)
     source = open_source(
         config.source, config.layout, columns=config.columns, images=config.images, share=config.split_share
     )
+    if source.name == "folder" and f"{store.root}/".startswith(f"{source.files.root}/"):
+        raise UserError(f"{store.uri} lies in {config.source}, whose files are all read: give another --data")
     with Listing(_told(source.records())) as listing:
         listing.refuse_empty(source.place)
         print_statistics(source, listing)
         earlier = _earlier(store) if config.only_missing else {}
         if earlier:
-            ids = store.read(earlier["images"], ["image_id"])["image_id"].to_pylist() if earlier["images"].rows else []
-            gone = listing.leave_out(ids)
-            if gone:
+            gone = listing.lacks(_ids(store, earlier["images"]))
+            if gone and mirror:
+                console.print(f"ingest: {len(gone):,} images are gone from the source; all others are read again")
+                earlier, config = {}, dataclasses.replace(config, only_missing=False)
+            elif _is_unchanged(earlier["images"], source.fingerprint or listing.digest, config):
+                console.print(f"ingest: {store.place('images')} lacks nothing")
+                return earlier
+            elif gone:
                 console.print(f"ingest: {len(gone):,} published images are not in the source now, and stay")
+        if earlier:
+            listing.leave_out(_ids(store, earlier["images"]))
             if not len(listing):
                 console.print(f"ingest: {store.place('images')} lacks nothing")
                 return earlier
@@ -77,6 +90,18 @@ def _earlier(store: Store) -> dict[str, Manifest]:
         return {}
     tables = {name: store.manifest(name, images.version) for name in ("captions", "attributes")}
     return {"images": images, **{name: manifest for name, manifest in tables.items() if manifest is not None}}
+
+
+def _ids(store: Store, images: Manifest) -> list[str]:
+    """Ids of the images in a table."""
+    ids: list[str] = store.read(images, ["image_id"])["image_id"].to_pylist() if images.rows else []
+    return ids
+
+
+def _is_unchanged(images: Manifest, digest: str, config: IngestConfig) -> bool:
+    """Whether a table was made of the same listing. Files that could not be read may be there now."""
+    retried = {"missing_file", "unreadable_file"} & images.notes["rejects"].keys()
+    return images.made_from.get("annotation") == digest and images.config.get("limit") == config.limit and not retried
 
 
 def _plan(store: Store, config: IngestConfig, source: Source, listing: Listing, earlier: dict[str, Manifest]) -> Plan:

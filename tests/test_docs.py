@@ -47,6 +47,10 @@ DEPLOY = "tests/serve/test_deploy.py"
 
 # A command in the docs → the test that runs it, with other data. The longest head that fits counts.
 RUN_BY = {
+    "ceca open": (
+        "tests/jobs/test_open.py",
+        "test_a_folder_becomes_a_gallery_and_the_same_command_adds_what_is_new",
+    ),
     "ceca draw": (HERE, "test_draw_makes_a_dataset_that_ingest_can_read"),
     "ceca ingest": (METHODS, "test_a_published_recipe_takes_two_steps_with_the_full_model_on_this_machine"),
     "ceca dialogue": (JOBS, "test_vllm_holds_all_six_turns_about_every_image"),
@@ -269,7 +273,7 @@ def test_every_option_of_a_command_exists(page):
 
 @pytest.mark.parametrize("page", USE)
 def test_every_option_in_the_text_is_one_of_some_command(page):
-    known = set().union(*(options_of(name) for name in [*STAGES, "pipeline", "compare", "remove", "gc", "search"]))
+    known = set().union(*(options_of(name) for name in [*STAGES, "open", "pipeline", "compare", "remove", "gc", "search"]))
     known |= options_of("report", "omega") | {"--help"}
     spans = [span for span in re.findall(r"`([^`]+)`", without_code(read(page))) if span.startswith("--")]
     assert not {option for span in spans for option in re.findall(r"--[a-z][a-z0-9.-]*", span)} - known

@@ -50,6 +50,7 @@ class Listing:
         self._base.executemany("INSERT INTO found (image, record) VALUES (?, ?)", self._written(rows))
         self._base.execute("CREATE INDEX by_image ON found (image, row)")
         self._base.executemany("INSERT INTO kept VALUES (?, ?, ?, ?)", self._joined(digest))
+        self._base.execute("CREATE INDEX kept_by_image ON kept (image)")
         self._base.execute("COMMIT")
         self.digest = digest.hexdigest()
 
@@ -117,20 +118,14 @@ class Listing:
         found = {split: Count(images, people + nobody, self._captions[split]) for split, images, people, nobody in rows}
         return {split: found[split] for split in SPLITS if split in found}
 
-    def leave_out(self, images: Iterable[str]) -> set[str]:
-        """Leave out images by id.
+    def lacks(self, images: Iterable[str]) -> list[str]:
+        """Those of these image ids that are not listed."""
+        ask = "SELECT 1 FROM found WHERE image = ?"
+        return [image for image in images if self._base.execute(ask, (image,)).fetchone() is None]
 
-        Args:
-            images: ids; those that are not listed do not matter.
-
-        Returns:
-            The given ids that are not listed.
-        """
-        gone = set()
-        for image in images:
-            if not self._base.execute("DELETE FROM kept WHERE image = ?", (image,)).rowcount:
-                gone.add(image)
-        return gone
+    def leave_out(self, images: Iterable[str]) -> None:
+        """Leave out images by id."""
+        self._base.executemany("DELETE FROM kept WHERE image = ?", ((image,) for image in images))
 
     def cut(self, size: int, limit: int | None = None) -> Iterator[list[str]]:
         """Cut the records into units of at most `size`, as text (`read_record`).

@@ -127,6 +127,11 @@ def divert_stderr() -> TextIO | None:
     return _stderr.log
 
 
+def restore_stderr() -> None:
+    """Let standard error lead to the person again, before this process becomes another program."""
+    _stderr.restore()
+
+
 def entry(main: Callable[[], None]) -> None:
     """Run a command. An error that a person can mend is one line and exits with 2, an interrupt exits with 130."""
     _stderr.may_divert = True

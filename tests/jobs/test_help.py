@@ -15,6 +15,7 @@ from ceca.config import STAGES
 from jobs.cli import COMMANDS, PROGRAMS
 from jobs.compare import compare
 from jobs.gc import gc
+from jobs.open import open_pictures
 from jobs.remove import remove
 from jobs.report import KINDS
 from jobs.search import search
@@ -39,8 +40,9 @@ print(json.dumps(shown))
 
 
 def parameters(function: Any) -> list[str]:
-    """The options of a command that is a function; the first one of `search` is an argument without a name."""
-    return [name for name in inspect.signature(function).parameters if (function, name) != (search, "query")]
+    """The options of a command that is a function, without arguments that have no name."""
+    nameless = {(search, "query"), (open_pictures, "source")}
+    return [name for name in inspect.signature(function).parameters if (function, name) not in nameless]
 
 
 def settings(config: type, prefix: str = "") -> list[str]:
@@ -60,6 +62,7 @@ def settings(config: type, prefix: str = "") -> list[str]:
 OPTIONS: dict[str, list[str]] = {
     **{stage: ["data", "recipe", "redo", *settings(STAGES[stage])] for stage in STAGES if stage in COMMANDS},
     "demo": ["folder", "recipe"],
+    "open": parameters(open_pictures),
     "pipeline": ["data", "source", "recipe", "name"],
     "compare": parameters(compare),
     "remove": parameters(remove),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import unicodedata
@@ -19,6 +18,7 @@ from ceca.data.schema import image_id
 from ceca.data.store import Store
 from ceca.data.tables import PAIRS
 from ceca.datasets.records import Caption, Record
+from ceca.errors import UserError
 from ceca.metrics import Matches, retrieval_metrics
 from ceca.settings import ConfigError
 from jobs.ingest import IngestWorker
@@ -113,20 +113,6 @@ def test_images_of_nobody_match_nobody_in_the_figures():
 # --- any source becomes the tables ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def without_ray(monkeypatch):
-    """Units are done in this process, by the same worker."""
-
-    def run(store, plan, version, todo, workers):
-        worker = units._UnitWorker(store.uri, plan.stage, version, plan.worker, dict(plan.arguments))
-        for unit in todo:
-            result = worker({"unit": unit, "work": json.dumps(plan.units[unit])})
-            assert not result["fatal"], result["fatal"]
-
-    monkeypatch.setattr(units, "_run_units", run)
-    monkeypatch.setattr(units, "connect", lambda: None)
-
-
 def put(folder, *names):
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +134,13 @@ def test_a_folder_of_pictures_becomes_a_gallery_of_nobody(tmp_path, without_ray)
     assert (manifests["captions"].rows, len(manifests["images"].parts)) == (0, 2)
     assert store.rejects()["reason"].to_pylist() == ["not_an_image"]
     assert store.walk(".work") == []
+
+
+def test_a_dataset_is_not_put_among_the_pictures_it_is_made_of(tmp_path):
+    put(tmp_path / "in", "a.png")
+    for data in ("in", "in/data"):
+        with pytest.raises(UserError, match="give another --data"):
+            run_ingest(str(tmp_path / data), IngestConfig(source=str(tmp_path / "in")))
 
 
 def test_only_new_pictures_are_read_and_the_others_stay(tmp_path, without_ray, capsys):

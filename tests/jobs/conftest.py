@@ -1,0 +1,23 @@
+"""What tests of jobs share."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobs.runtime import units
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units are done in this process, by the same workers: for tests of what a stage plans and publishes."""
+
+    def run(store, plan, version, todo, workers):
+        worker = units._UnitWorker(store.uri, plan.stage, version, plan.worker, dict(plan.arguments))
+        for unit in todo:
+            result = worker({"unit": unit, "work": json.dumps(plan.units[unit])})
+            assert not result["fatal"], result["fatal"]
+
+    monkeypatch.setattr(units, "_run_units", run)
+    monkeypatch.setattr(units, "connect", lambda: None)
