@@ -146,7 +146,6 @@ def _plan(store: Store, config: IngestConfig, source: Source, listing: Listing, 
             },
             "data": store.uri,
             "version": version,
-            "column": next(iter(source.found.get("image", ())), ""),
             "timed": listing.timed,
         },
         made_from=made_from,
@@ -165,12 +164,11 @@ class IngestWorker:
         source: arguments of `open_source`.
         data: dataset URI.
         version: the version that is made.
-        column: the column of images inside a table.
         timed: write the time of each image.
     """
 
-    def __init__(self, source: dict[str, Any], data: str, version: str = "", column: str = "", timed: bool = False):
-        self.source, self.column, self.timed = open_source(**source), column, timed
+    def __init__(self, source: dict[str, Any], data: str, version: str = "", timed: bool = False):
+        self.source, self.timed = open_source(**source), timed
         self.store, self.version = Store(data), version
         self.erased = erased_images(self.store)  # they do not come back, whatever the source still has
         # Each worker reads the ground truth itself: it is as large as the annotations, too large for the plan.
@@ -185,7 +183,7 @@ class IngestWorker:
         """Rows of the tables for these records, and a reject for each image that cannot be used."""
         records = [record for record in whole if record.image_id not in self.erased]
         images, captions, attributes, rejects = [], [], [], []
-        for record, content in zip(records, self.source.read(records, self.column), strict=True):
+        for record, content in zip(records, self.source.read(records), strict=True):
             if isinstance(content, Reject):
                 rejects.append(content)
                 continue

@@ -70,8 +70,8 @@ def open_pictures(
         again = gallery is not None and gallery.made_from["model"] == model.digest
         index(data, IndexConfig(model=name, split=None, only_missing=again))
     if serve:
-        _serve(data, port)
-    console.print(f"open: `ceca serve --data {data}` starts the search page")
+        _serve(data, port, name)
+    console.print(f"open: `ceca serve --data {data} --model {name}` starts the search page")
 
 
 def find_or_publish(store: Store, pretrained: str, backbone: str, *, summaries: bool) -> str:
@@ -89,7 +89,7 @@ def find_or_publish(store: Store, pretrained: str, backbone: str, *, summaries: 
     # A file of weights is no folder in which a model could be.
     if not Path(pretrained).is_file() and find_model(store, pretrained) is not None:
         return pretrained
-    name = f"clip-{Path(pretrained).stem}-{backbone}" + ("-summaries" if summaries else "")
+    name = f"clip-{_mark(pretrained)}-{backbone}" + ("-summaries" if summaries else "")
     if find_model(store, name) is not None:
         return name
     from ceca.model.clip import describe
@@ -120,6 +120,15 @@ def find_or_publish(store: Store, pretrained: str, backbone: str, *, summaries: 
     return name
 
 
+def _mark(pretrained: str) -> str:
+    """What names CLIP weights: their tag, or a digest of their file or URI; files of one name differ."""
+    path = Path(pretrained)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    return pretrained if "/" not in pretrained else hashlib.sha256(pretrained.encode()).hexdigest()[:8]
+
+
 def place_beside(source: str) -> str:
     """Where the dataset of a source is put: a folder beside it.
 
@@ -139,14 +148,14 @@ def main(argv: list[str] | None = None) -> None:
     tyro.cli(open_pictures, args=argv, prog="ceca open")
 
 
-def _serve(data: str, port: int) -> None:
+def _serve(data: str, port: int, model: str) -> None:
     """Become the search service: jobs do not import it. The stages' Ray ends first."""
     if "ray" in sys.modules:
         import ray
 
         ray.shutdown()
     restore_stderr()
-    os.execv(sys.executable, [sys.executable, "-m", "serve", "--data", data, "--port", str(port)])
+    os.execv(sys.executable, [sys.executable, "-m", "serve", "--data", data, "--model", model, "--port", str(port)])
 
 
 if __name__ == "__main__":

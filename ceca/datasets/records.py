@@ -42,8 +42,8 @@ class Record:
         captions: usable captions.
         camera: name of the camera.
         time: time of the picture, ISO 8601 in UTC.
-        place: where the bytes are, if they are not a file: (file, number, number), as its reader understands it; or
-            the size of the file.
+        place: where the bytes are, if they are not a file: (file, number, number, column), as its reader understands
+            it; or the size of the file.
     """
 
     source_path: str

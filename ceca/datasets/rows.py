@@ -143,8 +143,14 @@ class RowReader:
         if camera is not None and not is_text(camera):
             yield Reject(path, "bad_camera", f"{row.where}: expected a name, found {camera!r:.100}")
             camera = None
-        inside = not row.inside or self.columns["image"][0] in row.inside
-        yield Record(path, identity, split, captions, camera, time, row.place if inside else None)
+        yield Record(path, identity, split, captions, camera, time, self._place(row))
+
+    def _place(self, row: Row) -> Sequence[Any] | None:
+        """Where the image's bytes are, and in which column, if they are not a file."""
+        column = self.columns["image"][0]
+        if row.place is None or (row.inside and column not in row.inside):
+            return None
+        return [*row.place, column] if row.inside else row.place
 
     def _value(self, row: Row, says: str) -> Any:
         names = self.columns[says]

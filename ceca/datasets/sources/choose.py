@@ -19,7 +19,7 @@ from ceca.datasets.sources.files import Files, folder_rows
 from ceca.datasets.sources.layout import LayoutSource
 from ceca.datasets.sources.source import Source
 from ceca.datasets.sources.tables import ENDINGS, ending, text_rows
-from ceca.datasets.sources.tars import tar_rows
+from ceca.datasets.sources.tars import PICTURES, tar_rows
 
 TABLES = (*ENDINGS, ".parquet")
 HOLDERS = (".parquet", ".tar")  # of files that may hold their pictures
@@ -120,7 +120,7 @@ def _open_table(
     if layout == "folder":
         if not fs.isdir(root):
             raise DatasetError(f"{source!r} is no folder")
-        return Source("folder", source, Files(fs, root), partial(folder_rows, fs, root), {"image": ("image",)})
+        return Source("folder", source, Files(fs, root), lambda: [folder_rows(fs, root)], {"image": ("image",)})
     if layout == "huggingface":
         return Source(layout, source, Files(fs, root), partial(_saved_rows, fs, root), given)
     home, names = root, files
@@ -149,14 +149,14 @@ def _choose(layout: str, preset: Preset, names: Sequence[str]) -> list[str]:
     return [name for name in names if ending(name) in ((".tar",) if layout == "webdataset" else TABLES)]
 
 
-def _rows_of_all(fs: Any, home: str, names: Sequence[str]) -> Iterator[Row | Reject]:
+def _rows_of_all(fs: Any, home: str, names: Sequence[str]) -> Iterator[Iterator[Row | Reject]]:
     for name in names:
-        yield from _marked(_rows_of(fs, home, name), _split_of(name))
+        yield _marked(_rows_of(fs, home, name), _split_of(name))
 
 
-def _saved_rows(fs: Any, root: str) -> Iterator[Row | Reject]:
+def _saved_rows(fs: Any, root: str) -> Iterator[Iterator[Row | Reject]]:
     for name, split, of in saved_files(fs, root):
-        yield from _marked(arrow_rows(fs, f"{root}/{name}", name, of), split)
+        yield _marked(arrow_rows(fs, f"{root}/{name}", name, of), split)
 
 
 def _rows_of(fs: Any, home: str, name: str) -> Iterable[Row | Reject]:
@@ -186,13 +186,14 @@ def _split_of(name: str) -> str | None:
 
 
 def _files(fs: Any, root: str) -> list[str]:
-    """Names of the files in a folder that may be tables, and below it of Parquet and tar files."""
+    """Names of the files in a folder, and below it, in some folders, of Parquet and tar files and pictures."""
     found = []
     for folder, folders, names in itertools.islice(fs.walk(root, maxdepth=2), 1000):
         below = folder[len(root) :].strip("/")
         folders.sort()
         for name in sorted(names):
-            if name and not name.startswith(".") and (not below or ending(name) in HOLDERS):
+            told = not below or ending(name) in HOLDERS or ending(name)[1:] in PICTURES
+            if name and not name.startswith(".") and told:
                 found.append(f"{below}/{name}".lstrip("/"))
     return sorted(found)
 
@@ -219,6 +220,8 @@ def _find_kind(fs: Any, root: str, source: str, files: list[str], given: Mapping
     if len(presets) == 1:
         return presets.pop()
     kinds = {"webdataset" if ending(file) == ".tar" else "table" for file in files if _is_manifest(file)}
+    if "webdataset" in kinds and any(ending(file)[1:] in PICTURES for file in files):
+        raise DatasetError(f"{source!r} has tar files and pictures; choose with --layout webdataset or --layout folder")
     if len(kinds) > 1:
         raise DatasetError(f"{source!r} has tables and tar files; choose with --layout table or --layout webdataset")
     if not kinds:

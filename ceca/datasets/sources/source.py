@@ -25,17 +25,17 @@ class Source:
         name: its form, such as `folder` or `cuhk_pedes`.
         place: what is read, for people.
         files: its pictures that are files.
-        list_rows: yields its rows.
+        list_rows: yields the rows of each of its files.
         columns: columns that somebody named: what they say → their names.
         base_name: only the last part of an image's path counts.
         share: shares of train, val and test of images without a split; None makes them the gallery.
-        found: what the columns say, once `records` began.
+        found: what the columns of its first file say, once `records` began.
     """
 
     name: str
     place: str
     files: Files
-    list_rows: Callable[[], Iterable[Row | Reject]]
+    list_rows: Callable[[], Iterable[Iterable[Row | Reject]]]
     columns: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     base_name: bool = False
     share: Sequence[float] | None = None
@@ -57,42 +57,45 @@ class Source:
         Raises:
             DatasetError: there is nothing to read, or a file or its columns cannot be read.
         """
-        rows = iter(self.list_rows())
-        peeked = list(itertools.islice(rows, PEEKED))
-        there = dict.fromkeys(column for row in peeked if isinstance(row, Row) for column in row.values)
-        if not there:
-            problem = f"; first: {peeked[0].detail}" if peeked and isinstance(peeked[0], Reject) else ""
+        problem = ""
+        for rows in map(iter, self.list_rows()):
+            peeked = list(itertools.islice(rows, PEEKED))
+            there = dict.fromkeys(column for row in peeked if isinstance(row, Row) for column in row.values)
+            if not there:
+                problem = problem or next((f"; first: {row.detail}" for row in peeked if isinstance(row, Reject)), "")
+                continue
+            columns = find_columns(list(there), self.columns, self.place)
+            self.found = self.found or columns
+            reader = RowReader(columns, self.files.root, self.base_name, self.share)
+            for row in itertools.chain(peeked, rows):
+                if isinstance(row, Reject):
+                    yield row
+                else:
+                    yield from reader.read(row)
+        if not self.found:
             raise DatasetError(f"nothing to read in {self.place}{problem}")
-        self.found = find_columns(list(there), self.columns, self.place)
-        reader = RowReader(self.found, self.files.root, self.base_name, self.share)
-        for row in itertools.chain(peeked, rows):
-            if isinstance(row, Reject):
-                yield row
-            else:
-                yield from reader.read(row)
 
-    def read(self, records: Sequence[Record], column: str = "") -> list[bytes | Reject]:
+    def read(self, records: Sequence[Record]) -> list[bytes | Reject]:
         """The bytes of images, or why there are none.
-
-        Args:
-            records: the images.
-            column: the column of images inside a table.
 
         Raises:
             StoreError: the source cannot be read.
         """
-        inside = [number for number, record in enumerate(records) if record.place and len(record.place) == 3]
-        alone = sorted(set(range(len(records))) - set(inside))
-        contents: dict[int, bytes | Reject] = dict(
-            zip(alone, self.files.read([records[number].source_path for number in alone]), strict=True)
-        )
-        by_place = sorted(inside, key=lambda number: tuple(records[number].place or ()))
-        for file, numbers in itertools.groupby(by_place, key=lambda number: (records[number].place or ("",))[0]):
-            group = list(numbers)
-            places = [(place[1], place[2]) for number in group if (place := records[number].place)]
-            for number, content in zip(group, self._inside(file, column, places), strict=True):
+        contents: dict[int, bytes | Reject] = {}
+        alone = [number for number, record in enumerate(records) if not record.place or len(record.place) < 4]
+        for number, content in zip(alone, self.files.read([records[n].source_path for n in alone]), strict=True):
+            contents[number] = content
+        inside = [
+            (file, column, first, second, number)
+            for number, record in enumerate(records)
+            for file, first, second, column in ([record.place] if record.place and len(record.place) == 4 else [])
+        ]
+        for (file, column), group in itertools.groupby(sorted(inside), key=lambda place: place[:2]):
+            *_, firsts, seconds, numbers = zip(*group, strict=True)
+            places = list(zip(firsts, seconds, strict=True))
+            for number, held in zip(numbers, self._inside(file, column, places), strict=True):
                 path = records[number].source_path
-                contents[number] = content or Reject(path, "missing_file", f"{path} is an empty cell")
+                contents[number] = held or Reject(path, "missing_file", f"{path} is an empty cell")
         return [contents[number] for number in range(len(records))]
 
     def _inside(self, file: str, column: str, places: list[tuple[int, int]]) -> list[bytes | None]:

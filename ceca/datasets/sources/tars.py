@@ -73,7 +73,7 @@ def _row(archive: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], nam
             values = {**said, **values} if isinstance(said, dict) else values
     if place is None:
         return Reject(where, "missing_file", f"{where} has no picture ({', '.join(PICTURES)})")
-    return Row({**values, "image": picture}, where, place)
+    return Row({**values, "image": picture}, where, place, ("image",))
 
 
 def read_members(fs: Any, path: str, places: list[tuple[int, int]]) -> Iterator[bytes]:

@@ -187,6 +187,15 @@ def test_another_spelling_of_the_annotation_file_is_found(tmp_path: Path):
     assert read_annotations(str(tmp_path)).layout.name == "icfg_pedes"
 
 
+def test_a_layout_that_somebody_names_may_have_an_annotation_file_of_any_name(tmp_path: Path):
+    item = {"id": 5, "split": "test", "captions": ["a man"], "file_path": "a.jpg"}
+    (tmp_path / "mine.json").write_text(json.dumps([item]))
+    assert read_annotations(str(tmp_path), "icfg_pedes").layout.annotation == "mine.json"
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(DatasetError, match=r"it has mine\.json, other\.json"):
+        read_annotations(str(tmp_path), "icfg_pedes")
+
+
 def test_without_an_annotation_file_the_error_says_what_is_there(tmp_path: Path):
     (tmp_path / "caption_all.json").write_text("[]")
     with pytest.raises(DatasetError, match=r"looked for reid_raw\.json.*it has caption_all\.json"):
