@@ -40,26 +40,26 @@ def search(
             "--top-k must be at least 1, --omega between 0 and 1, --neighbours and --rerank not negative, "
             f"found {top_k}, {omega}, {neighbours} and {rerank}"
         )
+    from ceca.search.catalogue import Catalogue
     from ceca.search.facets import parse_conditions
     from ceca.search.searcher import Searcher
-    from jobs.reports.hits import find_paths, ranked_list
+    from jobs.reports.hits import ranked_list
 
     searcher = Searcher(Store(data), model, neighbours=neighbours)
     hits = searcher.search(query, omega=omega, top_k=top_k, where=parse_conditions(where), rerank_first=rerank)
     if not hits:
         console.print("search: no image meets all conditions")
         return
-    paths = find_paths(searcher.edition, hits)
+    catalogue = Catalogue(searcher.edition)
     table = text_table(query, "", "similarity", "global", "local", "identity", "image", left="image")
-    for rank, (hit, path) in enumerate(zip(hits, paths, strict=True), 1):
+    for rank, hit in enumerate(hits, 1):
         figures = (f"{value:.3f}" for value in (hit.similarity, hit.global_similarity, hit.local_similarity))
-        table.add_row(str(rank), *figures, str(hit.identity), path)
+        table.add_row(str(rank), *figures, str(hit.identity), catalogue.source_path(hit.image_id) or "")
     console.print(table)
     if picture is not None:
         from ceca.report.figures import draw_ranked_lists
-        from ceca.search.catalogue import Catalogue
 
-        draw_ranked_lists([ranked_list(Catalogue(searcher.edition), query, None, hits)], picture)
+        draw_ranked_lists([ranked_list(catalogue, query, None, hits)], picture)
         console.print(f"search: → {picture}")
 
 

@@ -81,6 +81,11 @@ RUN_BY = {
     "ceca report page": (PIPELINE, "test_the_report_is_one_page_whose_pictures_a_browser_shows"),
     "ceca weights import": (FOREIGN, "test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip"),
     "ceca weights export": (FOREIGN, "test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip"),
+    "ceca export trec": ("tests/jobs/test_export.py", "test_a_run_and_its_qrels_give_the_figures_of_the_evaluation"),
+    "ceca export webdataset": (
+        "tests/jobs/test_export.py",
+        "test_tar_files_hold_what_is_known_and_are_read_again",
+    ),
     "ceca serve": (START, "test_command_serves_until_it_is_interrupted"),
     "make demo": ("tests/jobs/test_demo.py", "test_the_demo_ends_in_a_table_and_answered_searches"),
     "make serve": (START, "test_command_serves_until_it_is_interrupted"),
@@ -257,7 +262,7 @@ def ceca_commands(page: str) -> Iterator[list[str]]:
                 yield shlex.split(line[start.end() :], comments=True)
 
 
-SUBCOMMANDS = ("report", "weights", "cluster")
+SUBCOMMANDS = ("report", "weights", "export", "cluster")
 
 
 @pytest.mark.parametrize("page", DOCS)
@@ -274,7 +279,8 @@ def test_every_option_of_a_command_exists(page):
 @pytest.mark.parametrize("page", USE)
 def test_every_option_in_the_text_is_one_of_some_command(page):
     known = set().union(*(options_of(name) for name in [*STAGES, "open", "pipeline", "compare", "remove", "gc", "search"]))
-    known |= options_of("report", "omega") | {"--help"}
+    known |= options_of("report", "omega")
+    known |= options_of("export", "trec") | options_of("export", "webdataset") | {"--help"}
     spans = [span for span in re.findall(r"`([^`]+)`", without_code(read(page))) if span.startswith("--")]
     assert not {option for span in spans for option in re.findall(r"--[a-z][a-z0-9.-]*", span)} - known
 

@@ -34,6 +34,7 @@ MAY_IMPORT = {
         "ceca.metrics",
     },
     "ceca.report": {"ceca.errors"},
+    "ceca.people": {"ceca.errors", "ceca.data", "ceca.datasets.images", "ceca.model", "ceca.search"},
     "jobs": {"ceca"},
     "serve": {"ceca"},
     "cluster": set(),

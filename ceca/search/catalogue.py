@@ -107,6 +107,17 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @functools.cached_property
+    def _paths(self) -> pa.ChunkedArray:
+        """Source path of each picture, in the order of `pictured`."""
+        stored = self.store.read(self.images, ["source_path"])
+        return pa.concat_tables([stored, *self.edition.read_added(["source_path"])])["source_path"]
+
+    def source_path(self, image_id: str) -> str | None:
+        """Path of an image in its source; None if the edition does not have the image."""
+        row = self.pictured.row(image_id) if image_id in self else None
+        return None if row is None else self._paths[row].as_py()
+
     def summary(self, image_id: str) -> str | None:
         """Summary of an image; None if it has no dialogue."""
         row = self.described.row(image_id)

@@ -14,6 +14,7 @@ import pytest
 from ceca.config import STAGES
 from jobs.cli import COMMANDS, PROGRAMS
 from jobs.compare import compare
+from jobs.export import export_trec, export_webdataset
 from jobs.gc import gc
 from jobs.open import open_pictures
 from jobs.remove import remove
@@ -70,6 +71,8 @@ OPTIONS: dict[str, list[str]] = {
     "search": parameters(search),
     "weights import": parameters(import_weights),
     "weights export": parameters(export_weights),
+    "export trec": parameters(export_trec),
+    "export webdataset": parameters(export_webdataset),
     **{f"report {kind}": parameters(function) for kind, function in KINDS.items()},
 }
 OPTIONS["train"].append("dry_run")
@@ -79,7 +82,7 @@ for program in PROGRAMS:
 
 @pytest.fixture(scope="module")
 def shown() -> dict[str, dict[str, Any]]:
-    commands = ["", "weights", "report", *OPTIONS]
+    commands = ["", "weights", "export", "report", *OPTIONS]
     finished = subprocess.run(
         [sys.executable, "-c", SHOW, ",".join(HEAVY), *commands],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True,
