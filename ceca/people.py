@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
-from ceca.data.filesystems import as_pyarrow
 from ceca.data.names import MANIFEST
 from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Store
@@ -99,17 +99,17 @@ class People:
             import duckdb
         except ImportError:
             raise UserError("people.sql needs DuckDB: pip install duckdb") from None
-        import pyarrow.dataset
-
         with duckdb.connect() as base:
+            local = isinstance(self.store.fs, LocalFileSystem)
+            if not local:
+                base.register_filesystem(self.store.fs)
             for name in self.tables:
-                manifest = self._manifest(name)
-                files = [self.store.path(name, part.path) for part in manifest.parts]
-                if files:
-                    filesystem = as_pyarrow(self.store.fs)
-                    rows = pyarrow.dataset.dataset(files, filesystem=filesystem, format="parquet")
-                    base.register(name.replace("/", "_"), rows)
-            answer: pa.Table = base.sql(query).fetch_arrow_table()
+                parts = self._manifest(name).parts
+                if files := [self.store.path(name, part.path) for part in parts] if local else self.parts(name):
+                    listed = ", ".join(_quoted(file, "'") for file in files)
+                    view = _quoted(name.replace("/", "_"), '"')
+                    base.execute(f"CREATE VIEW {view} AS FROM read_parquet([{listed}], union_by_name = true)")
+            answer: pa.Table = base.sql(query).to_arrow_table()
             return answer
 
     def search(
@@ -300,6 +300,11 @@ def similarity(
     """
     fused: np.ndarray = (1 - omega) * queries[0] @ gallery[0].T + omega * queries[1] @ gallery[1].T
     return fused
+
+
+def _quoted(text: str, mark: str) -> str:
+    """A name or text as SQL writes it."""
+    return mark + text.replace(mark, 2 * mark) + mark
 
 
 def _encoded(image: bytes | str | Path | Image) -> bytes:
