@@ -84,6 +84,21 @@ def test_a_folder_becomes_a_gallery_and_the_same_command_adds_what_is_new(tmp_pa
 
 
 @pytest.mark.usefixtures("without_ray")
+def test_with_an_engine_images_are_described_once(drawn: Path, tmp_path: Path, weights: Path, capsys):
+    data = str(tmp_path / "data")
+    given = ["--data", data, "--pretrained", str(weights), "--backbone", "ceca-tiny", "--engine", "oracle"]
+    main([str(drawn), *given, "--no-serve"])
+    store = Store(data)
+    assert store.current("dialogues").rows == store.current("gallery").rows == 72
+    assert store.current("gallery").notes["model"].endswith("-summaries")
+    capsys.readouterr()
+    main([str(drawn), *given, "--no-serve"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no image lacks one" in said
+    assert said.count("lacks nothing") == 2
+
+
+@pytest.mark.usefixtures("without_ray")
 def test_a_model_that_uses_summaries_needs_an_engine(tmp_path: Path):
     from tests.serve.dataset import publish_tiny
 
