@@ -18,6 +18,7 @@ from PIL import Image
 
 from ceca.config import ModelConfig
 from ceca.data.store import Store
+from ceca.datasets.drawn import draw_dataset
 from ceca.errors import UserError
 from ceca.model.registry import list_models, require_model
 from ceca.model.weights import build_model
@@ -120,8 +121,11 @@ def test_the_dataset_lies_beside_its_source(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_hundred_pictures_are_searched_on_the_page_and_ten_more_are_added(drawn: Path, tmp_path: Path, weights: Path):
-    pictures = sorted(path for path in (drawn / "imgs").rglob("*") if path.is_file())[:110]
+def test_a_hundred_pictures_are_searched_on_the_page_and_ten_more_are_added(tmp_path: Path, weights: Path):
+    draw_dataset(
+        tmp_path / "drawn", seed=1, identities=37, images_per_identity=3, split_identities=(25, 6, 6), workers=1
+    )
+    pictures = sorted(path for path in (tmp_path / "drawn" / "imgs").rglob("*") if path.is_file())[:110]
     assert len(pictures) == 110
     folder = tmp_path / "in"
     folder.mkdir()

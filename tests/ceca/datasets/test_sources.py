@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -104,6 +105,36 @@ def test_what_may_be_annotations_is_never_left_aside_in_silence(tmp_path: Path):
     (tmp_path / "caption_all.json").rename(tmp_path / "notes.csv")
     with pytest.raises(DatasetError, match=r"has notes\.csv, and it is not clear .*--columns.*--layout folder"):
         listed(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "parquet", "webdataset"])
+def test_a_source_may_lie_elsewhere(kind: str):
+    """By fsspec alone, as on an object store."""
+    fs = fsspec.filesystem("memory")
+    root = f"/{kind}"
+    for number, name in enumerate(("b/2.png", "a.png", ".hidden/c.png")):
+        fs.pipe(f"{root}/{name}", picture(number))
+    source = f"memory:/{root}"
+    if kind == "table":
+        fs.pipe(f"{root}/t.csv.gz", gzip.compress(b"file,text\na.png,a man\nb/2.png,a boy\n"))
+    elif kind == "parquet":
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"image": [picture(1), picture(0)]}), sink)
+        source = f"memory://{root}/t.parquet"
+        fs.pipe(f"{root}/t.parquet", sink.getvalue())
+    elif kind == "webdataset":
+        sink = io.BytesIO()
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            for number in (1, 0):
+                member = tarfile.TarInfo(f"{number}.png")
+                member.size = len(picture(number))
+                archive.addfile(member, io.BytesIO(picture(number)))
+        source = f"memory://{root}/t.tar"
+        fs.pipe(f"{root}/t.tar", sink.getvalue())
+    opened = open_source(source)
+    with Listing(opened.records()) as listing:
+        records = [read_record(line) for unit in listing.cut(10) for line in unit]
+    assert opened.read(records) == [picture(1), picture(0)]
 
 
 # --- tables of text ---------------------------------------------------------------------------------------
