@@ -278,7 +278,9 @@ def test_every_option_of_a_command_exists(page):
 
 @pytest.mark.parametrize("page", USE)
 def test_every_option_in_the_text_is_one_of_some_command(page):
-    known = set().union(*(options_of(name) for name in [*STAGES, "open", "pipeline", "compare", "remove", "gc", "search"]))
+    known = set().union(
+        *(options_of(name) for name in [*STAGES, "open", "pipeline", "compare", "remove", "gc", "search"])
+    )
     known |= options_of("report", "omega")
     known |= options_of("export", "trec") | options_of("export", "webdataset") | {"--help"}
     spans = [span for span in re.findall(r"`([^`]+)`", without_code(read(page))) if span.startswith("--")]

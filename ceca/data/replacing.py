@@ -15,7 +15,8 @@ Turns lie beside the object:
 
 A writer asks first, looks at its lease second, takes its turn third and writes the object last. A process that takes
 over in between gets a higher number. Readers take the newest turn where the object holds the content of an older one.
-An object whose content belongs to no turn was written by another program, and counts as it is.
+An object whose content belongs to no turn was written by another program, and counts as it is. Turns put holders of a
+lease in order; of two writers without a lease that write at the same moment, one may be lost.
 """
 
 from __future__ import annotations
