@@ -19,7 +19,7 @@ from tests.conftest import REPOSITORY
 from tests.drills.faults import before
 from tests.drills.holder import ROWS, UNITS, make
 
-SILENT = {"CECA_LEASE_SILENT_S": "4"}
+SILENT = {"CECA_LEASE_SILENT_S": "6"}  # of the first holder; the second keeps its name also on a busy machine
 
 
 def is_stopped(process: subprocess.Popen[str]) -> bool:
@@ -76,11 +76,9 @@ def conditional(s3: S3Server, s3_environment: None, monkeypatch: pytest.MonkeyPa
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_on_s3_a_holder_that_is_stopped_twenty_times_never_publishes_over_a_newer_table(
-    server: str, first: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    server: str, first: int, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue(server)
-    for name, value in SILENT.items():
-        monkeypatch.setenv(name, value)
     stops = [stop_and_go_on(f"s3://bucket/{uuid.uuid4().hex}", first + n / 2) for n in range(20)]
     assert sum(stops) > 10
 
@@ -88,17 +86,11 @@ def test_on_s3_a_holder_that_is_stopped_twenty_times_never_publishes_over_a_newe
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_on_a_disk_a_holder_that_is_stopped_never_publishes_over_a_newer_table(tmp_path, monkeypatch) -> None:
-    for name, value in SILENT.items():
-        monkeypatch.setenv(name, value)
+def test_on_a_disk_a_holder_that_is_stopped_never_publishes_over_a_newer_table(tmp_path: Path) -> None:
     stops = [stop_and_go_on(str(tmp_path / str(n)), 5 + n / 2) for n in range(6)]  # before publication
     assert sum(stops) > 3
 
 
-def test_on_s3_a_holder_that_is_stopped_before_its_last_write_publishes_nothing(
-    s3_environment: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in SILENT.items():
-        monkeypatch.setenv(name, value)
+def test_on_s3_a_holder_that_is_stopped_before_its_last_write_publishes_nothing(s3_environment: None) -> None:
     # The last turn: it was asked for, the lease was looked at, and the turn is taken late.
     assert any(stop_and_go_on(f"s3://bucket/{uuid.uuid4().hex}", 20) for _ in range(3))
