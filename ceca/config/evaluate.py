@@ -83,8 +83,8 @@ class ServeConfig:
     """Maximum number of images that a query can reach over all its pages; a query gets 10 by default."""
     text_limit: Positive = 2000
     """Maximum length of a query in characters."""
-    image_bytes_limit: Positive = 8 * 1024 * 1024
-    """Maximum size of an uploaded image in bytes."""
+    image_bytes_limit: Annotated[int, Field(ge=1, le=64 * 1024 * 1024)] = 8 * 1024 * 1024
+    """Maximum size of an uploaded image in bytes; a proxy holds 64 MiB of all images at a time."""
     image_pixels_limit: Positive = 16_000_000
     """Maximum size of an uploaded image in pixels, checked before it is decoded."""
     batch: Positive = 32

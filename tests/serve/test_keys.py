@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import random
+import socket
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import ray
+from PIL import Image
 
 from ceca.data import schema
+from serve.wire import BODY_LIMIT
 from tests.serve.conftest import Running
 from tests.serve.dataset import QUERY
 
@@ -113,3 +120,39 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read(running: Running, 
     assert response.status_code == 413
     response = running.client.post("/v1/search", content=iter([b'{"query": "a man"}']))  # does not say how long it is
     assert response.status_code == 413
+
+
+def test_rays_proxy_has_the_limits(running: Running) -> None:
+    """Those of tests/serve/test_attacks.py, which has no Ray: here they are in Ray's own process."""
+    bearer = {"Authorization": f"Bearer {running.keys['both']}"}
+    content = io.BytesIO()
+    Image.frombytes("RGB", (200, 200), random.Random(0).randbytes(120_000)).save(content, "PNG")
+    assert len(content.getvalue()) > BODY_LIMIT  # so a replica is asked before it is read
+    found = running.client.post("/closed/v1/search/image", content=content.getvalue(), headers=bearer)
+    assert found.status_code == 200
+    refused = running.client.post("/closed/v1/search/image", content=content.getvalue())
+    assert refused.status_code == 401
+    assert running.client.get("/-/routes").status_code == 404
+    assert running.client.get("/-/healthz").text == "success"
+    (process,) = (
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "ProxyActor" in (child.cmdline() or [""])[0]  # others may run on this machine
+    )
+    before, port = process.memory_info().rss, int(running.url.rpartition(":")[2])
+    begin = b"POST /closed/v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16777216\r\n\r\n"
+    many = b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 300 + b"\r\n"
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(40)]
+        for client in clients:
+            client.sendall(begin)
+        assert {client.recv(12) for client in clients} == {b"HTTP/1.1 401"}
+        for client in clients:
+            client.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                client.sendall(bytes(16_777_215))
+        assert running.client.get("/v1/facets").status_code == 200
+        assert process.memory_info().rss - before < 100_000_000
+        curious = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+        curious.sendall(many)
+        assert curious.recv(12) == b"HTTP/1.1 431"

@@ -78,6 +78,10 @@ def test_the_page_asks_for_the_key_that_a_service_needs(running: Running, browse
     page.get_by_role("button", name="Continue").click()
     expect(page.locator("#grid .card")).to_have_count(10)
     wait_until(page, LOADED)
+    page.get_by_role("button", name="Log out").click()
+    expect(page.locator("#grid .card")).to_have_count(0)
+    page.get_by_role("button", name="red").first.click()
+    expect(page.get_by_label("Key")).to_be_visible()
 
 
 def test_the_page_explains_filters_and_holds_a_conversation(running: Running, browser: Browser) -> None:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import pickle
 from typing import Any
 
 import pytest
+import uvicorn.config
+from ray.serve._private.http_util import start_asgi_http_server
+from ray.serve._private.proxy import HTTPProxy
+from ray.serve._private.proxy_request_response import ASGIProxyRequest
+from ray.serve._private.proxy_router import ProxyRouter
+from ray.serve.config import HTTPOptions
 
+from ceca.config import ServeConfig
+from cluster.object_store import free_port
 from serve import proxy
-from serve.proxy import LARGE_BYTES, AskAgain, Bodies, Front, Full
+from serve.proxy import LARGE_BYTES, AskAgain, Bodies, Front, Full, middlewares
 from serve.wire import ADMITTED, ASK, BODY_LIMIT, INGRESS
 from tests.serve.front import Proxy
 
@@ -188,6 +198,12 @@ def test_only_our_requests_are_changed() -> None:
         assert ASK not in inner.seen[0].get("extensions", {})
 
 
+def test_the_largest_image_that_settings_allow_fits() -> None:
+    assert ServeConfig(image_bytes_limit=LARGE_BYTES)
+    with pytest.raises(ValueError, match="image_bytes_limit"):
+        ServeConfig(image_bytes_limit=LARGE_BYTES + 1)
+
+
 def test_what_is_rays_own_is_closed() -> None:
     inner = Proxy(admit, {"/": INGRESS})
     _, sent = send_to(Front(inner), {}, 1, "/-/routes")
@@ -196,11 +212,43 @@ def test_what_is_rays_own_is_closed() -> None:
     assert not inner.seen
 
 
-def test_rays_proxy_has_what_the_middleware_relies_on() -> None:
-    """Names of Ray's own that no interface promises."""
-    from ray.serve._private import http_util, proxy_router
-    from ray.serve._private.proxy import HTTPProxy
+def test_rays_server_takes_the_middleware_and_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own code without a cluster, in which names are used that no interface promises."""
+    monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", "")  # put back afterwards
+    inner, port = Proxy(admit, {"/": INGRESS}), free_port()
 
-    assert callable(proxy_router.ProxyRouter.match_route)
+    async def serve_and_ask() -> tuple[bytes, bytes]:
+        options = HTTPOptions(host="127.0.0.1", port=port)
+        options.middlewares.extend(middlewares())  # as `configure_http_middlewares` does
+        running, server = await start_asgi_http_server(inner, options, event_loop=asyncio.get_running_loop())
+        answers = []
+        for headers in (b"Content-Length: 70000\r\nX-Session-Id: a\r\n", b"a: b\r\n" * 300):
+            reader, writer = await _connect(port)
+            writer.write(b"POST / HTTP/1.1\r\nConnection: close\r\n" + headers + b"\r\n" + bytes(70_000))
+            answers.append(await reader.read())
+            writer.close()
+        server.should_exit = True
+        await running
+        return answers[0], answers[1]
+
+    admitted, refused = asyncio.run(serve_and_ask())
+    assert admitted.startswith(b"HTTP/1.1 200")
+    assert b"70000" in admitted
+    assert b"x-session-id" not in dict(inner.seen[0]["headers"])
+    assert refused.startswith(b"HTTP/1.1 431")
+
+
+async def _connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            return await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.05)
+    raise TimeoutError
+
+
+def test_rays_proxy_has_what_the_middleware_relies_on() -> None:
+    assert callable(ProxyRouter.match_route)
     assert "proxy_router" in HTTPProxy.__init__.__code__.co_varnames
-    assert http_util.RequestIdMiddleware(None)._app is None
+    scope = {"type": "http", "path": "/", "headers": [], "extensions": {ASK: {}}}
+    sent = pickle.loads(ASGIProxyRequest(scope, None, None).serialized_replica_arg("proxy"))
+    assert sent.asgi_scope == scope
