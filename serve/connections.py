@@ -127,8 +127,9 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, or one that is too long, and close the connection."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._drop()  # the answer to an earlier request is on its way
+        answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if answering or self.pipeline:
+            self._drop()  # this would be taken for the answer to an earlier request
         elif self.too_long:
             self.crowd.reading.pop(self, None)
             self.transport.write(TOO_LONG)

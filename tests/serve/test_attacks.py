@@ -175,6 +175,13 @@ def test_a_body_without_a_stated_length_is_not_read(front: Front) -> None:
     front.serves_others()
 
 
+def test_what_is_no_http_is_answered_with_400(front: Front) -> None:
+    chunked = head("POST", "/v1/search", b"Transfer-Encoding: chunked")
+    with held(front, [chunked + b"zz\r\n", b"FOO / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n"]) as connections:
+        assert [status(connection) for connection in connections] == [400] * 3
+        assert all(closed(connection, 2) for connection in connections)
+
+
 def test_a_client_that_asks_before_it_sends_is_told(front: Front) -> None:
     waits = head("POST", "/v1/images", b"Content-Length: 1000000", b"Expect: 100-continue")
     with held(front, [waits, waits[:-2] + BEARER + b"\r\n"]) as (unknown, known):
