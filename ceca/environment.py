@@ -10,6 +10,7 @@ Variables of other programs are read or set where that program is used:
     RAY_JOB_CONFIG_JSON_ENV_VAR               read here and in jobs/runtime/ray_session.py; set by `ray job submit`
     RAY_ADDRESS                               read here, set in cluster/local.py
     RAY_TMPDIR, TMPDIR, RAY_USE_TLS           read here
+    RAY_AUTH_TOKEN                            set here where Ray cannot keep a token in the home folder
     RAY_TRAIN_*, PYTHONWARNINGS               set in jobs/runtime/ray_session.py and jobs/train.py
     RAY_SERVE_*                               set in serve/proxy.py, cluster/local.py and cluster/kubernetes
     RAY_*, AUTOSCALER_*                       of a local cluster: set in cluster/local.py
@@ -29,6 +30,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import secrets
 import socket
 import stat
 import tempfile
@@ -135,6 +137,20 @@ def ray_folder() -> str:
     return str(folder)
 
 
+def hand_token_to_ray() -> None:
+    """Draw the token of a Ray that this process starts, if Ray cannot keep one in the home folder (~/.ray)."""
+    if any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        kept = os.access(folder / "auth_token", os.R_OK) or os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        kept = False
+    if not kept:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def _temporary_place() -> Path:
     try:
         return Path(tempfile.gettempdir())
@@ -220,7 +236,10 @@ def cannot_join(address: str, error: BaseException) -> UserError:
         error = error.__cause__
         reasons.append(str(error))
     if any("InvalidAuthToken" in reason or "Unauthenticated" in reason for reason in reasons):
-        reason = "it wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        reason = (
+            "it wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN unless it is in "
+            "~/.ray/auth_token"
+        )
     else:
         reason = " ".join(reasons[0].split())
     return UserError(f"cannot join the cluster at RAY_ADDRESS={address}: {reason}")

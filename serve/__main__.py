@@ -16,7 +16,7 @@ import time
 
 from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
-from ceca.environment import cannot_join, ray_address, ray_folder, started_here
+from ceca.environment import cannot_join, hand_token_to_ray, ray_address, ray_folder, started_here
 from ceca.errors import UserError
 from serve.audit import audit_folder
 from serve.environment import ENVIRONMENT
@@ -101,6 +101,7 @@ def _connect(config: ServeConfig, address: str) -> ServeConfig:
     encoders = config.encoder_replicas_max or config.encoder_replicas
     searchers = config.shards * (config.search_replicas_max or config.search_replicas)
     cores = max(cpus * (encoders + searchers), cores)
+    hand_token_to_ray()
     ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=ray_folder(), **quiet)
     return dataclasses.replace(config, cpus=cpus)
 

@@ -12,7 +12,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from ceca.data.store import Store
-from ceca.environment import RAY_JOB_CONFIG, cannot_join, ray_address, ray_folder
+from ceca.environment import RAY_JOB_CONFIG, cannot_join, hand_token_to_ray, ray_address, ray_folder
 from jobs.runtime.console import divert_stderr, label
 from jobs.runtime.noise import forward
 
@@ -82,6 +82,7 @@ def _options(address: str) -> dict[str, Any]:
         address: the cluster's; empty starts Ray on this machine.
     """
     if not address:
+        hand_token_to_ray()
         return {"address": "local", "num_cpus": max(8, os.cpu_count() or 1), "_temp_dir": ray_folder()}
     if RAY_JOB_CONFIG not in os.environ:
         return {"address": address, "runtime_env": {"env_vars": _worker_variables(), **_object_store()}}

@@ -20,6 +20,7 @@ from ceca.environment import (
     VARIABLES,
     cache_folder,
     cannot_join,
+    hand_token_to_ray,
     lease_silent_s,
     ray_address,
     ray_folder,
@@ -134,6 +135,15 @@ def test_sockets_lie_in_a_short_folder_however_long_the_temporary_one_is(monkeyp
     monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
     with pytest.raises(UserError, match="RAY_TMPDIR='/proc/none' cannot be used"):
         ray_folder()
+
+
+@pytest.mark.parametrize("home", ["{tmp}", "/proc/none", "/dev/null"])
+def test_ray_gets_a_token_where_it_cannot_keep_one(monkeypatch, tmp_path, home):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("HOME", home.format(tmp=tmp_path))
+    hand_token_to_ray()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == (0 if home == "{tmp}" else 64)
 
 
 # --- the address of a cluster -----------------------------------------------------------------------------
