@@ -24,7 +24,7 @@ from ceca.errors import UserError
 from ceca.model.archive import read_weights
 from ceca.model.backbone import WeightsError
 from ceca.model.ceca import CECA
-from ceca.model.registry import find_named, model_file
+from ceca.model.registry import find_named, read_stored
 from ceca.settings import from_mapping
 
 # What files of CLIP carry besides weights, and the scale that nothing here uses.
@@ -93,8 +93,9 @@ def read_checkpoint(source: str, config: ModelConfig, store: Store | None = None
     home = Store(source) if store is None and "/" in source else store  # a URI needs no dataset
     published = find_named(home, source) if home is not None else None
     if home is not None and published is not None:
-        state = safetensors.torch.load(model_file(home, source, "model.safetensors"))
-        settings = from_mapping(ModelConfig, published.config["model"], f"{published.uri} config.json")
+        stored = read_stored(home, source, published.digest)
+        state = safetensors.torch.load(stored.weights)
+        settings = from_mapping(ModelConfig, stored.settings, f"{stored.place} config.json")
         return Checkpoint(source, "published model", state, {name: name for name in state}, [], settings)
     content = read_weights(config.backbone, source)
     weights = {name.removeprefix("module."): name for name in content.weights}  # PyTorch's wrapper for many GPUs

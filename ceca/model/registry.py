@@ -7,8 +7,11 @@ Notable: this module imports no torch, so looking a model up is quick. A model i
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ceca.config import OMEGA
 from ceca.data.names import MANIFEST, MODELS
@@ -128,6 +131,55 @@ def model_file(store: Store, name: str, file: str) -> bytes:
         return home.read_bytes(*names, published.digest, file)
     except FileNotFoundError:
         raise StoreError(f"{published.uri} has no {file}; train it again with --redo") from None
+
+
+class Stored(NamedTuple):
+    """The objects of a published model, compared with their digests.
+
+    Attributes:
+        place: where they lie, for messages.
+        weights: content of model.safetensors.
+        settings: of the model, as config.json has them.
+    """
+
+    place: str
+    weights: bytes
+    settings: dict[str, Any]
+
+
+def read_stored(store: Store, name: str, digest: str) -> Stored:
+    """Read the model of this digest, although another may have been published under its name since.
+
+    Raises:
+        StoreError: it is gone, or is not what was published.
+    """
+    home, names = locate(store, name)
+    place = home.place(*names, digest)
+    described = home.read_record(*names, digest, "config.json", kind="a model's settings", fields={"model": dict})
+    if described is None:
+        raise StoreError(f"{place} has no config.json; train the model again with --redo")
+    try:
+        weights = home.read_bytes(*names, digest, "model.safetensors")
+    except FileNotFoundError:
+        raise StoreError(f"{place} has no model.safetensors; train it again with --redo") from None
+    published = home.read_json(*names, MANIFEST) or {}
+    expected = published.get("weights_sha256") if published.get("digest") == digest else None
+    if model_digest(weights, described["model"]) != digest or expected not in (
+        None,
+        hashlib.sha256(weights).hexdigest(),
+    ):
+        raise StoreError(f"{place} is damaged: it does not hold what was published; train it again with --redo")
+    return Stored(place, weights, described["model"])
+
+
+def model_digest(weights: bytes, settings: Mapping[str, Any]) -> str:
+    """Digest of a model: names the folder of its objects.
+
+    Args:
+        weights: content of model.safetensors.
+        settings: of the model, as config.json has them.
+    """
+    return hashlib.sha256(weights + json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def list_models(store: Store) -> list[str]:

@@ -7,7 +7,6 @@ A published model is three objects and a manifest written last:
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError
 from ceca.model.ceca import CECA
 from ceca.model.foreign import fitting_weights, interpolate_positions, read_checkpoint
-from ceca.model.registry import PublishedModel, locate, require_model
+from ceca.model.registry import PublishedModel, model_digest, read_stored, require_model
 from ceca.settings import from_mapping, to_mapping
 
 __all__ = [
@@ -135,16 +134,6 @@ def publish_model(
     return PublishedModel(place, digest, global_dim, local_dim, described, training, made_from, version)
 
 
-def model_digest(weights: bytes, settings: Mapping[str, Any]) -> str:
-    """Digest of a model: names the folder of its objects.
-
-    Args:
-        weights: content of model.safetensors.
-        settings: of the model, as config.json has them.
-    """
-    return hashlib.sha256(weights + json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def load_model(store: Store, name: str, device: str | torch.device = "cpu") -> tuple[CECA, PublishedModel]:
     """A published model, ready to embed.
 
@@ -161,25 +150,10 @@ def load_weights(store: Store, name: str, digest: str, device: str | torch.devic
     Raises:
         StoreError: it is gone or damaged.
     """
-    home, names = locate(store, name)
-    place = home.place(*names, digest)
-    described = home.read_record(*names, digest, "config.json", kind="a model's settings", fields={"model": dict})
-    if described is None:
-        raise StoreError(f"{place} has no config.json; train the model again with --redo")
+    stored = read_stored(store, name, digest)
+    model = CECA(from_mapping(ModelConfig, stored.settings, f"{stored.place} config.json"))
     try:
-        weights = home.read_bytes(*names, digest, "model.safetensors")
-    except FileNotFoundError:
-        raise StoreError(f"{place} has no model.safetensors; train it again with --redo") from None
-    published = home.read_json(*names, MANIFEST) or {}
-    expected = published.get("weights_sha256") if published.get("digest") == digest else None
-    if model_digest(weights, described["model"]) != digest or expected not in (
-        None,
-        hashlib.sha256(weights).hexdigest(),
-    ):
-        raise StoreError(f"{place} is damaged: it does not hold what was published; train it again with --redo")
-    model = CECA(from_mapping(ModelConfig, described["model"], f"{place} config.json"))
-    try:
-        model.load_state_dict(safetensors.torch.load(weights))
+        model.load_state_dict(safetensors.torch.load(stored.weights))
     except Exception as error:
-        raise StoreError(f"{place} is damaged: {error}; train it again with --redo") from error
+        raise StoreError(f"{stored.place} is damaged: {error}; train it again with --redo") from error
     return model.to(device).eval()
