@@ -164,6 +164,25 @@ def worker_places(batches: Batches, rank: int, size: int) -> np.ndarray:
     return np.concatenate([batches.places(step, rank, size) for step in range(len(batches))]).astype(np.int64)
 
 
+class Numbered(NamedTuple):
+    """The samples that a worker still loads: the number of the first one, and how many each batch has."""
+
+    first: int
+    sizes: list[int]
+
+
+def samples_to_load(config: TrainConfig, batches: Batches, rank: int, size: int, start_step: int) -> Numbered:
+    """The samples of a worker after `start_step` finished steps.
+
+    In the middle of an epoch the division has been made; at its start, its pass comes first.
+    """
+    rows = [len(batches.places(step, rank, size)) for step in range(len(batches))]
+    epoch, step = divmod(start_step, len(batches))
+    done = epoch * passes(config) + (passes(config) - 1 if step else 0)  # passes
+    sizes = rows * (config.epochs * passes(config) - done)
+    return Numbered(done * sum(rows) + sum(rows[:step]), sizes[step:])
+
+
 def stream_batches(
     config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: dict[int, Any], start_step: int
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -177,27 +196,23 @@ def stream_batches(
         images: part → reference to its encoded images.
         start_step: finished training steps. A division's pass comes before the first step of its epoch.
     """
-    batches = Batches.of(len(ray.get(samples)), config)
-    rows = [len(batches.places(step, rank, size)) for step in range(len(batches))]
-    epoch, step = divmod(start_step, len(batches))
-    done = epoch * passes(config) + (passes(config) - 1 if step else 0)  # passes
-    start, stop = done * sum(rows) + sum(rows[:step]), config.epochs * passes(config) * sum(rows)
+    numbered = samples_to_load(config, Batches.of(len(ray.get(samples)), config), rank, size, start_step)
+    sizes, most = numbered.sizes, max(numbered.sizes, default=0)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    sizes = (rows * (config.epochs * passes(config) - done))[step:]
-    if start == stop:  # fewer pairs than workers
+    if not most:  # fewer pairs than workers
         return cut_batches(iter(()), sizes, empty_batch(config))
-    numbers = ray.data.range(stop - start, override_num_blocks=max(1, min(len(sizes) // 4, 1000)))
+    numbers = ray.data.range(sum(sizes), override_num_blocks=max(1, min(len(sizes) // 4, 1000)))
     loaded = numbers.map_batches(
         LoadSamples,
-        fn_constructor_args=(config, rank, size, samples, images, start),
-        batch_size=max(rows),
+        fn_constructor_args=(config, rank, size, samples, images, numbered.first),
+        batch_size=most,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.loaders_per_worker),
         num_cpus=config.cpus_per_loader,
     )
-    return cut_batches(iter(loaded.iter_batches(batch_size=max(rows), prefetch_batches=2)), sizes, empty_batch(config))
+    return cut_batches(iter(loaded.iter_batches(batch_size=most, prefetch_batches=2)), sizes, empty_batch(config))
 
 
 def empty_batch(config: TrainConfig) -> dict[str, np.ndarray]:

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from ceca.config import TrainConfig
 from ceca.settings import from_mapping
 from ceca.training.order import Batches
-from jobs.training.data import LoadSamples, TrainingSet, cut_batches, empty_batch, passes, worker_places
+from jobs.training.data import (
+    LoadSamples,
+    TrainingSet,
+    cut_batches,
+    empty_batch,
+    passes,
+    samples_to_load,
+    worker_places,
+)
 
 SMALL: dict[str, Any] = {"model": {"image_height": 2, "image_width": 1}, "seed": 3}
 
@@ -57,3 +65,30 @@ def test_workers_load_an_epochs_order_twice_where_it_is_divided_first(
         assert found[0] == found[1] != found[2] == found[3]
     else:
         assert found[0] != found[1]
+
+
+@given(
+    pairs=st.integers(5, 40),
+    batch=st.integers(3, 9),
+    workers=st.integers(1, 3),
+    keep=st.booleans(),
+    division=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=40)
+def test_a_run_that_resumes_loads_what_an_uninterrupted_one_loads_from_there_on(
+    pairs: int, batch: int, workers: int, keep: bool, division: bool, data: st.DataObject
+) -> None:
+    """After n steps: the rest of the epoch, and before each later epoch its division."""
+    words = {"last_batch": "keep" if keep else "drop", "division": "consensus" if division else "none"}
+    config = from_mapping(TrainConfig, {**SMALL, "global_batch": min(batch, pairs), "epochs": 3, **words})
+    batches = Batches.of(pairs, config)
+    step = data.draw(st.integers(0, 3 * len(batches) - 1))
+    whole = samples_to_load(config, batches, 0, workers, 0)
+    rest = samples_to_load(config, batches, 0, workers, step)
+    assert whole.first == 0
+    assert rest.first + sum(rest.sizes) == sum(whole.sizes)
+    assert rest.sizes == whole.sizes[len(whole.sizes) - len(rest.sizes) :]
+    epoch, inside = divmod(step, len(batches))
+    passed = (epoch * 2 + (1 if inside else 0)) * len(batches) + inside if division else step
+    assert len(whole.sizes) - len(rest.sizes) == passed
