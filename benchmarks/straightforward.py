@@ -127,13 +127,14 @@ class Straightforward(nn.Module):
 
         patches, words, summary_words, key_patches, key_words = [], [], [], [], []
         for i in batch:
-            patches.append(select(image[i, 1:], image_map[i, 0, 1:], self.config.token_ratio))
-            key_patches.append(select(image[i, 1:], image_map[i, 0, 1:], self.config.condition_ratio))
-            words.append(select(text[i, 1 : ends[i]], text_map[i, ends[i], 1 : ends[i]], self.config.token_ratio))
+            seen, places = (image[i, 1:], image_map[i, 0, 1:]), image.shape[1] - 1
+            patches.append(select(*seen, self.config.token_ratio, places))
+            key_patches.append(select(*seen, self.config.condition_ratio, places))
+            words.append(select(text[i, 1 : ends[i]], text_map[i, ends[i], 1 : ends[i]], self.config.token_ratio, 75))
             inner = slice(1, int(summary_ends[i]))
             importance = summary_map[i, summary_ends[i], inner]
-            summary_words.append(select(summary[i, inner], importance, self.config.token_ratio))
-            key_words.append(select(summary[i, inner], importance, self.config.condition_ratio))
+            summary_words.append(select(summary[i, inner], importance, self.config.token_ratio, 75))
+            key_words.append(select(summary[i, inner], importance, self.config.condition_ratio, 75))
         mixed_patches = mix(self.visual_mixer, patches, key_words)
         mixed_words = mix(self.textual_mixer, words, None)
         mixed_summary = mix(self.textual_mixer, summary_words, key_patches)
@@ -153,10 +154,10 @@ class Straightforward(nn.Module):
         }
 
 
-def select(tokens: Tensor, importance: Tensor, ratio: float) -> Tensor:
-    """The most important share of a sample's tokens, normalised."""
+def select(tokens: Tensor, importance: Tensor, ratio: float, places: int) -> Tensor:
+    """The most important of a sample's tokens, normalised: a share of a tower's places."""
     if ratio < 1:
-        kept = math.ceil(ratio * len(tokens))
+        kept = max(1, math.floor(ratio * places))
         tokens = tokens[importance.argsort(descending=True, stable=True)[:kept]]
     return F.normalize(tokens, dim=-1)
 

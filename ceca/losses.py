@@ -1,13 +1,24 @@
 """The losses of CECA and of the baselines, one number per sample (method: Losses, The IRRA baseline).
 
-Notable: every loss sees the whole batch that it receives and loops over nothing; all samples of one identity are
-positives of each other; everything is computed in fp32 and in log space, so similarities of ±1 at a temperature of
-0.015 and batches of one identity stay finite. A new loss is a function here and a term in `training.step`.
+Notable: every loss sees the whole batch that it receives; all samples of one identity are positives of each other;
+everything is computed in fp32 and in log space, so similarities of ±1 at a temperature of 0.015 and batches of one
+identity stay finite. In training a worker compares its own rows with all columns (`compare`), and no matrix of
+similarities outlives the line that needs it: the backward pass computes them again, a piece at a time. A new loss is a
+class with a value and a slope here, and a term in `training.step`.
 """
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PIECE = 2**24  # similarities that `compare` holds at once: 67 MB
 
 
 def same_identity(rows: Tensor, columns: Tensor) -> Tensor:
@@ -18,6 +29,134 @@ def same_identity(rows: Tensor, columns: Tensor) -> Tensor:
 def cosine_similarity(rows: Tensor, columns: Tensor) -> Tensor:
     """Compare features by their cosine, in fp32: [B, D], [C, D] → [B, C]."""
     return F.normalize(rows.float(), dim=1) @ F.normalize(columns.float(), dim=1).T
+
+
+class RowLoss(Protocol):
+    """A loss of one row of similarities: a text with all images, or an image with all texts.
+
+    `value` gives the losses [K, b], and `slope` their derivatives by the similarities [K, b, B]. Both take similarities
+    [K, b, B] in fp32, and positives [b, B] that say which columns belong to a row's person.
+    """
+
+    def value(self, similarity: Tensor, positive: Tensor) -> Tensor: ...
+
+    def slope(self, similarity: Tensor, positive: Tensor) -> Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TripletAlignment:
+    """One direction of TAL: max(0, m − Σ_{j∈P} α_j S_j + τ·log Σ_{j∈N} exp(S_j/τ)), α without gradient."""
+
+    temperature: float
+    margin: float
+
+    def value(self, similarity: Tensor, positive: Tensor) -> Tensor:
+        loss, _, _, has_negative = self._parts(similarity, positive)
+        return torch.where(has_negative, loss.clamp(min=0), 0.0)
+
+    def slope(self, similarity: Tensor, positive: Tensor) -> Tensor:
+        loss, weights, negative, has_negative = self._parts(similarity, positive)
+        return (negative.softmax(dim=-1) - weights) * ((loss >= 0) & has_negative)[..., None]
+
+    def _parts(self, similarity: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss before it is cut at 0, α, the logits of the negatives, and which rows have negatives."""
+        logits = similarity / self.temperature
+        weights = logits.detach().masked_fill(~positive, -torch.inf).softmax(dim=-1)
+        has_negative = ~positive.all(dim=-1)
+        # A row without negatives keeps its logits here, because the log of an empty sum has no usable gradient.
+        negative = logits.masked_fill(positive & has_negative[:, None], -torch.inf)
+        attraction = (weights * similarity).sum(dim=-1)
+        loss = self.margin - attraction + self.temperature * negative.logsumexp(dim=-1)
+        return loss, weights, negative, has_negative
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityCrossEntropy:
+    """CE_i = −log Σ_{j∈P(i)} softmax(scale·S_i)_j."""
+
+    scale: float
+
+    def value(self, similarity: Tensor, positive: Tensor) -> Tensor:
+        logits = self.scale * similarity
+        return logits.logsumexp(dim=-1) - logits.masked_fill(~positive, -torch.inf).logsumexp(dim=-1)
+
+    def slope(self, similarity: Tensor, positive: Tensor) -> Tensor:
+        logits = self.scale * similarity
+        own = logits.masked_fill(~positive, -torch.inf).softmax(dim=-1)
+        return self.scale * (logits.softmax(dim=-1) - own)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributionMatching:
+    """One direction of SDM: KL(p‖q), p = softmax(scale·S) and q the normalised identity matches."""
+
+    scale: float
+
+    def value(self, similarity: Tensor, positive: Tensor) -> Tensor:
+        log_p, difference = self._parts(similarity, positive)
+        return (log_p.exp() * difference).sum(dim=-1)
+
+    def slope(self, similarity: Tensor, positive: Tensor) -> Tensor:
+        log_p, difference = self._parts(similarity, positive)
+        p = log_p.exp()
+        return self.scale * p * (difference - (p * difference).sum(dim=-1, keepdim=True))
+
+    def _parts(self, similarity: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """log p, and log p − log q."""
+        log_p = (self.scale * similarity).log_softmax(dim=-1)
+        matches = positive.float()
+        return log_p, log_p - torch.log(matches / matches.sum(dim=-1, keepdim=True) + 1e-8)
+
+
+def compare(
+    loss: RowLoss, rows: Sequence[Tensor], columns: Sequence[Tensor], row_of: Tensor, column_of: Tensor
+) -> Tensor:
+    """Losses of K comparisons of b rows with B columns: [K, b], with gradients.
+
+    Memory is b·D and B·D: the similarities are computed a piece at a time, and again in the backward pass.
+
+    Args:
+        loss: what a row costs.
+        rows: K normalised features, [b, D] each, of the samples whose losses are wanted.
+        columns: K normalised features, [B, D] each, of the whole batch.
+        row_of: [b] identities of the rows.
+        column_of: [B] identities of the columns.
+    """
+    losses: Tensor = _Compare.apply(loss, row_of, column_of, *rows, *columns)
+    return losses
+
+
+class _Compare(torch.autograd.Function):
+    """Values in the forward pass, slopes in the backward pass, both from features alone."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: RowLoss, row_of: Tensor, column_of: Tensor, *features: Tensor) -> Tensor:
+        ctx.loss = loss
+        ctx.save_for_backward(row_of, column_of, *features)
+        rows, columns = torch.stack(features[: len(features) // 2]), torch.stack(features[len(features) // 2 :])
+        values = [
+            loss.value(rows[:, piece] @ columns.mT, same_identity(row_of[piece], column_of))
+            for piece in _pieces(rows, columns)
+        ]
+        return torch.cat(values, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        row_of, column_of, *features = ctx.saved_tensors
+        rows, columns = torch.stack(features[: len(features) // 2]), torch.stack(features[len(features) // 2 :])
+        to_rows, to_columns = torch.empty_like(rows), torch.zeros_like(columns)
+        for piece in _pieces(rows, columns):
+            slope = ctx.loss.slope(rows[:, piece] @ columns.mT, same_identity(row_of[piece], column_of))
+            slope = slope * gradient[:, piece, None]
+            torch.bmm(slope, columns, out=to_rows[:, piece])
+            to_columns.baddbmm_(slope.mT, rows[:, piece])
+        return None, None, None, *to_rows, *to_columns
+
+
+def _pieces(rows: Tensor, columns: Tensor) -> list[slice]:
+    """The rows in pieces whose similarities fit in PIECE: rows [K, b, D], columns [K, B, D]."""
+    most = max(1, PIECE // (len(columns) * columns.shape[1]))
+    return [slice(start, start + most) for start in range(0, max(1, rows.shape[1]), most)]
 
 
 def triplet_alignment_loss(similarity: Tensor, identities: Tensor, *, temperature: float, margin: float) -> Tensor:
@@ -40,24 +179,9 @@ def triplet_alignment_loss(similarity: Tensor, identities: Tensor, *, temperatur
     """
     if similarity.ndim != 2 or similarity.shape != (len(identities), len(identities)):
         raise ValueError(f"similarity must be [B, B] for {len(identities)} identities, found {list(similarity.shape)}")
-    similarity = similarity.float()
-    positive = same_identity(identities, identities)
-    rows = _hardest_margin(similarity, positive, temperature, margin)
-    columns = _hardest_margin(similarity.T, positive, temperature, margin)
-    return rows + columns
-
-
-def _hardest_margin(similarity: Tensor, positive: Tensor, temperature: float, margin: float) -> Tensor:
-    """One direction of TAL: [B, B] cosines and [B, B] booleans → [B]."""
-    logits = similarity / temperature
-    weights = logits.detach().masked_fill(~positive, -torch.inf).softmax(dim=1)
-    attraction = (weights * similarity).sum(dim=1)
-    has_negative = (~positive).any(dim=1)
-    # A row without negatives keeps its logits here, because the log of an empty sum has no usable gradient.
-    excluded = positive & has_negative[:, None]
-    repulsion = temperature * logits.masked_fill(excluded, -torch.inf).logsumexp(dim=1)
-    loss = (margin - attraction + repulsion).clamp(min=0)
-    return torch.where(has_negative, loss, torch.zeros_like(loss))
+    loss = TripletAlignment(temperature, margin)
+    both = torch.stack([similarity.float(), similarity.float().T])
+    return loss.value(both, same_identity(identities, identities)).sum(dim=0)
 
 
 def confidence_aware_weighting_loss(
@@ -88,13 +212,30 @@ def confidence_aware_weighting_loss(
         The losses and the weights w, [B] fp32 each. The loss of a batch is the mean over samples.
     """
     summary, text, image = (F.normalize(features.float(), dim=1) for features in (summary, text, image))
-    positive = same_identity(identities, identities)
-    image_text = scale * image @ text.T
-    summary_text = _identity_cross_entropy(scale * summary @ text.T, positive)
-    summary_image = _identity_cross_entropy(scale * summary @ image.T, positive)
-    cross = 0.5 * (_identity_cross_entropy(image_text, positive) + _identity_cross_entropy(image_text.T, positive))
-    weight = confidence_weights(summary_text, summary_image, gamma=gamma, weight_range=weight_range)
-    return weight * (summary_text + summary_image) + (1 - weight) * cross, weight
+    cross_entropy = IdentityCrossEntropy(scale)
+    entropies = compare(cross_entropy, *cawl_comparisons(summary, text, image), identities, identities)
+    weight = confidence_weights(entropies[0], entropies[1], gamma=gamma, weight_range=weight_range)
+    return weigh_entropies(entropies, weight), weight
+
+
+def cawl_comparisons(
+    summary: Tensor, text: Tensor, image: Tensor, rows: slice = slice(None)
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Rows and columns of CAWL's four comparisons (st, si, it, ti), for `compare`.
+
+    Args:
+        summary: [B, D] normalised features of the summaries.
+        text: [B, D] of the captions.
+        image: [B, D] of the images.
+        rows: the samples whose losses are wanted.
+    """
+    return [side[rows] for side in (summary, summary, image, text)], [text, image, text, image]
+
+
+def weigh_entropies(entropies: Tensor, weight: Tensor) -> Tensor:
+    """CAWL from its cross-entropies [4, B] (st, si, it, ti) and its weights [B]: [B]."""
+    to_text, to_image, image_text, text_image = entropies
+    return weight * (to_text + to_image) + (1 - weight) * 0.5 * (image_text + text_image)
 
 
 def confidence_weights(
@@ -111,13 +252,8 @@ def confidence_weights(
         weight_range: smallest and largest w.
     """
     log_weight = -gamma * (summary_text + summary_image).detach()
-    log_mean = log_weight.logsumexp(dim=0) - torch.log(torch.tensor(float(len(log_weight)), device=log_weight.device))
+    log_mean = log_weight.logsumexp(dim=0) - math.log(len(log_weight))
     return (log_weight - log_mean).exp().clamp(*weight_range)
-
-
-def _identity_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
-    """CE(L)_i = −log Σ_{j∈P(i)} softmax(L_i)_j: [B, B] logits and [B, B] booleans → [B]."""
-    return logits.logsumexp(dim=1) - logits.masked_fill(~positive, -torch.inf).logsumexp(dim=1)
 
 
 def contrastive_loss(similarity: Tensor, *, scale: float) -> Tensor:
@@ -146,12 +282,5 @@ def similarity_distribution_matching(similarity: Tensor, identities: Tensor, *, 
     Returns:
         [B] fp32, the sum of a sample's two divergences. The loss of a batch is the mean over samples.
     """
-    logits = scale * similarity.float()
-    matches = same_identity(identities, identities).float()
-    target = torch.log(matches / matches.sum(dim=1, keepdim=True) + 1e-8)
-
-    def divergence(rows: Tensor) -> Tensor:
-        log_p = rows.log_softmax(dim=1)
-        return (log_p.exp() * (log_p - target)).sum(dim=1)
-
-    return divergence(logits) + divergence(logits.T)
+    both = torch.stack([similarity.float(), similarity.float().T])
+    return DistributionMatching(scale).value(both, same_identity(identities, identities)).sum(dim=0)

@@ -8,6 +8,7 @@ published table lacks. `--published FILE` imports the authors' published dialogu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Manifest, Receipt, Store, version_of
 from ceca.data.tables import ImageRow, list_images
 from ceca.dialogue.attributes import read_vocabulary
-from ceca.dialogue.conversation import PROMPT_VERSION
+from ceca.dialogue.conversation import AT_ONCE, PROMPT_VERSION
 from ceca.errors import UserError
 from ceca.settings import to_mapping
 from jobs.dialogues.authors import import_published
@@ -29,7 +30,7 @@ from jobs.runtime.records import cut, to_json
 from jobs.runtime.units import Plan, Workers, run_plan
 
 CANARIES = 4  # images whose answers are compared before the work starts
-UNITS_AT_ONCE = 2  # on one worker: while one drains, the next fills the engine
+MOST_AT_ONCE = 1024  # conversations of a large GPU
 
 
 def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[str, Manifest]:
@@ -65,12 +66,29 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         kept = [Receipt({"dialogues": part}) for part in earlier.parts]
     plan = _plan(store, config, images, rows, made_from, kept)
     gpus = config.vllm.gpus * config.vllm.tensor_parallel if config.engine == "vllm" else 0
+    kind = config.vllm.accelerator_type if gpus else None
     workers = Workers(
-        config.replicas, cpus=1, gpus=gpus, units_at_once=UNITS_AT_ONCE, may_be_lost=config.engine == "vllm"
+        config.replicas,
+        cpus=1,
+        gpus=gpus,
+        accelerator_type=kind,
+        units_at_once=_units_at_once(config),
+        may_be_lost=config.engine == "vllm",
     )
     manifests = run_plan(store, plan, workers, redo=redo)
     print_report(manifests["dialogues"], gpus)
     return manifests
+
+
+def _units_at_once(config: DialogueConfig) -> int:
+    """Units that one worker does at the same time: enough for its conversations, and while one drains, the next fills.
+
+    Args:
+        config: the engine, the conversations, and the images of a unit.
+    """
+    on_gpu = config.engine == "vllm" and config.vllm.gpus > 0
+    conversations = config.conversations or ((config.vllm.sequences or MOST_AT_ONCE) if on_gpu else AT_ONCE)
+    return 1 + math.ceil(conversations / config.images_per_part)
 
 
 def _oracle_attributes(store: Store, config: DialogueConfig, images: Manifest) -> Manifest:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ceca.config.ingest import Split
-from ceca.settings import NonNegative, Positive, PositiveFloat, Share, config, execution
+from ceca.settings import NonNegative, Positive, PositiveFloat, Share, added, config, execution
+
+# Arguments of vLLM's engine and the settings that they follow from.
+OWN_SETTING = {
+    "model": "model",
+    "max_model_len": "max_model_len",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "kv_cache_dtype": "kv_cache_dtype",
+    "max_num_batched_tokens": "batched_tokens",
+    "max_num_seqs": "sequences",
+    "tensor_parallel_size": "tensor_parallel",
+    "gpu_memory_utilization": "memory_fraction",
+    "enforce_eager": "enforce_eager",
+    "enable_prefix_caching": "prefix_caching",
+    "seed": "the stage's seed",
+}
 
 
 @config
@@ -22,6 +39,18 @@ class VLLMConfig:
     """Maximum number of pixels per image, by default 256 patches of 28 x 28; larger images are scaled down."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of the weights; `auto` takes the model's own."""
+    quantization: str | None = added(None)
+    """vLLM's name of a quantisation of the weights, such as `fp8`; none takes the weights as they are."""
+    kv_cache_dtype: str = added("auto")
+    """vLLM's name of the cache's number type, such as `fp8`; `auto` takes the model's own."""
+    batched_tokens: Positive | None = execution(None)
+    """Tokens that one step of the engine processes; none leaves it to vLLM, which takes 16,384 on large GPUs."""
+    sequences: Positive | None = execution(None)
+    """Sequences that one step of the engine processes; none leaves it to vLLM, which takes 1,024 on large GPUs."""
+    arguments: str = execution("{}")
+    """Further arguments of vLLM's engine, as a JSON object. They are not part of a result's version."""
+    accelerator_type: str | None = execution(None)
+    """Ray's name of the kind of GPU that workers need, such as `H100`; none takes any."""
     tensor_parallel: Positive = execution(1)
     """Number of GPUs that one model is split across."""
     gpus: NonNegative = execution(1)
@@ -38,6 +67,17 @@ class VLLMConfig:
     """Restart an engine that has given no answer for this number of seconds while questions wait."""
     restarts: NonNegative = execution(2)
     """Maximum number of restarts of a dead or stalled engine per worker; 0 never restarts."""
+
+    def __post_init__(self) -> None:
+        try:
+            given = json.loads(self.arguments)
+        except ValueError as error:
+            raise ValueError(f"arguments must be a JSON object: {error}") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"arguments must be a JSON object, found {self.arguments}")
+        if taken := sorted(OWN_SETTING.keys() & given.keys()):
+            names = ", ".join(f"{name} (set {OWN_SETTING[name]})" for name in taken)
+            raise ValueError(f"arguments may not name what has a setting of its own: {names}")
 
 
 @config
@@ -102,8 +142,8 @@ class DialogueConfig:
     """Images per published file. A killed job loses at most the files in progress."""
     replicas: Positive = execution(1)
     """Number of dialogue workers, with one engine each."""
-    conversations: Positive = execution(64)
-    """Number of concurrent conversations per worker."""
+    conversations: Positive | None = execution(None)
+    """Number of concurrent conversations per worker; none takes vLLM's number of sequences on a GPU, else 64."""
     vllm: VLLMConfig = VLLMConfig()
     openai: OpenAIConfig = OpenAIConfig()
     oracle: OracleConfig = OracleConfig()

@@ -191,6 +191,8 @@ class TrainConfig:
     """Maximum number of image-decoding processes per worker."""
     checkpoint_every: NonNegative = execution(200)
     """Steps between checkpoints, in addition to one after each epoch; 0 saves only after epochs."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = execution(15.0)
+    """Minutes after which the next logged step takes a checkpoint, too; 0 never looks at the clock."""
     checkpoints_kept: Positive = execution(2)
     """Number of most recent checkpoints that are kept."""
     failures_allowed: NonNegative = execution(3)

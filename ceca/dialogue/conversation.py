@@ -10,6 +10,7 @@ from ceca.dialogue.answers import refuses, spoken
 from ceca.dialogue.attributes import Choices, read_attributes
 from ceca.errors import UserError
 
+AT_ONCE = 64  # conversations that keep an engine busy that does not say another number
 PROMPT_VERSION = "ceca-1"  # must change if a prompt below changes
 
 QUESTIONS = (

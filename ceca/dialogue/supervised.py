@@ -15,7 +15,9 @@ log = logging.getLogger(__name__)
 
 
 class Abandonable(Engine, Protocol):
-    """Engine that can be ended by force."""
+    """Engine that can be ended by force; `at_once` conversations keep it busy."""
+
+    at_once: int
 
     async def abandon(self) -> None:
         """End the engine at once, even if it no longer responds."""
@@ -43,6 +45,11 @@ class Supervised:
         self.silent_since = 0.0  # monotonic time from which the silence counts
         self.ready = asyncio.Event()
         self.watch: asyncio.Task[None] | None = None
+
+    @property
+    def at_once(self) -> int:
+        """Conversations that keep the engine busy."""
+        return self.engine.at_once
 
     async def start(self) -> None:
         await self.engine.start()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import os
 import subprocess
@@ -26,6 +27,7 @@ from ceca.datasets.images import ImageError, open_image
 from ceca.dialogue.answers import one_line
 from ceca.dialogue.attributes import Choices, json_schema
 from ceca.dialogue.conversation import (
+    AT_ONCE,
     Answer,
     DialogueError,
     EngineDied,
@@ -37,7 +39,7 @@ from ceca.dialogue.conversation import (
 from ceca.dialogue.fetch import fetch_model
 from ceca.environment import cache_folder, socket_folder, usable_gpus
 
-CONVERSATIONS_KEPT = 512  # conversations in memory; more than are in flight at once
+CONVERSATIONS_KEPT = 1536  # conversations in memory; more than are in flight at once, which are 1,024 at most
 ANSWER_MARK = "\u2603answer\u2603"  # stands for the last answer in a rendered chat, to cut out the text after it
 CPU_BLOCK = 32  # tokens in a block of the prefix cache on a CPU
 MEMORY_S = 60.0  # longest wait for a GPU's memory, which the driver gives back seconds after a process has ended
@@ -80,6 +82,7 @@ class VLLMEngine:
     def __init__(self, config: VLLMConfig, temperature: float, seed: int):
         self.config, self.temperature, self.seed = config, temperature, seed
         self.model = config.model
+        self.at_once = AT_ONCE
         self.requests = itertools.count()
         self.conversations: OrderedDict[str, _Conversation] = OrderedDict()
         self.engine: Any = None
@@ -102,6 +105,7 @@ class VLLMEngine:
             from vllm import SamplingParams
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise EngineError(
@@ -113,14 +117,22 @@ class VLLMEngine:
         self.structured = StructuredOutputsParams
         weights = await asyncio.to_thread(fetch_model, self.config.model)
         arguments = self._engine_arguments(weights)
+        if unknown := sorted(arguments.keys() - {field.name for field in dataclasses.fields(AsyncEngineArgs)}):
+            raise EngineError(f"vLLM's engine has no argument {', '.join(unknown)}; correct --vllm.arguments")
         try:
             self._use_processor(AutoProcessor.from_pretrained(weights, trust_remote_code=False))
             if usable_gpus(self.config.gpus):
                 await wait_for_memory(self.config.memory_fraction, free_shares)
             children = set(multiprocessing.active_children())
-            self.engine = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
+            # The first gives vLLM's sizes for work that nobody waits for, by the GPU's memory.
+            context = UsageContext.LLM_CLASS if usable_gpus(self.config.gpus) else UsageContext.ENGINE_CONTEXT
+            self.engine = await asyncio.to_thread(
+                AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments), usage_context=context
+            )
         except Exception as error:
             raise EngineError(self._explain(error)) from error
+        if usable_gpus(self.config.gpus):
+            self.at_once = self.engine.vllm_config.scheduler_config.max_num_seqs
         self.block: int = self.engine.vllm_config.cache_config.block_size
         self.children = [child for child in multiprocessing.active_children() if child not in children]
         self.guard = end_with_this_process([child.pid for child in self.children])
@@ -139,13 +151,20 @@ class VLLMEngine:
             # With whitespace allowed, a model may write spaces inside the JSON without end.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
+        chosen = {
+            "quantization": self.config.quantization,
+            "kv_cache_dtype": self.config.kv_cache_dtype,
+            "max_num_batched_tokens": self.config.batched_tokens,
+            "max_num_seqs": self.config.sequences,
+        }
+        arguments |= {name: value for name, value in chosen.items() if value is not None}
         if usable_gpus(self.config.gpus):
             arguments["gpu_memory_utilization"] = self.config.memory_fraction
         else:
             # The prefix cache reuses whole blocks, and a turn is short compared with the CPU backend's default block
             # of 128 tokens. With the minimum, 32, 69 % of prompt tokens came from the cache instead of 38 %.
             arguments["block_size"] = CPU_BLOCK
-        return arguments
+        return arguments | json.loads(self.config.arguments)
 
     def _use_processor(self, processor: Any) -> None:
         self.processor = processor

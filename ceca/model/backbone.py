@@ -62,6 +62,12 @@ def tokenize(texts: list[str]) -> Tensor:
     return torch.from_numpy(tokenize_numpy(texts))
 
 
+def send(values: Tensor, device: str | torch.device) -> Tensor:
+    """Copy to a device. A GPU copies from pinned memory while the host goes on."""
+    on_gpu = torch.device(device).type == "cuda"
+    return (values.pin_memory() if on_gpu else values).to(device, non_blocking=True)
+
+
 class Backbone(nn.Module):
     """CLIP's towers with their forward passes."""
 

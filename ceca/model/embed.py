@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ceca.model.backbone import tokenize, trim
+from ceca.model.backbone import send, tokenize, trim
 from ceca.model.ceca import CECA
 
 # CLIP's pixel statistics.
@@ -20,14 +20,14 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] → float32 [B, 3, H, W], by CLIP's mean and deviation."""
-    mean, std = (torch.tensor(values, device=images.device) * 255 for values in (MEAN, STD))
+    mean, std = (send(torch.tensor(values) * 255, images.device) for values in (MEAN, STD))
     return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.inference_mode()
 def embed_texts(model: CECA, texts: list[str], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Queries → normalised global [Q, D] and local [Q, E], fp32."""
-    return model.embed_queries(trim(tokenize(texts)).to(device))
+    return model.embed_queries(send(trim(tokenize(texts)), device))
 
 
 @torch.inference_mode()
@@ -38,6 +38,6 @@ def embed_images(
 
     With their summaries as a gallery has them, without as a query.
     """
-    images = normalize(torch.from_numpy(np.stack(pixels)).to(device))
-    told = None if summaries is None else trim(tokenize(summaries)).to(device)
+    images = normalize(send(torch.from_numpy(np.stack(pixels)), device))
+    told = None if summaries is None else send(trim(tokenize(summaries)), device)
     return model.embed_gallery(images, told)

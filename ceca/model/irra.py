@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ceca.model.backbone import Tokens
+from ceca.model.backbone import Tokens, send
 from ceca.model.clip import QuickGELU
 from ceca.model.mixer import Attention
 
@@ -44,7 +44,7 @@ class WordTask(NamedTuple):
 
     def to(self, device: torch.device) -> WordTask:
         """The task on another device."""
-        return WordTask(*(value.to(device) for value in self))
+        return WordTask(*(send(value, device) for value in self))
 
 
 class IRRAHeads(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ceca.config import AugmentationConfig
+from ceca.model.backbone import send
 from ceca.model.embed import normalize
 from ceca.model.irra import WordTask
 from ceca.model.tokens import MASK
@@ -89,27 +90,38 @@ def draw(batch: int, length: int, source: torch.Generator) -> Draws:
 def augment_images(images: Tensor, draws: Draws, config: AugmentationConfig) -> Tensor:
     """Flip, shift, normalise and partly erase images: uint8 [B, H, W, 3] → float32 [B, 3, H, W].
 
-    The padding is black, as in the published recipe. An erased area gets the colour `erase_value`.
+    The padding is black, as in the published recipe. An erased area gets the colour `erase_value`. The device gets a
+    few numbers per image and computes the rest.
     """
     batch, height, width, _ = images.shape
     device = images.device
-    flip = (draws.flip < config.flip).to(device)
-    images = torch.where(flip[:, None, None, None], images.flip(2), images)
-    shift = (draws.shift * (2 * config.pad + 1)).long().to(device) - config.pad
-    rows = torch.arange(height, device=device)[None, :] + shift[:, :1]
-    columns = torch.arange(width, device=device)[None, :] + shift[:, 1:]
+    shift = (draws.shift * (2 * config.pad + 1)).long() - config.pad
+    flip, down, right = send(torch.cat([(draws.flip < config.flip)[:, None], shift], dim=1), device).T
+    images = torch.where(flip.bool()[:, None, None, None], images.flip(2), images)
+    rows = torch.arange(height, device=device) + down[:, None]
+    columns = torch.arange(width, device=device) + right[:, None]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     samples = torch.arange(batch, device=device)[:, None, None]
     images = images[samples, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
     pixels = normalize(images * inside[..., None])
-    erased = _erased(draws, config, height, width).to(device)[:, None]
-    return torch.where(erased, pixels.new_tensor(config.erase_value)[:, None, None], pixels)
+    erased = _erased(draws, config, height, width, device)[:, None]
+    return torch.where(erased, send(torch.tensor(config.erase_value), device)[:, None, None], pixels)
 
 
-def _erased(draws: Draws, config: AugmentationConfig, height: int, width: int) -> Tensor:
-    """The pixels to erase, [B, H, W]: one rectangle, its area within `erase_area` and its aspect in `ERASE_ASPECT`.
+def _erased(
+    draws: Draws, config: AugmentationConfig, height: int, width: int, device: str | torch.device = "cpu"
+) -> Tensor:
+    """The pixels to erase, [B, H, W] on a device: one rectangle of each chosen image."""
+    top, bottom, left, right = send(_rectangles(draws, config, height, width), device).T[..., None]
+    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+    return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
 
-    As in torchvision, a rectangle that does not fit is drawn again, at most ten times; then nothing is erased.
+
+def _rectangles(draws: Draws, config: AugmentationConfig, height: int, width: int) -> Tensor:
+    """The rectangle of each image, [B, 4]: its first row and the row behind it, then its columns; zeros for none.
+
+    Its area is within `erase_area` and its aspect in `ERASE_ASPECT`. As in torchvision, a rectangle that does not fit
+    is drawn again, at most ten times; then nothing is erased.
     """
     low, high = config.erase_area
     flat, upright = ERASE_ASPECT
@@ -121,11 +133,8 @@ def _erased(draws: Draws, config: AugmentationConfig, height: int, width: int) -
     tall, wide = tall.gather(1, first)[:, 0], wide.gather(1, first)[:, 0]
     top = (draws.erase_place[:, 0] * (height - tall + 1)).floor()
     left = (draws.erase_place[:, 1] * (width - wide + 1)).floor()
-    y, x = torch.arange(height)[None, :], torch.arange(width)[None, :]
-    rows = (y >= top[:, None]) & (y < (top + tall)[:, None])
-    columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
-    chosen = ((draws.erase < config.erase) & fits.any(dim=1))[:, None, None]
-    return rows[:, :, None] & columns[:, None, :] & chosen
+    chosen = (draws.erase < config.erase) & fits.any(dim=1)
+    return (torch.stack([top, top + tall, left, left + wide], dim=1) * chosen[:, None]).long()
 
 
 # --- words ------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
+from torch import Tensor
 
-from ceca.config import TrainConfig
+from ceca.config import OptimiserConfig, TrainConfig
 from ceca.environment import cache_folder, temporary_folder
 from ceca.errors import UserError
 from ceca.model.ceca import CECA, HEADS
@@ -38,6 +39,7 @@ from ceca.training.optimiser import parameter_groups, rate_schedule
 from ceca.training.workers import world
 
 MANY_WORKERS = 8  # from which gradients are added up in fp32: each addition in bf16 or fp16 rounds the sum
+MOST_IN_A_BUCKET = 2**26  # numbers that DeepSpeed reduces or gathers at once; of bf16, 134 MB
 SCALE_OF_A_MEAN = 16  # DeepSpeed's first loss scale in fp16 as a power of two; it suits the mean over a batch
 TAG = "state"  # the name under which DeepSpeed finds the state in a checkpoint
 
@@ -112,17 +114,68 @@ def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
         model=model,
         optimizer=optimiser,
         lr_scheduler=lambda optimiser: torch.optim.lr_scheduler.LambdaLR(optimiser, factor),
-        config=deepspeed_config(config),
+        config=deepspeed_config(config, sum(parameter.numel() for parameter in model.parameters())),
         dist_init_required=False,
     )
-    _keep_statistics_in_fp32(engine.module)
+    keep_statistics_in_fp32(engine.module)
+    if world()[1] == 1:
+        _reduce_nothing(engine)
     return engine
+
+
+def _reduce_nothing(engine: Any) -> None:
+    """Keep DeepSpeed from copying every gradient into a buffer and back where there is one worker and no sum."""
+    if engine.zero_optimization_stage() == 0:
+        engine.enable_backward_allreduce = False
+    elif not getattr(engine.optimizer, "contiguous_gradients", True):
+        engine.optimizer.buffered_reduce_fallback = lambda *_, **__: None
+
+
+def take_step(engine: Any) -> None:
+    """Let the optimiser step, unless a gradient is not finite; all ranks call this after the backward pass.
+
+    The device decides and the host does not wait, except in fp16, with ZeRO 3 and with offload: there DeepSpeed looks
+    at the gradients itself. `skipped_steps` counts both.
+
+    Args:
+        engine: what `make_engine` returned.
+    """
+    adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if isinstance(adam, SkippingAdam) and not engine.fp16_enabled() and engine.zero_optimization_stage() < 3:
+        largest = torch.stack(torch._foreach_norm(_gradients(engine), torch.inf)).amax()
+        adam.found_inf = 1.0 - torch.isfinite(largest).float()
+        if world()[1] > 1:
+            torch.distributed.all_reduce(adam.found_inf, torch.distributed.ReduceOp.MAX)
+        adam.skipped += adam.found_inf
+    engine.step()
+
+
+def _gradients(engine: Any) -> list[Tensor]:
+    """The gradients that this rank's optimiser is about to use."""
+    if engine.zero_optimization_stage() == 0:
+        return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group]
+
+
+def skipped_steps(engine: Any) -> int:
+    """Number of steps that were not taken, because a gradient was not finite. The host waits for the device."""
+    adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return max(int(engine.skipped_steps), int(adam.skipped) if isinstance(adam, SkippingAdam) else 0)
+
+
+class SkippingAdam(torch.optim.Adam):
+    """Adam in one kernel per group, which takes no step if `found_inf` is 1; `skipped` counts these steps."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimiserConfig):
+        super().__init__(groups, betas=config.betas, eps=config.epsilon, fused=True)
+        self.skipped = torch.zeros((), device=groups[0]["params"][0].device)
+        self.found_inf = torch.zeros_like(self.skipped)
 
 
 def _make_optimiser(model: CECA, config: TrainConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config.optimiser, config.global_batch)
     if not config.offload:
-        return torch.optim.Adam(groups, betas=config.optimiser.betas, eps=config.optimiser.epsilon)
+        return SkippingAdam(groups, config.optimiser)
     # The only optimiser with which DeepSpeed steps on the CPU. `adamw_mode=False` makes it Adam.
     operations = import_deepspeed("deepspeed.ops")
     compile_operation(operations.op_builder.CPUAdamBuilder())
@@ -161,11 +214,29 @@ def _environment_variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """The settings that DeepSpeed receives; it controls nothing else about training."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+def deepspeed_config(config: TrainConfig, parameters: int = MOST_IN_A_BUCKET) -> dict[str, Any]:
+    """The settings that DeepSpeed receives; it controls nothing else about training.
+
+    Its checks of every single gradient are off where it lets them be off: they are two thirds of all operations that a
+    step dispatches, and the host waits for their results. `take_step` checks all gradients at once.
+
+    Args:
+        config: the settings of the run.
+        parameters: numbers in the model's parameters; no buffer for gradients is larger.
+    """
+    bucket = 2 * math.ceil(min(parameters, MOST_IN_A_BUCKET) / 2)  # DeepSpeed demands an even number
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "contiguous_gradients": False,
+    }
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.gpus_per_worker > 0}
+    zero["contiguous_gradients"] = config.zero_stage > 1 or config.offload  # a copy of every gradient
+    unchecked = config.zero_stage in (1, 2) and not config.offload
+    if unchecked and not config.optimiser.gradient_clip:
+        zero["compute_grad_norm"] = False
     settings: dict[str, Any] = {
         # A formality: one backward pass covers a worker's whole slice of the batch, whatever this number is.
         "train_micro_batch_size_per_gpu": 1,
@@ -173,11 +244,14 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
     }
     if config.precision != "fp32":
         settings[config.precision] = {"enabled": True}
         if config.workers >= MANY_WORKERS:
             settings["communication_data_type"] = "fp32"
+    if config.precision == "bf16" and unchecked:
+        settings["bf16"]["check_grad_overflow"] = False
     if config.precision == "fp16":
         settings["fp16"]["initial_scale_power"] = _first_loss_scale(config)
     return settings
@@ -208,12 +282,7 @@ def explained_overflow() -> Iterator[None]:
         ) from error
 
 
-def skipped_steps(engine: Any) -> int:
-    """Number of steps that were not taken, because a gradient was not finite."""
-    return int(engine.skipped_steps)
-
-
-def _keep_statistics_in_fp32(model: CECA) -> None:
+def keep_statistics_in_fp32(model: CECA) -> None:
     """Keep running means and variances in fp32: in bf16, their small updates would be rounded away."""
     for module in model.modules():
         if isinstance(module, GlobalBatchNorm):
@@ -234,7 +303,7 @@ def whole_model(engine: Any) -> CECA:
     with import_deepspeed().zero.GatheredParameters(parameters):
         state = {name: value.detach().clone() for name, value in model.published_state().items()}
     copy = CECA(model.config).to(parameters[0].device, parameters[0].dtype)
-    _keep_statistics_in_fp32(copy)
+    keep_statistics_in_fp32(copy)
     copy.load_state_dict(state)
     return copy
 
@@ -273,6 +342,7 @@ def save_checkpoint(engine: Any, progress: Progress, folder: Path) -> None:
     """
     rank, progress.workers = world()
     progress.zero_stage = engine.zero_optimization_stage()
+    engine.skipped_steps = skipped_steps(engine)
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     if rank == 0:
         progress.save(folder)
@@ -299,12 +369,25 @@ def load_checkpoint(engine: Any, folder: Path, node: str = "alone") -> Progress:
     with _running_no_code(folder):
         if stage == 0 or progress.workers == world()[1]:
             engine.load_checkpoint(str(folder), tag=TAG)
-            return progress
-        with _universal(folder, node) as universal:
-            _load_universal(engine, universal)
-            if world()[1] > 1:
-                torch.distributed.barrier()  # no worker may delete the folder before all have read it
+        else:
+            with _universal(folder, node) as universal:
+                _load_universal(engine, universal)
+                if world()[1] > 1:
+                    torch.distributed.barrier()  # no worker may delete the folder before all have read it
+    _restore_adam(engine)
     return progress
+
+
+def _restore_adam(engine: Any) -> None:
+    """Make a loaded Adam the kind that `take_step` needs; an older checkpoint may be of another kind."""
+    adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if isinstance(adam, SkippingAdam):
+        adam.skipped.fill_(float(engine.skipped_steps))
+        for group in adam.param_groups:
+            group.update(fused=True, foreach=None)
+        for parameter, state in adam.state.items():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
 @contextlib.contextmanager

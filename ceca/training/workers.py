@@ -1,11 +1,12 @@
 """The workers of one training run: their ranks, their slices of a batch, and the features gathered from all of them.
 
-Notable: a gathered batch carries gradients only through this worker's own rows, so gathering needs no collective in
-the backward pass (`step` says why this is enough); all features travel in one collective; every function also works
-without a process group, as one worker.
+Notable: all features travel in one collective, and their gradients in one collective back, in which each worker gets
+the sum of what all workers found for its rows; every function also works without a process group, as one worker.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def world() -> tuple[int, int]:
 
 
 def gather_features(features: Features, batch: int) -> Features:
-    """Gather the features of all workers, in the order of ranks; gradients flow through this worker's rows only.
+    """Gather the features of all workers, in the order of ranks, with gradients.
 
     Features that the model does not compute stay None. One fp32 collective carries all others.
 
@@ -34,31 +35,75 @@ def gather_features(features: Features, batch: int) -> Features:
     Returns:
         The features of the global batch, [B, D] each.
     """
-    rank, size = world()
-    if size == 1:
+    if world()[1] == 1:
         return features
     names = [name for name, value in features._asdict().items() if value is not None]
     own = torch.cat([getattr(features, name).float() for name in names], dim=1)
-    parts = _all_gather(own.detach(), batch)
-    parts[rank] = own
     widths = [getattr(features, name).shape[1] for name in names]
-    gathered = dict(zip(names, torch.cat(parts).split(widths, dim=1), strict=True))
+    gathered = dict(zip(names, _Gather.apply(own, batch).split(widths, dim=1), strict=True))
     return features._replace(**gathered)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all workers. Their gradients are summed over workers, because each has losses of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, batch: int) -> Tensor:
+        ctx.batch = batch
+        return gather_rows(own, batch)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[batch_slice(*world(), ctx.batch)], None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of all workers' values; a gradient goes to this worker's own."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def sum_over_workers(own: Tensor) -> Tensor:
+    """The sum of all workers' values, of any shape; a gradient flows to this worker's own values."""
+    return own if world()[1] == 1 else _Sum.apply(own)
+
+
+def on_any_worker(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set on any worker: all get the same answer. The hosts wait for each other."""
+    if world()[1] == 1:
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value)
 
 
 def gather_identities(identities: Tensor, batch: int) -> Tensor:
     """Gather the identities of all workers, in the order of ranks: [b] → [B]."""
-    _, size = world()
-    return identities if size == 1 else torch.cat(_all_gather(identities, batch))
+    return gather_rows(identities, batch)
 
 
-def _all_gather(own: Tensor, batch: int) -> list[Tensor]:
-    """Every worker's rows. Collectives need equal shapes: rows are padded to the longest slice, then cut again."""
+def gather_rows(own: Tensor, batch: int) -> Tensor:
+    """Gather the rows of all workers, in the order of ranks, without gradients: [b, …] → [B, …].
+
+    Collectives need equal shapes, so rows are padded to the longest slice and cut again.
+    """
     _, size = world()
+    if size == 1:
+        return own
     slices = [batch_slice(rank, size, batch) for rank in range(size)]
     lengths = [rows.stop - rows.start for rows in slices]
     padded = own.new_zeros(max(lengths), *own.shape[1:])
-    padded[: len(own)] = own
+    padded[: len(own)] = own.detach()
     parts = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(parts, padded)
-    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

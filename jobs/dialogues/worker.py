@@ -19,6 +19,7 @@ from ceca.data.tables import ImageRow
 from ceca.dialogue.answers import refuses
 from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import (
+    AT_ONCE,
     PROMPT_VERSION,
     SUMMARY_REQUEST,
     Dialogue,
@@ -77,11 +78,12 @@ class DialogueWorker:
             rows = zip(*(table[name].to_pylist() for name in ("image_id", "view", "attributes")), strict=True)
             self.truth = {key: {"view": view, "attributes": dict(pairs)} for key, view, pairs in rows}
         self.engine = make_engine(self.config, vocabulary)
-        self.in_flight = asyncio.Semaphore(self.config.conversations)
         self.occupancy = Occupancy()
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self._use_engine(self.engine.start())
+        at_once: int = getattr(self.engine, "at_once", AT_ONCE)
+        self.in_flight = asyncio.Semaphore(self.config.conversations or at_once)
         if len(canaries) > 1:
             self._use_engine(self._check_canaries(self._subjects(canaries)))
         self.occupancy.reset()

@@ -80,6 +80,7 @@ class Workers:
         replicas: workers at most.
         cpus: CPUs of one worker.
         gpus: GPUs of one worker.
+        accelerator_type: Ray's name of the kind of GPU; None takes any.
         units_at_once: units that one worker does at the same time, each called from a thread of its own.
         may_be_lost: a worker may raise WorkerLost.
     """
@@ -87,6 +88,7 @@ class Workers:
     replicas: int
     cpus: float
     gpus: float = 0
+    accelerator_type: str | None = None
     units_at_once: int = 1
     may_be_lost: bool = False
 
@@ -268,6 +270,7 @@ def _round(
             ),
             num_cpus=workers.cpus,
             num_gpus=workers.gpus or None,
+            **({"accelerator_type": workers.accelerator_type} if workers.accelerator_type else {}),
         )
         .iter_rows()
     )

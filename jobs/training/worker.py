@@ -1,7 +1,8 @@
 """The work of every training worker: DeepSpeed steps over the global batch, validation, checkpoints.
 
-A checkpoint is taken every `checkpoint_every` steps and at the end of every epoch, and is uploaded while training goes
-on. It carries the number of finished steps, so a run continues in the middle of an epoch too.
+A checkpoint is taken every `checkpoint_every` steps, after `checkpoint_minutes` and at the end of every epoch, and is
+uploaded while training goes on. It carries the number of finished steps, so a run continues in the middle of an epoch
+too.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ from ceca.data.store import Store
 from ceca.environment import temporary_folder
 from ceca.errors import UserError
 from ceca.metrics import better
-from ceca.model.backbone import trim
+from ceca.model.backbone import send
 from ceca.model.ceca import CECA, Features
 from ceca.model.weights import Start, serialize, start_model
-from ceca.training.augment import augment_images, draw, generator, hide_words, mask_words
 from ceca.training.division import divide
 from ceca.training.engine import (
     Progress,
@@ -44,10 +44,10 @@ from ceca.training.engine import (
     skipped_steps,
     whole_model,
 )
-from ceca.training.order import Batches, batch_slice
-from ceca.training.precision import BF16Backward, keep_freed_memory
-from ceca.training.step import branch_losses, cawl, loss_terms, scaled_loss
-from ceca.training.workers import gather_features, gather_identities, world
+from ceca.training.order import Batches
+from ceca.training.precision import keep_freed_memory
+from ceca.training.step import batch_features, branch_losses, cawl, train_step
+from ceca.training.workers import on_any_worker, world
 from jobs.runtime.noise import tell, tell_warnings
 from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches
@@ -136,7 +136,7 @@ def _train(
     stream = stream_batches(config, *world(), run.samples, run.images, progress.steps)
     engine.train()
     waited, begun, first = 0.0, time.perf_counter(), progress.steps
-    kept = progress.steps  # of the last checkpoint
+    kept, saved = progress.steps, time.monotonic()  # of the last checkpoint
     skipped = progress.skipped  # before this epoch
     while progress.steps < steps * config.epochs:
         epoch, step = divmod(progress.steps, steps)
@@ -146,11 +146,14 @@ def _train(
         batch = next(stream)
         waited += time.perf_counter() - before
         clean = _of_step(progress.clean, batches, step, device)
-        features, identities, terms = _train_step(engine, batch, config, epoch, step, batches.size(step), clean, device)
+        features, identities, terms = train_step(engine, batch, config, epoch, step, device, batches.size(step), clean)
         progress.curve.add(terms)
         progress.steps += 1
         ends_epoch = step + 1 == steps
         checkpoints = ends_epoch or bool(config.checkpoint_every and progress.steps % config.checkpoint_every == 0)
+        if config.checkpoint_minutes and progress.steps % config.log_every == 0:
+            late = time.monotonic() - saved > 60 * config.checkpoint_minutes
+            checkpoints = on_any_worker(late, device) or checkpoints
         if checkpoints or progress.steps % config.log_every == 0:
             progress.curve.require_numbers(config.log_every + steps, kept)
             _count_skipped(engine, progress, config)
@@ -183,7 +186,7 @@ def _train(
             waited, begun, first, skipped = 0.0, time.perf_counter(), progress.steps, progress.skipped
             engine.train()
         if checkpoints:
-            kept = progress.steps
+            kept, saved = progress.steps, time.monotonic()
             _checkpoint(engine, progress, watch, scratch, last=progress.steps == steps * config.epochs)
 
 
@@ -196,31 +199,6 @@ def _count_skipped(engine: Any, progress: Progress, config: TrainConfig) -> None
             f"gradient was not finite ({skipped} in all)"
         )
     progress.skipped = skipped
-
-
-def _train_step(
-    engine: Any,
-    batch: dict[str, np.ndarray],
-    config: TrainConfig,
-    epoch: int,
-    step: int,
-    whole: int,
-    clean: Tensor | None,
-    device: torch.device,
-) -> tuple[Features, Tensor, dict[str, Tensor]]:
-    """Take one step over the global batch; arguments as `_features`.
-
-    Args:
-        clean: [B] booleans, the samples to learn from; None: all.
-
-    Returns:
-        The features and identities of the global batch, and the loss terms.
-    """
-    features, identities = _features(engine, batch, config, epoch, step, whole, device)
-    terms = loss_terms(features, identities, config.losses, clean)
-    engine.backward(scaled_loss(terms))
-    engine.step()
-    return features, identities, terms
 
 
 @torch.no_grad()
@@ -240,7 +218,7 @@ def _divide(
     engine.eval()
     losses = []
     for step in range(len(batches)):
-        features, identities = _features(engine, next(stream), config, epoch, step, batches.size(step), device)
+        features, identities = batch_features(engine, next(stream), config, epoch, step, device, batches.size(step))
         losses.append(branch_losses(features, identities, config.losses))
     engine.train()
     clean = divide(torch.cat(losses, dim=1).cpu().numpy(), config.seed, epoch, config.division_fit)
@@ -256,55 +234,7 @@ def _of_step(clean: np.ndarray | None, batches: Batches, step: int, device: torc
     if clean is None:
         return None
     first = step * batches.batch
-    return torch.from_numpy(clean[first : first + batches.size(step)]).to(device)
-
-
-def _features(
-    engine: Any,
-    batch: dict[str, np.ndarray],
-    config: TrainConfig,
-    epoch: int,
-    step: int,
-    whole: int,
-    device: torch.device,
-) -> tuple[Features, Tensor]:
-    """Compute the features of the global batch.
-
-    Args:
-        engine: DeepSpeed's engine.
-        batch: this worker's part: image [b, H, W, 3] uint8, caption and summary [b, 77], identity [b].
-        config: settings of the training.
-        epoch: number of the epoch, from 0.
-        step: number of the step in the epoch, from 0.
-        whole: B, samples in the global batch.
-        device: device of the model.
-
-    Returns:
-        The features and identities of the global batch.
-    """
-    mine = batch_slice(*world(), whole)
-    ids = torch.tensor(batch["caption"], dtype=torch.long)
-    source = generator(config.seed, epoch, step)
-    draws = draw(whole, ids.shape[1], source).rows(mine)
-    captions = mask_words(ids, draws, config.augmentation.word_mask)
-    texts, words = [captions], None
-    if config.model.summary_weight > 0:
-        texts.append(torch.tensor(batch["summary"], dtype=torch.long))
-    if "words" in config.losses.terms:
-        words = hide_words(ids, draw(whole, ids.shape[1], source).rows(mine))
-        texts.append(words.ids)
-    trimmed = trim(torch.cat(texts))
-    if words is not None:
-        words = words.trimmed(trimmed.shape[1]).to(device)
-    parts = trimmed.to(device).split(len(ids))
-    images = augment_images(torch.tensor(batch["image"]).to(device), draws, config.augmentation)
-    images = images.to(next(engine.module.parameters()).dtype)
-    identity = torch.tensor(batch["identity"]).to(device)
-    labels = identity if "identity" in config.losses.terms else None
-    summaries = parts[1] if config.model.summary_weight > 0 else None
-    with BF16Backward() if config.backward == "bf16" else contextlib.nullcontext():
-        local_features = engine(images, parts[0], summaries, labels, words)
-    return gather_features(local_features, whole), gather_identities(identity, whole)
+    return send(torch.from_numpy(clean[first : first + batches.size(step)]), device)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ceca.commandline import RECIPES, list_recipes, load_recipe, parse_arguments
-from ceca.config import STAGES, DialogueConfig, LossConfig, ModelConfig, TrainConfig
+from ceca.config import STAGES, DialogueConfig, LossConfig, ModelConfig, TrainConfig, VLLMConfig
 from ceca.data.store import version_of
 from ceca.settings import ConfigError, check_name, from_mapping, to_mapping
 
@@ -159,3 +159,33 @@ def test_a_name_that_is_no_folder_of_its_own_is_refused_with_the_configuration(n
 @pytest.mark.parametrize("name", ["ceca", "ceca-vitb16", "no-summaries", "irra_2.1", "7"])
 def test_names_are_letters_digits_dots_and_lines(name: str):
     assert TrainConfig(name=name).name == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("{", "must be a JSON object"),
+        ("[1]", "must be a JSON object"),
+        ('{"max_num_seqs": 8}', r"max_num_seqs \(set sequences\)"),
+        ('{"seed": 1, "dtype": "half"}', r"dtype .*, seed"),
+    ],
+)
+def test_further_arguments_of_vllm_are_an_object_and_name_nothing_that_has_a_setting(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        VLLMConfig(arguments=arguments)
+
+
+def test_how_vllm_runs_changes_no_version_and_how_it_rounds_does():
+    def settings(**values: object) -> object:
+        return to_mapping(DialogueConfig(vllm=VLLMConfig(**values)), results_only=True)
+
+    how = {
+        "sequences": 8,
+        "batched_tokens": 512,
+        "arguments": '{"mm_processor_cache_gb": 1}',
+        "accelerator_type": "H100",
+    }
+    assert settings(**how) == settings()
+    assert not {"quantization", "kv_cache_dtype", *how} & settings()["vllm"].keys()
+    assert settings(quantization="fp8") != settings()
+    assert settings(kv_cache_dtype="fp8") != settings()

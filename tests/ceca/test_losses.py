@@ -11,6 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceca.losses import (
+    DistributionMatching,
+    IdentityCrossEntropy,
+    TripletAlignment,
+    compare,
     confidence_aware_weighting_loss,
     confidence_weights,
     contrastive_loss,
@@ -207,3 +211,32 @@ def test_similarity_distribution_matching_by_hand():
     # One identity: every match counts half, and equal similarities have the smallest loss.
     flat = similarity_distribution_matching(torch.zeros(2, 2), torch.tensor([4, 4]), scale=50)
     torch.testing.assert_close(flat, torch.zeros(2), rtol=0, atol=1e-6)
+
+
+# --- a worker's own rows ----------------------------------------------------------------------------------
+
+ROW_LOSSES = [
+    TripletAlignment(temperature=0.1, margin=0.3),
+    TripletAlignment(temperature=0.015, margin=0.1),
+    IdentityCrossEntropy(scale=50.0),
+    DistributionMatching(scale=50.0),
+]
+
+
+@pytest.mark.parametrize("loss", ROW_LOSSES, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("people", [1, 3, 40])
+@pytest.mark.parametrize("piece", [1, 50, 2**24])
+def test_a_comparison_by_pieces_has_the_value_and_the_gradient_of_the_whole(loss, people, piece, monkeypatch):
+    monkeypatch.setattr("ceca.losses.PIECE", piece)
+    source = torch.Generator().manual_seed(people)
+    a, b, c = F.normalize(torch.randn(3, 12, 6, generator=source, dtype=torch.float64), dim=2).requires_grad_()
+    identities = torch.randint(0, people, (12,), generator=source)
+    weight = torch.rand(2, 5, generator=source, dtype=torch.float64)
+    own = slice(4, 9)
+    similarity = torch.stack([a[own] @ b.T, b[own] @ c.T])
+    expected = loss.value(similarity, identities[own, None] == identities)
+    found = compare(loss, [a[own], b[own]], [b, c], identities[own], identities)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    gradients, wanted = (torch.autograd.grad((weight * losses).sum(), (a, b, c)) for losses in (found, expected))
+    for gradient, right in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-6, atol=1e-6)

@@ -15,14 +15,14 @@ import pytest
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from ceca.config import DialogueConfig, OpenAIConfig, OracleConfig
+from ceca.config import DialogueConfig, OpenAIConfig, OracleConfig, VLLMConfig
 from ceca.data.store import Store
 from ceca.data.tables import list_images
 from ceca.dialogue.attributes import UNKNOWN
 from ceca.dialogue.conversation import EngineError
 from ceca.errors import UserError
 from ceca.settings import to_mapping
-from jobs.dialogue import dialogue
+from jobs.dialogue import _units_at_once, dialogue
 from jobs.dialogues.worker import DialogueWorker
 from jobs.runtime.records import to_json
 from tests.endpoint import ChatServer, completion, digest_of
@@ -243,3 +243,18 @@ def test_structured_answers_follow_the_vocabulary_of_the_dataset(ingested):
         assert row["attributes"]
         assert dict(row["attributes"]).items() <= known[row["image_id"]].items()
         assert UNKNOWN not in dict(row["attributes"]).values()
+
+
+@pytest.mark.parametrize(
+    ("values", "units"),
+    [
+        ({"engine": "oracle"}, 2),  # 64 conversations of 128 images
+        ({"engine": "oracle", "images_per_part": 16}, 5),
+        ({"engine": "openai", "conversations": 300}, 4),
+        ({"engine": "vllm"}, 9),  # 1,024 conversations
+        ({"engine": "vllm", "vllm": VLLMConfig(sequences=100)}, 2),
+        ({"engine": "vllm", "vllm": VLLMConfig(gpus=0)}, 2),
+    ],
+)
+def test_a_worker_gets_enough_units_for_its_conversations(values, units):
+    assert _units_at_once(DialogueConfig(**values)) == units

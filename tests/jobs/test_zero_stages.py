@@ -24,7 +24,7 @@ from ceca.model.irra import WordTask
 from ceca.training.augment import draw, generator, hide_words
 from ceca.training.engine import deepspeed_config, import_deepspeed, published_weights, whole_model
 from ceca.training.step import loss_terms, scaled_loss
-from ceca.training.workers import batch_slice, gather_features, gather_identities
+from ceca.training.workers import batch_slice, gather_features, gather_identities, on_any_worker
 
 BATCH, STEPS, RATE = 8, 2, 0.05
 STAGES = (0, 1, 2, 3)
@@ -142,6 +142,8 @@ def work(rank: int, size: int, folder: str) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    assert on_any_worker(rank == size - 1, torch.device("cpu"))
+    assert not on_any_worker(False, torch.device("cpu"))
     for mode in EXACT[size] + (BF16 if size == 2 else []):
         found = take_steps(*mode)
         if rank == 0:

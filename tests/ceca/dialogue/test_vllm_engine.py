@@ -312,3 +312,23 @@ def test_the_tiny_model_is_the_same_for_the_same_seed(tiny, tmp_path):
     assert (make_tiny_vlm(tmp_path / "same") / weights).read_bytes() == (tiny / weights).read_bytes()
     assert (make_tiny_vlm(tmp_path / "other", seed=1) / weights).read_bytes() != (tiny / weights).read_bytes()
     assert sum(path.stat().st_size for path in tiny.iterdir()) < 4e6
+
+
+def test_settings_reach_the_arguments_of_vllms_engine(monkeypatch):
+    monkeypatch.delenv("CECA_DECLARED_GPUS", raising=False)
+
+    def arguments(**values: object) -> dict:
+        return VLLMEngine(VLLMConfig(**values), temperature=0.0, seed=0)._engine_arguments("weights")
+
+    assert not {"max_num_seqs", "max_num_batched_tokens", "quantization"} & arguments().keys()
+    given = arguments(
+        sequences=8,
+        batched_tokens=512,
+        quantization="fp8",
+        kv_cache_dtype="fp8",
+        arguments='{"mm_processor_cache_gb": 1}',
+    )
+    assert given.items() >= {
+        "max_num_seqs": 8, "max_num_batched_tokens": 512, "quantization": "fp8", "kv_cache_dtype": "fp8",
+        "mm_processor_cache_gb": 1,
+    }.items()  # fmt: skip

@@ -1,4 +1,4 @@
-"""DeepSpeed: compilation of its operations, what it is told about number types, and its errors."""
+"""DeepSpeed: compilation of its operations, what it is told, its errors, and steps that wait for nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,24 @@ import torch
 import torch.utils.cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from ceca.config import LossConfig, TrainConfig
+from benchmarks.waits import Operations
+from ceca.config import LossConfig, ModelConfig, OptimiserConfig, TrainConfig
 from ceca.errors import UserError
+from ceca.model.ceca import CECA
 from ceca.training.curve import Curve
 from ceca.training.engine import (
+    MOST_IN_A_BUCKET,
     Progress,
     _running_no_code,
     compile_operation,
     deepspeed_config,
     explained_overflow,
     import_deepspeed,
+    load_checkpoint,
+    make_engine,
+    save_checkpoint,
+    skipped_steps,
+    take_step,
 )
 
 REPOSITORY = Path(__file__).parents[3]
@@ -181,3 +190,83 @@ def test_progress_counts_skipped_steps_and_reads_checkpoints_from_before(tmp_pat
     earlier.write_text(earlier.read_text().replace(', "skipped": 2', ""))
     assert "skipped" not in earlier.read_text()
     assert Progress.load(tmp_path).skipped == 0
+
+
+# --- settings and steps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("offload", [False, True])
+def test_deepspeed_knows_every_setting_and_checks_gradients_only_where_it_must(stage, precision, clip, offload):
+    if stage == 0 and (offload or precision == "bf16"):
+        return
+    optimiser = OptimiserConfig(gradient_clip=clip)
+    config = TrainConfig(zero_stage=stage, precision=precision, offload=offload, optimiser=optimiser)
+    settings = deepspeed_config(config, parameters=1001)
+    zero, switches = settings["zero_optimization"], stage in (1, 2) and not offload
+    known = import_deepspeed("deepspeed.runtime.zero.config").DeepSpeedZeroConfig(**zero)
+    assert zero.keys() <= known.__class__.model_fields.keys()
+    assert known.compute_grad_norm == (not switches or clip > 0)
+    assert known.reduce_bucket_size == known.allgather_bucket_size == 1002
+    bf16 = import_deepspeed("deepspeed.runtime.precision_config").get_bfloat16_config(settings)
+    assert bf16.check_grad_overflow == (not switches or precision == "fp32")
+    assert not import_deepspeed("deepspeed.utils.config").get_timers_config(settings).enabled
+
+
+def test_no_bucket_is_larger_than_the_largest():
+    zero = deepspeed_config(TrainConfig(), parameters=10**12)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == MOST_IN_A_BUCKET
+
+
+@pytest.fixture(scope="module")
+def one_worker() -> Iterator[None]:
+    """A process group of this process alone, as DeepSpeed needs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("DS_ACCELERATOR", "cpu"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            patch.setenv(name, value)
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+SMALL = ModelConfig(
+    backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_branch=False, summary_weight=0.0
+)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
+def test_a_step_reads_nothing_and_a_gradient_that_is_no_number_changes_nothing(one_worker, tmp_path, precision, stage):
+    config = TrainConfig(
+        model=SMALL,
+        losses=LossConfig(terms=("infonce",)),
+        precision=precision,
+        zero_stage=stage,
+        gpus_per_worker=0,
+        optimiser=OptimiserConfig(warmup_epochs=0),
+    )
+    engine = make_engine(CECA(SMALL), config, steps=10)
+    parameter = engine.module.backbone.clip.visual.proj
+
+    def step(factor: float) -> torch.Tensor:
+        before = parameter.detach().clone()
+        images = torch.ones(2, 3, 32, 32, dtype=parameter.dtype)
+        features = engine(images, torch.tensor([[49406, 320, 49407], [49406, 321, 49407]]), None)
+        with Operations() as operations:
+            engine.backward(factor * features.visual.float().pow(2).sum())
+            take_step(engine)
+        assert not operations.reads
+        return (parameter.detach() - before).float().abs().amax()
+
+    assert step(1.0) > 0
+    for bad in (float("nan"), float("inf")):
+        assert step(bad) == 0
+    assert skipped_steps(engine) == 2
+    assert step(1.0) > 0
+    save_checkpoint(engine, Progress(), tmp_path)
+    step(float("nan"))
+    load_checkpoint(engine, tmp_path)
+    assert skipped_steps(engine) == 2
+    assert step(1.0) > 0
+    assert torch.isfinite(parameter).all()
