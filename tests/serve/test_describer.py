@@ -37,6 +37,7 @@ def test_no_place_and_no_key_comes_from_the_dataset(store: Store) -> None:
     given = asked(engine="openai", questions=3, openai=OpenAIConfig(base_url=ELSEWHERE, model="chat"))
     given["openai"] |= {"api_key_variable": "AWS_SECRET_ACCESS_KEY", "retries": 10**9}
     given["vllm"] |= {"model": "/home/else", "tensor_parallel": 64, "kv_cache_gib": 10**6}
+    given["vllm"] |= {"arguments": '{"chat_template": "/home/else"}', "accelerator_type": "X"}
     here = ServeConfig(engine_url="http://here.invalid/v1", engine_key_variable="MY_KEY", engine_model="mine")
     settings = engine_settings(edition(store, given), here)
     assert isinstance(settings, DialogueConfig)
@@ -54,6 +55,8 @@ def test_every_text_in_the_settings_is_accounted_for() -> None:
         if "str" in str(field.type)
     }
     decided = {"DialogueConfig.published", "VLLMConfig.model"}
+    decided |= {"VLLMConfig.arguments", "VLLMConfig.accelerator_type"}  # how a job runs: never from a manifest
+    decided |= {"VLLMConfig.quantization", "VLLMConfig.kv_cache_dtype"}  # names that vLLM knows or refuses
     decided |= {f"OpenAIConfig.{name}" for name in ("base_url", "model", "api_key_variable")}
     assert texts == decided
 
