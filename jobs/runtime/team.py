@@ -90,6 +90,7 @@ class Lost:
         self.reasons: dict[str, str] = {}  # of each lost worker
         self.given_back: list[int] = []
         self.finished = 0  # units since the round began
+        self.idle_rounds = 0  # rounds in a row that finished no unit
 
     def gives_back(self, result: Mapping[str, Any]) -> bool:
         """Whether a result is a unit that comes back undone.
@@ -114,10 +115,11 @@ class Lost:
         """The units that came back in the round that has ended, for the next one.
 
         Raises:
-            UserError: no worker is left, because none finished a unit in this round.
+            UserError: no unit was finished in this round and the one before.
         """
         back, self.given_back = self.given_back, []
-        if back and not self.finished:
+        self.idle_rounds = 0 if self.finished else self.idle_rounds + 1
+        if back and self.idle_rounds > 1:  # a machine on its way may have missed the first of them
             self._stop()
         self.finished = 0
         return back
