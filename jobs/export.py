@@ -43,7 +43,7 @@ def export_trec(
     run = run_lines(texts, images, captions, documents, omega=omega, top_k=top_k, tag=name)
     target.write_bytes("".join(run).encode(), f"{name}-{split}.run")
     target.write_bytes("".join(qrel_lines(texts, images, captions, documents)).encode(), f"{split}.qrels")
-    words = store.read(store.current("captions", "ingest"), ["caption_id", "text"])
+    words = store.read(store.captions(store.current("images", "ingest")), ["caption_id", "text"])
     asked = dict(zip(words["caption_id"].to_pylist(), words["text"].to_pylist(), strict=True))
     lines = (f"{caption}\t{' '.join(asked.get(caption, '').split())}\n" for caption in captions)
     target.write_bytes("".join(lines).encode(), f"{split}.queries.tsv")

@@ -88,7 +88,7 @@ def _earlier(store: Store) -> dict[str, Manifest]:
     images = store.manifest("images")
     if images is None:
         return {}
-    tables = {name: store.manifest(name, images.version) for name in ("captions", "attributes")}
+    tables = {name: store.belonging(name, images) for name in ("captions", "attributes")}
     return {"images": images, **{name: manifest for name, manifest in tables.items() if manifest is not None}}
 
 

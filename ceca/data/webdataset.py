@@ -11,7 +11,7 @@ from typing import Any
 
 from ceca.data.changes import erased_images, removed_images
 from ceca.data.schema import NOBODY
-from ceca.data.store import Store
+from ceca.data.store import Manifest, Store
 
 KINDS = {b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}  # first bytes → ending; anything else is a JPEG
 
@@ -27,7 +27,8 @@ def samples(store: Store, split: str | None = None) -> Iterator[tuple[bytes, dic
         StoreError: there are no images, or a table is damaged.
     """
     images = store.current("images", "ingest")
-    captions, summaries = _texts(store, "captions", "text"), _texts(store, "dialogues", "summary")
+    captions = _texts(store, store.belonging("captions", images), "text")
+    summaries = _texts(store, store.manifest("dialogues"), "summary")
     gone = removed_images(store) | erased_images(store)
     for number in range(len(images.parts)):
         for row in store.read_part(images, number).to_pylist():
@@ -41,10 +42,9 @@ def samples(store: Store, split: str | None = None) -> Iterator[tuple[bytes, dic
             yield row["image"], known
 
 
-def _texts(store: Store, table: str, column: str) -> dict[str, list[str]]:
+def _texts(store: Store, manifest: Manifest | None, column: str) -> dict[str, list[str]]:
     """Texts of each image in a table, which may be missing."""
     found: dict[str, list[str]] = defaultdict(list)
-    manifest = store.manifest(table)
     if manifest is not None and manifest.rows:
         rows = store.read(manifest, ["image_id", column])
         for key, text in zip(rows["image_id"].to_pylist(), rows[column].to_pylist(), strict=True):
