@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from ray import cloudpickle
 
 from ceca.environment import RAY_JOB_CONFIG
 from ceca.errors import UserError
@@ -29,7 +30,7 @@ def test_no_key_is_in_the_description_of_a_job_that_joins_a_cluster(keys, monkey
     assert set(options["runtime_env"]["env_vars"]) == set(WORKERS)
     for name in SECRETS:
         monkeypatch.delenv(name)
-    hook()  # as in a worker
+    cloudpickle.loads(cloudpickle.dumps(hook))()  # as in a worker
     assert {name: os.environ[name] for name in SECRETS} == SECRETS
 
 
