@@ -1,0 +1,24 @@
+"""The training worker: what it says about steps that were not taken."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from ceca.config import TrainConfig
+from ceca.training.engine import Progress
+from jobs.training.worker import _count_skipped
+
+
+def test_skipped_steps_are_counted_and_told_once(capsys):
+    engine, progress = SimpleNamespace(skipped_steps=2), Progress(steps=9)
+    _count_skipped(engine, progress, TrainConfig())
+    assert (
+        "ceca: 2 steps up to step 9 were skipped, because a gradient was not finite (2 in all)"
+        in capsys.readouterr().out
+    )
+    _count_skipped(engine, progress, TrainConfig())
+    assert capsys.readouterr().out == ""
+    engine.skipped_steps, progress.steps = 3, 12
+    _count_skipped(engine, progress, TrainConfig())
+    assert "1 steps up to step 12 were skipped" in capsys.readouterr().out
+    assert progress.skipped == 3
