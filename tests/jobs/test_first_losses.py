@@ -20,6 +20,7 @@ from ceca.model.embed import normalize
 from ceca.training.division import divide
 from ceca.training.engine import import_deepspeed, make_engine
 from ceca.training.order import Batches
+from ceca.training.step import train_step
 
 BATCH, STEPS, EPOCHS, WARMUP = 8, 2, 6, 2  # steps of an epoch; five losses are of three epochs
 CLIP_RATE, NEW_RATE = 1e-4, 1e-3
@@ -95,8 +96,6 @@ PLAIN = AugmentationConfig(flip=0, pad=0, erase=0, word_mask=0)
 
 
 def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) -> None:
-    from jobs.training.worker import _train_step
-
     config = TrainConfig(
         model=ModelConfig(
             backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_dim=32, mixer_order="released"
@@ -115,8 +114,7 @@ def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) ->
     engine = make_engine(model, config, STEPS)
     found = []
     for step in range(5):
-        where = (step // STEPS, step % STEPS, BATCH)
-        _, _, terms = _train_step(engine, batch(step), config, *where, None, torch.device("cpu"))
+        _, _, terms = train_step(engine, batch(step), config, step // STEPS, step % STEPS, torch.device("cpu"))
         found.append(sum(value.item() for value in terms.values()))
     engine.destroy()
     assert found == pytest.approx(expected, rel=1e-4)
@@ -125,7 +123,7 @@ def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) ->
 
 def test_a_divided_epoch_learns_from_the_pairs_that_its_model_calls_clean(process_group: None) -> None:
     """Two batches of eight and a last one of four; the division compares all pairs before the first step."""
-    from jobs.training.worker import _divide, _of_step, _train_step
+    from jobs.training.worker import _divide, _of_step
 
     config = TrainConfig(
         model=ModelConfig(
@@ -158,7 +156,7 @@ def test_a_divided_epoch_learns_from_the_pairs_that_its_model_calls_clean(proces
     chosen = _of_step(clean, batches, 2, cpu)
     assert chosen is not None
     assert chosen.tolist() == expected[16:].tolist()
-    _, _, terms = _train_step(engine, parts[2], config, 0, 2, 4, chosen, cpu)
+    _, _, terms = train_step(engine, parts[2], config, 0, 2, cpu, 4, chosen)
     f = copy.deepcopy(plain).train()(normalize(b["image"]), b["caption"], None)
     assert terms["tal_global"].item() == pytest.approx(tal(f.text, f.visual, same)[chosen].sum().item(), rel=1e-5)
     assert terms["tal_local"].item() == pytest.approx(
