@@ -146,7 +146,7 @@ def take_step(engine: Any) -> None:
         adam.found_inf = 1.0 - torch.isfinite(largest).float()
         if world()[1] > 1:
             torch.distributed.all_reduce(adam.found_inf, torch.distributed.ReduceOp.MAX)
-        adam.skipped += adam.found_inf
+        adam.skipped = adam.skipped + adam.found_inf  # it begins on the CPU, before DeepSpeed moves the model
     engine.step()
 
 
@@ -154,7 +154,8 @@ def _gradients(engine: Any) -> list[Tensor]:
     """The gradients that this rank's optimiser is about to use."""
     if engine.zero_optimization_stage() == 0:
         return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group]
+    groups = engine.optimizer.averaged_gradients.values()
+    return [gradient for group in groups if group is not None for gradient in group if gradient is not None]
 
 
 def skipped_steps(engine: Any) -> int:
@@ -229,11 +230,10 @@ def deepspeed_config(config: TrainConfig, parameters: int = MOST_IN_A_BUCKET) ->
         "stage": config.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "contiguous_gradients": False,
+        "contiguous_gradients": config.zero_stage > 1 or config.offload,  # else a copy of every gradient
     }
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.gpus_per_worker > 0}
-    zero["contiguous_gradients"] = config.zero_stage > 1 or config.offload  # a copy of every gradient
     unchecked = config.zero_stage in (1, 2) and not config.offload
     if unchecked and not config.optimiser.gradient_clip:
         zero["compute_grad_norm"] = False
