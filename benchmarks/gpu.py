@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -208,13 +209,12 @@ def resume(bench: Bench) -> dict[str, float]:
 
     whole = PlainEngine(bench.make_model(), config)
     steps(whole, range(2))
-    state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in whole.state_dict().items()}
     other = PlainEngine(bench.make_model(), config)
-    saved = Path(f"/tmp/ceca-gpu-{time.time_ns()}.pt")
-    torch.save(state, saved)
+    with tempfile.TemporaryFile() as file:
+        torch.save(whole.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, map_location=bench.device, weights_only=True))
     wanted = steps(whole, range(2, 3))
-    other.load_state_dict(torch.load(saved, map_location=bench.device, weights_only=True))
-    saved.unlink()
     gap = distance(steps(other, range(2, 3)), wanted)
     moved = max(distance(a, b) for a, b in zip(other.masters, whole.masters, strict=True))
     require(max(gap, moved) < 1e-5, f"a resumed run differs: loss by {gap:.1e}, parameters by {moved:.1e}")
