@@ -151,3 +151,5 @@ def entry(main: Callable[[], None]) -> None:
             sys.exit(2)
         _stderr.restore()  # the person reads the traceback
         raise
+    finally:
+        _stderr.may_divert = False

@@ -21,4 +21,4 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not result["fatal"], result["fatal"]
 
     monkeypatch.setattr(units, "_run_units", run)
-    monkeypatch.setattr(units, "connect", lambda: None)
+    monkeypatch.setattr(units, "connect", lambda store: None)

@@ -200,7 +200,7 @@ def test_thoughts_refusals_and_odd_characters_reach_no_table(serve, ingested):
     flags = {flag: [row for row in table if flag in row["flags"]] for flag in ("answer_refused", "thoughts_removed")}
     assert all(row["turns"][0]["answer"].startswith("I'm sorry") for row in flags["answer_refused"])
     assert all(row["summary"].startswith("about") for row in flags["thoughts_removed"])
-    assert {row["summary"] for row in table if not row["flags"]} == {"a \ufffd man"}
+    assert {row["summary"] for row in table if row["flags"] == ["repeated"]} == {"a \ufffd man"}
     assert all(flags.values())
 
 

@@ -125,7 +125,11 @@ def test_what_is_refused_is_said_in_words(client: Client, running: Running) -> N
 
 def test_a_key_that_does_not_open_is_said_and_not_shown(running: Running) -> None:
     url = f"{running.url}/closed"
-    for key, status, says in ((None, 401, "a key is needed"), ("guessed", 401, "not known"), ("loader", 403, "scope")):
+    for key, status, says in (
+        (None, 401, "a key is needed"),
+        ("guessed", 401, "not known"),
+        ("loader", 403, "this needs"),
+    ):
         with Client(url, running.keys.get(key or "", key)) as other, pytest.raises(ClientError) as refused:
             other.search(QUERY)
         assert refused.value.status == status

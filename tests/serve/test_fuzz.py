@@ -62,7 +62,12 @@ def application(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     asked = DialogueConfig(engine="openai", openai=OpenAIConfig(base_url="http://nowhere.invalid/v1", model="chat"))
     publish_people(store, COUNT, to_mapping(asked, results_only=True))
     publish_gallery(store, *publish_tiny(store, "tiny", seed=1), "tiny")
-    config = ServeConfig(top_k_limit=TOP_K_LIMIT, text_limit=TEXT_LIMIT, open=request.param == "open")
+    config = ServeConfig(
+        top_k_limit=TOP_K_LIMIT,
+        text_limit=TEXT_LIMIT,
+        open=request.param == "open",
+        engine_url="http://nowhere.invalid/v1",
+    )
     key = Key("both", hashlib.sha256(SECRET.encode()).hexdigest(), ("search", "write", "admin"), 10**9)
     keys = (key,) if request.param == "closed" else ()
     return make_api(InProcess(store, config, keys), config, Gate(keys))
