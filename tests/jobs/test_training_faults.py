@@ -232,9 +232,7 @@ def test_a_divided_run_goes_on_with_its_division_on_another_number_of_workers(st
     assert all(0 < share < 1 for share in shares[0])
 
 
-def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset, monkeypatch):
-    # Ray counts the lost node for a while, and waits this long (a minute by default) before it counts again.
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset):
     process = start("train", *TRAIN, "--workers", 3, "--workers-min", 2, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
     lost = node_with(cluster, training_workers()[-1])
