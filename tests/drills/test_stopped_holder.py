@@ -92,6 +92,7 @@ def test_on_a_disk_a_holder_that_is_stopped_never_publishes_over_a_newer_table(t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_s3_a_holder_that_is_stopped_before_its_last_write_publishes_nothing(s3_environment: None) -> None:
     # The last turn: it was asked for, the lease was looked at, and the turn is taken late.
     assert any(stop_and_go_on(f"s3://bucket/{uuid.uuid4().hex}", 20) for _ in range(3))

@@ -182,6 +182,7 @@ entry(lambda: run_plan(Store(f"{folder}/data"), plan, workers, redo=False))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("lost", [1, 2])
 def test_on_a_cluster_other_workers_do_the_units_of_a_lost_one(ray_cluster, tmp_path, lost):
