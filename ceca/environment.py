@@ -77,7 +77,7 @@ def cache_folder(*names: str) -> Path:
         cache = Path(given).expanduser() if given else Path(Path.home(), ".cache", "ceca")
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = cache.stat()
-        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if others_write(found):
             cache = own_folder(cache / _own_name(), "CECA_CACHE")
         folder = cache.joinpath(*names)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -168,6 +168,11 @@ def _temporary_folder(place: Path, *names: str) -> Path:
     return folder
 
 
+def others_write(found: os.stat_result) -> bool:
+    """Whether a file or folder is another user's, or others may write to it."""
+    return found.st_uid != os.getuid() or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
 def own_folder(folder: Path, variable: str) -> Path:
     """Make a folder that only this user can enter, or check that it is one. Its parent may be open to everybody.
 
@@ -185,7 +190,7 @@ def own_folder(folder: Path, variable: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error.strerror}); set {variable} to another folder") from None
     found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not stat.S_ISDIR(found.st_mode) or others_write(found):
         raise UserError(
             f"{folder} is not a folder of this user alone: it is a link, another user's, or others can write into it; "
             f"remove it, or set {variable} to another folder"

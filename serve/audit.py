@@ -17,6 +17,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ceca.environment import others_write
 from ceca.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def audit_folder(folder: str) -> Path:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode):
             raise UserError(f"the folder of the log of requests, {path}, is a link or a file: set `audit` to a folder")
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        if others_write(found):
             raise UserError(f"others can write to {path}, the folder of the log of requests: set `audit` to another")
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(13, "no permission to write")

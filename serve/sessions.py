@@ -20,7 +20,7 @@ PORT = re.compile(r":(\d{1,5})$")
 
 
 class Named(Protocol):
-    """A key, of which only the name matters here."""
+    """A key; only its name matters here."""
 
     @property
     def name(self) -> str: ...

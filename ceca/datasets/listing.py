@@ -96,7 +96,7 @@ class Listing:
         return int(self._base.execute("SELECT count(*) FROM kept").fetchone()[0])
 
     def refuse_empty(self, place: str) -> None:
-        """Refuse a source of which no record can be used.
+        """Refuse a source without a usable record.
 
         Args:
             place: the source, for people.

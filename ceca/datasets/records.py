@@ -15,7 +15,7 @@ from ceca.data.store import Reject
 from ceca.errors import UserError
 
 SPLITS = ("train", "val", "test")
-GALLERY = "test"  # split of an image of which nobody said the split
+GALLERY = "test"  # split of an image whose source names none
 # A number made of a name lies above all numbers that people give, and a web page reads it without rounding.
 NAMED = 2**52
 

@@ -191,7 +191,7 @@ class RowReader:
 
 
 def choose_split(identity: int, path: str, share: Sequence[float] | None) -> str:
-    """The split of an image of which nobody said the split.
+    """The split of an image whose source names none.
 
     The person decides, so all images of a person are together, and a person stays where they are if others are added.
 

@@ -84,7 +84,7 @@ def read_checkpoint(source: str, config: ModelConfig, store: Store | None = None
 
     Args:
         source: local file, URI of a file, open_clip tag, or a published model by name or URI.
-        config: its backbone, of which open_clip has tags.
+        config: names the backbone; open_clip lists its tags.
         store: the dataset, in which names of published models are looked up.
 
     Raises:

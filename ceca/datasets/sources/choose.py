@@ -61,7 +61,7 @@ PRESETS = {
         {**_NOTHING, "image": ("image",), "identity": ("image_id",), "text": ("caption",)},
         several=True,
     ),
-    # https://github.com/WentaoTan/MLLM4Text-ReID: {path: caption}, of which only the file's name counts
+    # https://github.com/WentaoTan/MLLM4Text-ReID: {path: caption}; only the path's file name counts
     "luperson_mllm": Preset(
         tuple(f"T{kind}-{model}.json" for kind in "sd" for model in ("qwen", "shikra")),
         {**_NOTHING, "image": ("image",), "text": ("text",)},
@@ -237,7 +237,7 @@ def _is_manifest(file: str) -> bool:
 
 
 def _require_columns(fs: Any, root: str, source: str, tables: Sequence[str]) -> None:
-    """Refuse a folder with tables of which it is not clear that they name its images."""
+    """Refuse a folder with tables that may or may not name its images."""
     for name in tables:
         try:
             rows = itertools.islice(_rows_of(fs, root, name), 10)
