@@ -320,7 +320,7 @@ class Proxy(NamedTuple):
     address: str
 
 
-def is_loopback(url: str) -> bool:
+def on_this_machine(url: str) -> bool:
     """Whether a URL is of this machine, so that no proxy may stand before it."""
     try:
         host = (urlsplit(url).hostname or "").rstrip(".")

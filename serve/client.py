@@ -22,7 +22,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from ceca.environment import find_proxy, is_loopback
+from ceca.environment import find_proxy, on_this_machine
 from ceca.errors import UserError
 from serve.schema import ExplainResponse, Job, Proposed, Ready, SearchHit, SearchResponse, Sentence, Status, Word
 
@@ -90,7 +90,7 @@ class Client:
         try:
             self._http = httpx.Client(
                 headers={"Authorization": f"Bearer {key}"} if key else {},
-                trust_env=not is_loopback(self.url),  # a service on this machine is asked directly, past any proxy
+                trust_env=not on_this_machine(self.url),  # a service on this machine is asked directly, past any proxy
                 verify=httpx.create_ssl_context(),
             )
             httpx.URL(self.url)
@@ -314,7 +314,7 @@ class Client:
                 raise ClientError(f"{name} cannot be sent: {error}") from None
             except httpx.RequestError as error:
                 problem, wait, connection_lost = str(error) or type(error).__name__, pause, True
-                if not is_loopback(self.url) and (proxy := find_proxy(self.url)):
+                if not on_this_machine(self.url) and (proxy := find_proxy(self.url)):
                     problem += f" (through the proxy {proxy.address} of ${proxy.variable})"
             else:
                 if response.is_success:

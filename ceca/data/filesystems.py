@@ -19,7 +19,7 @@ import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
-from ceca.environment import find_proxy, is_loopback
+from ceca.environment import find_proxy, on_this_machine
 from ceca.errors import UserError
 
 REMOVED_AT_ONCE = 16  # requests to an object store
@@ -48,7 +48,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         # them keeps two servers apart.
         endpoint = _s3_endpoint()
         settings: dict[str, Any] = dict.fromkeys(checksums, "when_required")
-        if is_loopback(endpoint):  # asked directly, whatever proxy the environment names
+        if on_this_machine(endpoint):  # asked directly, whatever proxy the environment names
             settings["proxies"] = {}
         options = {"use_listings_cache": False, "endpoint_url": endpoint or None, "config_kwargs": settings}
     try:
@@ -118,7 +118,7 @@ def _s3_endpoint() -> str:
 def behind_proxy() -> str:
     """Words for an error about the proxy that requests to the S3 server go through; empty if there is none."""
     endpoint = _s3_endpoint() or "https://s3.amazonaws.com"
-    proxy = None if is_loopback(endpoint) else find_proxy(endpoint)
+    proxy = None if on_this_machine(endpoint) else find_proxy(endpoint)
     return f", and the proxy {proxy.address} of ${proxy.variable}" if proxy else ""
 
 

@@ -21,7 +21,7 @@ from ceca.datasets.images import ImageError, mime_type, plain_image
 from ceca.dialogue.answers import one_line
 from ceca.dialogue.attributes import Choices, json_schema
 from ceca.dialogue.conversation import Answer, DialogueError, EngineError, Subject, Turn, chat_messages
-from ceca.environment import find_proxy, is_loopback
+from ceca.environment import find_proxy, on_this_machine
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class OpenAIEngine:
         # No limit here: the worker already limits the number of conversations in flight.
         limits = httpx.Limits(max_connections=None)
         # An endpoint on this machine is asked directly: the pictures show people, and a proxy would see them.
-        directly = is_loopback(self.url)
+        directly = on_this_machine(self.url)
         if not directly and (proxy := find_proxy(self.url)):
             self.through = f" through the proxy {proxy.address} of ${proxy.variable}"
             log.warning("pictures go to %s%s", self.url, self.through)

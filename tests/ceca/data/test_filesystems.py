@@ -9,7 +9,7 @@ import pytest
 
 from ceca.data.filesystems import as_pyarrow, remove_exactly
 from ceca.data.store import Store, StoreError
-from ceca.environment import find_proxy, is_loopback
+from ceca.environment import find_proxy, on_this_machine
 
 # A name, and a neighbour that it would match as a pattern.
 NAMES = [("run[1]", "run1"), ("run*", "run-other"), ("run?", "run2"), ("run[!a]", "runb"), ("a b+c%20", "a b+c ")]
@@ -172,7 +172,7 @@ def test_an_error_of_another_s3_server_names_the_proxy(monkeypatch):
     ],
 )
 def test_addresses_of_this_machine(url, here):
-    assert is_loopback(url) == here
+    assert on_this_machine(url) == here
 
 
 def test_the_proxy_of_a_url_is_named_without_its_password(monkeypatch):
