@@ -10,7 +10,7 @@ from jobs.training.worker import _count_skipped
 
 
 def test_skipped_steps_are_counted_and_told_once(capsys):
-    engine, progress = SimpleNamespace(skipped_steps=2), Progress(steps=9)
+    engine, progress = SimpleNamespace(skipped_steps=2, optimizer=None), Progress(steps=9)
     _count_skipped(engine, progress, TrainConfig())
     assert (
         "ceca: 2 steps up to step 9 were skipped, because a gradient was not finite (2 in all)"
