@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from ceca.data.names import ADDED, ARRIVALS, FAILED, REMOVED
 from ceca.data.schema import image_id
-from ceca.data.store import Store, StoreError, version_of
+from ceca.data.store import Store, StoreError, decode, version_of
 
 READERS = 8  # objects read at the same time
 ERASED = ".erased.json"
@@ -234,9 +234,9 @@ def read_added(store: Store, digest: str, name: str, columns: Sequence[str] | No
         FileNotFoundError: another object has replaced it.
     """
     if columns is None:
-        return pq.read_table(io.BytesIO(store.read_bytes(ADDED, digest, name)))
+        return decode(io.BytesIO(store.read_bytes(ADDED, digest, name)))
     with store.open(ADDED, digest, name) as file:  # only these columns: images are most of the bytes
-        return pq.read_table(file, columns=columns)
+        return decode(file, columns)
 
 
 def added_images(store: Store) -> dict[str, int]:
@@ -244,7 +244,7 @@ def added_images(store: Store) -> dict[str, int]:
 
     def read(name: str) -> dict[str, list[Any]]:
         with store.open(name) as file:
-            return pq.read_table(file, columns=["image_id", "identity"]).to_pydict()
+            return decode(file, ["image_id", "identity"]).to_pydict()
 
     for _ in range(100):
         names = [name for name in store.walk(ADDED) if name.endswith(".parquet")]

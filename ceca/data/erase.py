@@ -38,7 +38,7 @@ from ceca.data.names import ADDED, ARRIVALS, FAILED, LISTING, MANIFEST, PART, RE
 from ceca.data.objects import as_json
 from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import image_id, image_of
-from ceca.data.store import Part, Receipt, Store, StoreError, encode
+from ceca.data.store import Part, Receipt, Store, StoreError, decode, encode
 from ceca.errors import UserError
 
 ERASING, COLLECTING = "erase", "gc"  # names that stages wait for: of an erasure, of `ceca.data.garbage`
@@ -319,7 +319,7 @@ def _read_rest(store: Store, name: str, ids: Collection[str], sha256: str | None
             f"{store.place(name)} is damaged: its digest is not the published one; remove this object and its "
             "version's manifest, erase again, and run its stage with --redo"
         )
-    return without(pq.read_table(pa.BufferReader(content)), ids)
+    return without(decode(pa.BufferReader(content)), ids)
 
 
 def _erase_object(store: Store, name: str, ids: Collection[str]) -> None:

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -195,7 +195,7 @@ class Store(Objects):
                 f"{place} is damaged: {len(content)} bytes found, {part.bytes} published, and the digest differs; "
                 "run its stage with --redo"
             )
-        return pq.read_table(pa.BufferReader(content), columns=columns)
+        return decode(pa.BufferReader(content), columns)
 
     def read(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table, in order. For tables that fit in memory; images are read part by part.
@@ -215,7 +215,7 @@ class Store(Objects):
         """Columns of one part. Fetches these columns alone, so the part's digest is not checked."""
         part = manifest.parts[number]
         with self.open(manifest.table, part.path) as file:
-            return pq.read_table(file, columns=columns)
+            return decode(file, columns)
 
     def take(
         self, manifest: Manifest, rows: Sequence[tuple[int, int]], columns: Sequence[str] | None = None
@@ -429,6 +429,27 @@ def encode(rows: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(rows, sink, row_group_size=ROW_GROUP, compression=_compression(rows.schema))
     return sink.getvalue()
+
+
+def decode(source: BinaryIO | pa.NativeFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """Decode the rows of a part.
+
+    Not by `pq.read_table`: it scans as a data set, and one of Arrow's threads may let go of the last bytes after the
+    table has been returned. If the interpreter is ending by then, the thread ends the process with signal 6.
+
+    Args:
+        source: a file of Parquet.
+        columns: columns to read, in this order; None means all.
+
+    Raises:
+        pyarrow.ArrowInvalid: it is not Parquet, or lacks one of the columns.
+    """
+    table = pq.ParquetFile(source, pre_buffer=True).read(columns)
+    if columns is None:
+        return table
+    if missing := sorted(set(columns).difference(table.column_names)):
+        raise pa.ArrowInvalid(f"no column {', '.join(missing)}")
+    return table.select(columns)
 
 
 def _compression(schema: pa.Schema) -> str | dict[str, str]:

@@ -81,7 +81,7 @@ class Progress:
         """Read what `save` wrote."""
         plain = json.loads((folder / "progress.json").read_text())
         clean = np.load(folder / "clean.npy") if (folder / "clean.npy").exists() else None
-        return cls(**plain, curve=Curve.from_table(pq.read_table(folder / "curve.parquet")), clean=clean)
+        return cls(**plain, curve=Curve.from_table(pq.ParquetFile(folder / "curve.parquet").read()), clean=clean)
 
 
 def import_deepspeed(module: str = "deepspeed") -> Any:

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 
 from ceca.config import EvaluateConfig, Split
 from ceca.data.names import EVALUATIONS
 from ceca.data.schema import image_of
-from ceca.data.store import Store
+from ceca.data.store import Store, decode
 from ceca.data.tables import ImageRow, add_summaries, list_images
 from ceca.datasets.images import open_image
 from ceca.errors import UserError
@@ -69,7 +68,7 @@ def report_training(
     curves, validation = {}, {}
     for name in models:
         model = require_model(store, name)
-        table = pq.read_table(pa.BufferReader(model_file(store, name, "curve.parquet")))
+        table = decode(pa.BufferReader(model_file(store, name, "curve.parquet")))
         label = model.label(name)
         curves[label] = table.to_pydict()
         validated = [record for record in model.training["history"] if "val_rank1" in record]
@@ -125,7 +124,7 @@ def report_significance(
         file = f"{result_name(EvaluateConfig(split=split, neighbours=near, rerank=again))}.queries.parquet"
         place = (EVALUATIONS, require_model(store, name).digest, file)
         try:
-            tables.append(pq.read_table(pa.BufferReader(store.read_bytes(*place))).sort_by("caption_id"))
+            tables.append(decode(pa.BufferReader(store.read_bytes(*place))).sort_by("caption_id"))
         except FileNotFoundError:
             raise UserError(f"{store.place(*place)} is not there; run `ceca evaluate --model {name}` first") from None
     first, second = tables

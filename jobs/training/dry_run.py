@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Mapping
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ceca.config import TrainConfig
-from ceca.data.store import Manifest, Store
+from ceca.data.store import Manifest, Store, decode
 from jobs.runtime.console import console
 from jobs.runtime.ray_session import connect
 from jobs.training.run import fit, make_run
@@ -54,7 +53,7 @@ def take_steps(store: Store, config: TrainConfig, tables: Mapping[str, Manifest]
         pairs = training_pairs(store, config, tables, steps=STEPS)
         run = make_run(store, config, tables["images"], FOLDER, pairs, None)
         checkpoint = fit(scratch, config, dataclasses.replace(run, store_uri=scratch.uri))
-        curve = pq.read_table(pa.BufferReader(scratch.read_bytes(FOLDER, checkpoint, "curve.parquet")))
+        curve = decode(pa.BufferReader(scratch.read_bytes(FOLDER, checkpoint, "curve.parquet")))
     losses = curve["loss"].to_pylist()
     shown = ", ".join(f"{loss:.3f}" for loss in losses)
     console.print(f"train: dry run of {config.model.backbone}, losses {shown}")

@@ -13,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceca.data.schema import SCHEMA_VERSION
-from ceca.data.store import ROW_GROUP, Manifest, Part, Receipt, Reject, Store, StoreError, filesystem, version_of
+from ceca.data.store import (
+    ROW_GROUP,
+    Manifest,
+    Part,
+    Receipt,
+    Reject,
+    Store,
+    StoreError,
+    decode,
+    encode,
+    filesystem,
+    version_of,
+)
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -77,6 +89,13 @@ def test_rejects_are_published_with_their_stage_and_counted(store: Store):
         "reason": "missing_file",
         "detail": "not there",
     }
+
+
+def test_columns_are_decoded_in_the_order_asked_and_a_missing_one_is_an_error():
+    content = pa.BufferReader(encode(pa.table({"a": [1, 2], "b": ["x", "y"]})))
+    assert decode(content, ["b", "a"]).to_pydict() == {"b": ["x", "y"], "a": [1, 2]}
+    with pytest.raises(pa.ArrowInvalid, match="no column c"):
+        decode(content, ["a", "c"])
 
 
 def test_a_damaged_part_is_refused(store: Store):
