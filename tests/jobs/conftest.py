@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -22,3 +24,14 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(units, "_run_units", run)
     monkeypatch.setattr(units, "connect", lambda store: None)
+
+
+@pytest.fixture
+def do(without_ray, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Do a stage in this process, without Ray, and give back what it says, on one line."""
+
+    def do_stage(stage: str, *arguments: object) -> str:
+        importlib.import_module(f"jobs.{stage}").main([str(argument) for argument in arguments])
+        return " ".join(capsys.readouterr().err.split())
+
+    return do_stage
