@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import httpx
@@ -262,6 +264,25 @@ def test_idle_connections_make_room_for_others(front: Front) -> None:
         assert len(front.process.net_connections()) <= CONNECTIONS + 5
     with held(front, [head("GET", "/v1/facets", BEARER.strip())] * (2 * CONNECTIONS)):  # that were answered once
         front.serves_others()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_twenty_thousand_connections_hold_nothing(front: Front) -> None:
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    held: deque[socket.socket] = deque(maxlen=min(20_000, most - 1_000))  # as many as this process may have at once
+    try:
+        for number in range(20_000):
+            held.append(front.connect())
+            if number % 2_000 == 0:
+                front.serves_others()
+        front.serves_others()
+        assert len(front.process.net_connections()) <= CONNECTIONS + 5
+    finally:
+        for connection in held:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
 
 
 def test_a_connection_between_requests_is_closed_after_a_while(front: Front) -> None:
