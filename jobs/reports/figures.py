@@ -68,6 +68,8 @@ def report_training(
     curves, validation = {}, {}
     for name in models:
         model = require_model(store, name)
+        if "history" not in model.training:
+            raise UserError(f"model {name!r} was imported and not trained here, so it has no curve; name others")
         table = decode(pa.BufferReader(model_file(store, name, "curve.parquet")))
         label = model.label(name)
         curves[label] = table.to_pydict()
