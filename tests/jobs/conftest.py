@@ -5,11 +5,29 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from jobs.runtime import units
 from jobs.runtime.team import Team
+
+SMALL = ("--recipe", "tests/jobs/small.yaml")
+
+
+@pytest.fixture(scope="session")
+def ingested(run, drawn, tmp_path_factory) -> Path:
+    """A dataset on disk with images and captions, in small parts, for tests that only read it or copy it."""
+    data = tmp_path_factory.mktemp("ingested")
+    run("ingest", *SMALL, "--source", drawn, "--data", data)
+    return data
+
+
+@pytest.fixture(scope="session")
+def told(run, ingested) -> Path:
+    """The same dataset with dialogues."""
+    run("dialogue", *SMALL, "--data", ingested)
+    return ingested
 
 
 @pytest.fixture

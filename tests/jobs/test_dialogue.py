@@ -26,9 +26,9 @@ from jobs.dialogue import _units_at_once, dialogue
 from jobs.dialogues.worker import DialogueWorker
 from jobs.runtime.records import to_json
 from tests.endpoint import ChatServer, completion, digest_of
+from tests.jobs.conftest import SMALL
 
 IMAGES = 24
-SMALL = ("--recipe", "tests/jobs/small.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -14,10 +15,10 @@ from ceca.model.archive import read_weights
 from ceca.model.registry import require_model
 from jobs.weights import export_weights, import_weights
 from tests.ceca.model.test_foreign import write
+from tests.jobs.conftest import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
-SMALL = ("--recipe", "tests/jobs/small.yaml")
 TOWERS = ("--model.summary-weight", 0, "--model.no-local-branch", "--losses.terms", "infonce")
 SETTINGS = {
     "open_clip": TOWERS,
@@ -33,11 +34,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def data(run, drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("formats") / "data"
-    run("ingest", *SMALL, "--source", drawn, "--data", folder)
-    run("dialogue", *SMALL, "--data", folder)
-    return folder
+def data(told: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(told, tmp_path_factory.mktemp("formats") / "data")
 
 
 @pytest.mark.parametrize("form", get_args(Format))

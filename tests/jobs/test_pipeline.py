@@ -34,14 +34,15 @@ from jobs.reports.figures import report_attributes, report_omega, report_ranked,
 from jobs.reports.page import report_page
 from jobs.train import train
 from tests.conftest import REPOSITORY
-from tests.jobs.test_stages import SMALL, digests, kill_after_some_units
+from tests.jobs.conftest import SMALL
+from tests.jobs.test_stages import digests, kill_after_some_units
 
 pytestmark = pytest.mark.timeout(600)
 
 
 def prepare(run, drawn: Path, data: str, environment: dict[str, str] | None = None) -> None:
-    run("ingest", "--recipe", "tiny", "--source", drawn, "--data", data, environment=environment)
-    run("dialogue", "--recipe", "tiny", "--data", data, environment=environment)
+    run("ingest", *SMALL, "--source", drawn, "--data", data, environment=environment)
+    run("dialogue", *SMALL, "--data", data, environment=environment)
 
 
 def metrics(store: Store) -> dict[str, dict[str, float]]:
@@ -51,10 +52,9 @@ def metrics(store: Store) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def on_disk(run, drawn, tmp_path_factory) -> Store:
+def on_disk(run, told, tmp_path_factory) -> Store:
     """The whole pipeline on disk, undisturbed."""
-    data = tmp_path_factory.mktemp("data")
-    prepare(run, drawn, str(data))
+    data = shutil.copytree(told, tmp_path_factory.mktemp("data"), dirs_exist_ok=True)
     run("train", *SMALL, "--data", data)
     run("evaluate", *SMALL, "--data", data)
     run("index", *SMALL, "--data", data)

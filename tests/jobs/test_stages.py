@@ -18,20 +18,11 @@ from ceca.dialogue.tiny import make_tiny_vlm
 from ceca.errors import UserError
 from jobs.reports.figures import describe, report_dialogues
 from tests.conftest import finish
-
-SMALL = ("--recipe", "tests/jobs/small.yaml")
+from tests.jobs.conftest import SMALL
 
 
 def digests(store: Store, table: str) -> list[str]:
     return [part.sha256 for part in store.current(table).parts]
-
-
-@pytest.fixture(scope="module")
-def ingested(run, drawn, tmp_path_factory) -> Path:
-    """A dataset on disk with images and captions, in small parts."""
-    data = tmp_path_factory.mktemp("ingested")
-    run("ingest", *SMALL, "--source", drawn, "--data", data)
-    return data
 
 
 def test_ingest_keeps_images_as_they_came_and_every_caption(ingested, drawn):
@@ -91,13 +82,6 @@ def test_an_unreadable_annotation_file_is_one_clear_error(run, tmp_path):
 def test_a_stage_without_its_input_says_which_to_run_first(run, tmp_path):
     failed = run("dialogue", "--engine", "oracle", "--data", tmp_path, expect=2)
     assert "run the stage `ingest` first" in failed.stdout
-
-
-@pytest.fixture(scope="module")
-def told(run, ingested) -> Path:
-    """The same dataset with dialogues."""
-    run("dialogue", *SMALL, "--data", ingested)
-    return ingested
 
 
 def test_the_oracle_answers_every_question_about_every_image(told):
