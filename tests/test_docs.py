@@ -101,6 +101,7 @@ NEEDS_MORE = {
     "docs/aws.md": "an AWS account, a container engine and GPUs",
     "docs/kubernetes.md": "a Kubernetes cluster with the operator and GPUs",
     "make install LOCK=requirements/gpu.txt": "a machine with a GPU",
+    "python benchmarks/gpu.py": "a machine with a GPU",
     "make long": "time that CI does not have; it runs tests only",
     "make lock": "a package index; it writes the locks",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, assert_never
 
 from ceca.config import DialogueConfig
 from ceca.dialogue.attributes import Choices
@@ -31,9 +31,11 @@ def make_engine(config: DialogueConfig, vocabulary: Choices | None = None) -> En
         from ceca.dialogue.openai import OpenAIEngine
 
         return OpenAIEngine(config.openai, temperature=config.temperature, seed=config.seed)
-    from ceca.dialogue.oracle import OracleEngine
+    if config.engine == "oracle":
+        from ceca.dialogue.oracle import OracleEngine
 
-    return OracleEngine(config.oracle, vocabulary or {})
+        return OracleEngine(config.oracle, vocabulary or {})
+    assert_never(config.engine)
 
 
 def generation_settings(config: DialogueConfig) -> dict[str, Any]:

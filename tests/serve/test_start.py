@@ -81,6 +81,7 @@ def test_build_reads_strings_as_the_command_line_gives_them(people: Store) -> No
     assert isinstance(built, ray_serve.Application)
 
 
+@pytest.mark.slow
 def test_command_serves_until_it_is_interrupted(people: Store) -> None:
     """Also where a cluster that is gone has left its address."""
     port, folder = free_port(), Path(tempfile.mkdtemp(prefix="ceca-"))  # short: Ray's sockets lie below
