@@ -72,7 +72,8 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
             "are embedded"
         )
     plan = _plan(store, config, model, images, earlier, reused)
-    return run_plan(store, plan, Workers(config.replicas, cpus=1, gpus=config.gpus), redo=redo)
+    workers = Workers(config.replicas, cpus=1, gpus=config.gpus, pool="dialogue" if config.gpus else "cpu")
+    return run_plan(store, plan, workers, redo=redo)
 
 
 def _searchable(store: Store, images: ImagePlan) -> ImagePlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import socket
@@ -82,8 +83,13 @@ def _connect(config: ServeConfig, address: str) -> ServeConfig:
 
     Returns:
         The settings, with the CPUs per replica if Ray was started here.
+
+    Raises:
+        UserError: there is no such cluster, or one node is too few.
     """
     import ray
+
+    from serve.app import WAITING
 
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -96,14 +102,32 @@ def _connect(config: ServeConfig, address: str) -> ServeConfig:
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             raise cannot_join(address, error) from error
         return config
+    _check_replicas(config)
     cores = os.cpu_count() or 1
     cpus = config.cpus or min(cores, CORES)
     encoders = config.encoder_replicas_max or config.encoder_replicas
     searchers = config.shards * (config.search_replicas_max or config.search_replicas)
-    cores = max(cpus * (encoders + searchers), cores)
+    waiting = math.ceil(WAITING * (1 + (config.ingress_replicas_max or config.ingress_replicas)))
+    cores = max(cpus * (encoders + searchers) + waiting, cores)
     hand_token_to_ray()
     ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=ray_folder(), **quiet)
     return dataclasses.replace(config, cpus=cpus)
+
+
+def _check_replicas(config: ServeConfig) -> None:
+    """Check that all replicas find room on a single node: Ray would wait in silence for another one.
+
+    Raises:
+        UserError: the settings allow fewer replicas of a kind on a node.
+    """
+    for kind in ("ingress", "encoder", "search"):
+        replicas = getattr(config, f"{kind}_replicas_max") or getattr(config, f"{kind}_replicas")
+        if config.replicas_per_node is not None and replicas > config.replicas_per_node:
+            raise UserError(
+                f"{replicas} {kind} replicas with --replicas-per-node {config.replicas_per_node} need a cluster of "
+                f"{math.ceil(replicas / config.replicas_per_node)} nodes, and this machine is one: name a cluster by "
+                "RAY_ADDRESS, or leave --replicas-per-node out"
+            )
 
 
 def _stop() -> None:

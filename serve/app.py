@@ -28,6 +28,7 @@ from ceca.commandline import load_recipe
 from ceca.config import ServeConfig
 from ceca.data.store import Store
 from ceca.errors import UserError
+from ceca.machines import machines_for
 from ceca.search.edition import Edition, find_edition
 from ceca.settings import from_mapping
 from serve.access import read_keys
@@ -41,6 +42,9 @@ from serve.wire import INGRESS
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 CALLS = 4  # calls in progress at one replica, each with up to a batch of queries; with more, another replica starts
 DRAIN_S = 10  # time that a replica has to finish its requests before it is stopped
+# Share of a CPU that ingress and intake take, which mostly wait. With none, Ray could place them on a head without
+# CPUs, and they would be lost with it.
+WAITING = 0.1
 
 
 def build(arguments: dict[str, Any]) -> Application:
@@ -84,7 +88,11 @@ def application(edition: Edition, config: ServeConfig) -> Application:
         "graceful_shutdown_wait_loop_s": 1.0,
     }
     computing = {
-        "ray_actor_options": {"num_cpus": config.cpus or 1, "num_gpus": config.gpus},
+        "ray_actor_options": {
+            "num_cpus": config.cpus or 1,
+            "num_gpus": config.gpus,
+            "label_selector": replica_machines(config.gpus),
+        },
         # At least one call per request, so that no replica is idle while requests wait.
         "max_ongoing_requests": 4 * config.batch,
         "max_queued_requests": config.queue,
@@ -97,13 +105,14 @@ def application(edition: Edition, config: ServeConfig) -> Application:
         ).bind(data, config, number)
         for number in range(config.shards)
     ]
-    intake = serve.deployment(ray_actor_options={"num_cpus": 0}, **common)(Intake).bind(
+    waiting = {"num_cpus": WAITING, "label_selector": machines_for("cpu", "serve")}
+    intake = serve.deployment(ray_actor_options=waiting, **common)(Intake).bind(
         data, config, engine_settings(edition, config), encoder
     )
     ingress = serve.deployment(
         name=INGRESS,
         **_replicas(config, "ingress", config.queue / 2),
-        ray_actor_options={"num_cpus": 0},  # it mostly waits, and must fit beside the others
+        ray_actor_options=waiting,
         max_ongoing_requests=2 * config.queue,  # it refuses requests above `queue` itself, with words
         max_queued_requests=config.queue,
         backpressure_config=BackpressureConfig(retry_after_s=1),
@@ -112,8 +121,13 @@ def application(edition: Edition, config: ServeConfig) -> Application:
     return ingress(serve.ingress()(Ingress)).bind(data, config, keys, encoder, shards, intake, secrets.token_bytes(32))
 
 
+def replica_machines(gpus: float) -> dict[str, str]:
+    """Ray's label selector of the replicas that compute, which have this number of GPUs each."""
+    return machines_for("serve" if gpus else "cpu")
+
+
 def _replicas(config: ServeConfig, kind: str, target: float) -> dict[str, Any]:
-    """The number of replicas of a deployment: fixed, or following the load if the settings have a maximum.
+    """The number of replicas of a deployment, fixed or following the load, and how many of them a node may have.
 
     Args:
         config: settings of the service.
@@ -121,14 +135,16 @@ def _replicas(config: ServeConfig, kind: str, target: float) -> dict[str, Any]:
         target: requests in progress or waiting per replica that autoscaling aims at.
     """
     least, most = getattr(config, f"{kind}_replicas"), getattr(config, f"{kind}_replicas_max")
+    apart = {"max_replicas_per_node": config.replicas_per_node}
     if most is None:
-        return {"num_replicas": least}
+        return {"num_replicas": least, **apart}
     return {
+        **apart,
         "autoscaling_config": AutoscalingConfig(
             min_replicas=least,
             max_replicas=most,
             target_ongoing_requests=target,
             upscale_delay_s=5,
             downscale_delay_s=config.shrink_s,
-        )
+        ),
     }

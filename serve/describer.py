@@ -21,6 +21,7 @@ from ceca.dialogue.attributes import Choices, read_vocabulary
 from ceca.dialogue.conversation import Dialogue, DialogueError, EngineError, Subject, converse
 from ceca.dialogue.engines import make_engine
 from ceca.errors import UserError
+from ceca.machines import machines_for
 from ceca.model.registry import lies_in
 from ceca.search.edition import Edition
 from ceca.settings import from_mapping, to_mapping
@@ -163,7 +164,9 @@ class Questioner:
         self.problem = f"the engine that describes images {start}"
         try:
             choices = await asyncio.to_thread(read_vocabulary, self.store) if self.settings.attributes else None
-            engine = Engine.options(num_gpus=self.gpus).remote(self.settings, choices)  # type: ignore[attr-defined]
+            machines = machines_for("dialogue", "serve") if self.gpus else machines_for("cpu", "serve")
+            options = {"num_gpus": self.gpus, "label_selector": machines}
+            engine = Engine.options(**options).remote(self.settings, choices)  # type: ignore[attr-defined]
             self.model = await engine.start.remote()
         except Exception as error:  # from the store, vLLM or the node: each may work again later
             self._lost(error)

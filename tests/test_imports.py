@@ -15,6 +15,7 @@ PACKAGES = ("ceca", "jobs", "serve", "cluster", "benchmarks")
 MAY_IMPORT = {
     "ceca.errors": set(),
     "ceca.environment": {"ceca.errors"},
+    "ceca.machines": set(),
     "ceca.settings": {"ceca.errors"},
     "ceca.config": {"ceca.errors", "ceca.settings"},
     "ceca.commandline": {"ceca.errors", "ceca.settings", "ceca.config"},

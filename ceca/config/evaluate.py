@@ -105,6 +105,8 @@ class ServeConfig:
     """Number of search replicas per shard; the minimum if search_replicas_max is set."""
     search_replicas_max: Positive | None = None
     """Maximum number of search replicas per shard, which then follows the load; none keeps the number fixed."""
+    replicas_per_node: Positive | None = None
+    """Maximum number of replicas of one kind on one node; with 1, a lost node leaves one of two. None has no limit."""
     shrink_s: PositiveFloat = 600.0
     """Seconds of lower load, and for the engine of added images without work, before they are removed."""
     cpus: Positive | None = None

@@ -64,7 +64,8 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
         rejects=images.rejects,
         notes={"model": config.model},
     )
-    manifests = run_plan(store, plan, Workers(config.replicas, cpus=1, gpus=config.gpus), redo=redo)
+    workers = Workers(config.replicas, cpus=1, gpus=config.gpus, pool="dialogue" if config.gpus else "cpu")
+    manifests = run_plan(store, plan, workers, redo=redo)
     return store.read(manifests[query_table]), store.read(manifests[image_table])
 
 

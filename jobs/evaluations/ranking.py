@@ -9,6 +9,7 @@ import ray
 import torch
 
 from ceca.evaluation.evaluation import Embedded
+from ceca.machines import machines_for
 from ceca.metrics import Matches, rank_embeddings, slices
 from jobs.runtime.console import Track
 from jobs.runtime.ray_session import connect
@@ -49,7 +50,7 @@ def rank(queries: Embedded, gallery: Embedded, omegas: list[float], rerank_first
     return {omega: np.concatenate([parts[start][omega] for start in sorted(parts)]) for omega in omegas}
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, label_selector=machines_for("cpu"))
 def _rank_rows(queries: Any, shared: Any, rows: slice) -> dict[float, np.ndarray]:
     torch.set_num_threads(1)
     gallery, matches, omegas, rerank_first = shared

@@ -27,6 +27,7 @@ from ceca.data.lease import Lease
 from ceca.data.names import REMOVED, WORK, rejects_table
 from ceca.data.store import Manifest, Receipt, Reject, Store
 from ceca.errors import UserError
+from ceca.machines import Pool, machines_for
 from jobs.runtime.alone import alone
 from jobs.runtime.console import Track, console, plain
 from jobs.runtime.noise import tell_warnings
@@ -80,6 +81,7 @@ class Workers:
         replicas: workers at most.
         cpus: CPUs of one worker.
         gpus: GPUs of one worker.
+        pool: machines that the workers use.
         accelerator_type: Ray's name of the kind of GPU; None takes any.
         units_at_once: units that one worker does at the same time, each called from a thread of its own.
         may_be_lost: a worker may raise WorkerLost.
@@ -88,6 +90,7 @@ class Workers:
     replicas: int
     cpus: float
     gpus: float = 0
+    pool: Pool = "cpu"
     accelerator_type: str | None = None
     units_at_once: int = 1
     may_be_lost: bool = False
@@ -257,23 +260,22 @@ def _round(
     import ray
 
     rows = [{"unit": unit, "work": json.dumps(plan.units[unit])} for unit in todo]
-    yield from (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(
-            _UnitWorker,
-            fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments), team),
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                max_size=min(replicas, len(todo)),
-                max_concurrent_calls_per_actor=workers.units_at_once,
-                enable_true_multi_threading=workers.units_at_once > 1,
-            ),
-            num_cpus=workers.cpus,
-            num_gpus=workers.gpus or None,
-            **({"accelerator_type": workers.accelerator_type} if workers.accelerator_type else {}),
-        )
-        .iter_rows()
+    units = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _UnitWorker,
+        fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments), team),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=min(replicas, len(todo)),
+            max_concurrent_calls_per_actor=workers.units_at_once,
+            enable_true_multi_threading=workers.units_at_once > 1,
+        ),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus or None,
+        **({"accelerator_type": workers.accelerator_type} if workers.accelerator_type else {}),
     )
+    # As an option of the execution and not of the workers alone: Ray Data also asks for machines before it needs them.
+    units.context.execution_options.label_selector = machines_for(workers.pool)
+    yield from units.iter_rows()
 
 
 class _UnitWorker:

@@ -19,6 +19,7 @@ from ceca.config import TrainConfig
 from ceca.data.store import Manifest, Store
 from ceca.data.tables import ImageRow
 from ceca.datasets.images import decode_image
+from ceca.machines import machines_for
 from ceca.model.tokens import CONTEXT
 from ceca.training.order import Batches, epoch_order, epoch_partners
 
@@ -79,9 +80,25 @@ def _load_part(uri: str, manifest: Manifest, part: int) -> pa.Table:
     return Store(uri).read_part(manifest, part, ["image"])
 
 
-def load_images(store: Store, images: Manifest, parts: set[int]) -> dict[int, ray.ObjectRef]:
-    """Let Ray tasks fetch the `image` column of these parts from the store: part → reference."""
-    return {part: _load_part.remote(store.uri, images, part) for part in sorted(parts)}
+def training_machines(config: TrainConfig) -> dict[str, str]:
+    """Ray's label selector of a training's workers, and of those that fetch and decode their images beside them."""
+    return machines_for("train" if config.gpus_per_worker else "cpu")
+
+
+def load_images(store: Store, images: Manifest, parts: set[int], machines: dict[str, str]) -> dict[int, ray.ObjectRef]:
+    """Let Ray tasks fetch the `image` column of these parts from the store.
+
+    Args:
+        store: the dataset.
+        images: the images table.
+        parts: numbers of its parts.
+        machines: label selector of the machines that fetch them and hold them in memory.
+
+    Returns:
+        Part → reference.
+    """
+    fetch = _load_part.options(label_selector=machines)
+    return {part: fetch.remote(store.uri, images, part) for part in sorted(parts)}
 
 
 class EncodedImages:
@@ -202,6 +219,7 @@ def stream_batches(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = training_machines(config)
     if not most:  # fewer pairs than workers
         return cut_batches(iter(()), sizes, empty_batch(config))
     numbers = ray.data.range(sum(sizes), override_num_blocks=max(1, min(len(sizes) // 4, 1000)))

@@ -29,7 +29,7 @@ from ceca.model.weights import publish_model
 from ceca.settings import to_mapping
 from jobs.runtime.console import console
 from jobs.runtime.ray_session import connect
-from jobs.training.data import HeldOut, Run, load_images
+from jobs.training.data import HeldOut, Run, load_images, training_machines
 from jobs.training.samples import held_out, tokenize_pairs, training_pairs
 from jobs.training.worker import train_worker
 
@@ -119,7 +119,7 @@ def make_run(
         config=dataclasses.replace(config, gpus_per_worker=usable_gpus(config.gpus_per_worker)),
         store_uri=store.uri,
         run=folder,
-        images=load_images(store, images, parts),
+        images=load_images(store, images, parts, training_machines(config)),
         samples=ray.put(tokenize_pairs(pairs, config)),
         validation=ray.put(validation) if validation is not None else None,
     )
@@ -165,6 +165,8 @@ def fit(store: Store, config: TrainConfig, run: Run) -> str:
                 "CPU": config.cpus_per_worker,
                 **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
             },
+            placement_strategy="PACK",  # as few machines as possible, for features are gathered in every step
+            label_selector=training_machines(config),
         ),
         run_config=ray.train.RunConfig(
             name=name,

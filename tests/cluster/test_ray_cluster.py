@@ -1,4 +1,4 @@
-"""ray_cluster.yaml: what Ray asks AWS for, against simulated EC2 and IAM, and which machines each stage gets."""
+"""ray_cluster.yaml: what Ray asks AWS for, against simulated EC2 and IAM."""
 
 from __future__ import annotations
 
@@ -25,9 +25,6 @@ from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_LAUNCH_CONFIG, TAG_RAY_NODE_KIND
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
-from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
-from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
 from serve.environment import ENVIRONMENT
 from tests.conftest import REPOSITORY
@@ -315,50 +312,3 @@ def test_the_guide_s_quotas_are_enough(cluster: dict[str, Any]) -> None:
         needed[quota] += published["VCpuInfo"]["DefaultVCpus"] * max(1, node_type["max_workers"])
     rows = re.findall(r"^\| ((?:All|Running) [^|]*) \| .* \| (\d+) \|$", GUIDE.read_text(), re.MULTILINE)
     assert {quota: int(number) for quota, number in rows} == needed
-
-
-# --- which machines a stage gets --------------------------------------------------------------------------
-
-Bundles = list[dict[str, float]]
-
-
-def launched(config: dict[str, Any], bundles: Bundles, *, together: bool) -> dict[str, int]:
-    """Number of machines by type that Ray's autoscaler starts for these requests on an empty cluster."""
-    types = AutoscalingConfig(config, skip_content_hash=True).get_node_type_configs()
-    requests = [ResourceRequestUtil.make(bundle) for bundle in bundles]
-    demand: dict[str, Any] = {"resource_requests": ResourceRequestUtil.group_by_count(requests)}
-    if together:
-        demand = {"gang_resource_requests": [GangResourceRequest(requests=requests)]}
-    reply = ResourceDemandScheduler(event_logger=None).schedule(
-        SchedulingRequest(
-            disable_launch_config_check=True, node_type_configs=types, max_num_nodes=config["max_workers"] + 1, **demand
-        )
-    )
-    assert not reply.infeasible_resource_requests
-    assert not reply.infeasible_gang_resource_requests
-    return {launch.instance_type: launch.count for launch in reply.to_launch if launch.instance_type != "head"}
-
-
-ENGINE, ALONE = {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("bundles", "together", "expected"),
-    [
-        pytest.param([ALONE] * 40, False, {"cpu": 3}, id="ingest"),
-        pytest.param([ENGINE], False, {"dialogue": 1}, id="dialogue"),
-        pytest.param([ENGINE] * 2, False, {"dialogue": 2}, id="dialogue --replicas 2"),
-        # Ray does not know that the machine with four GPUs is for training, and fills the largest first.
-        pytest.param([ENGINE] * 8, False, {"train": 1, "dialogue": 4}, id="eight engines that wait at the same time"),
-        pytest.param([ENGINE] * 4, True, {"train": 1}, id="train --workers 4"),
-        pytest.param([{"CPU": 9, "GPU": 1}], True, {"train": 1}, id="train --workers 1 --cpus-per-worker 9"),
-        pytest.param([{"CPU": 4, "GPU": 0.5}] * 4, False, {"serve": 2}, id="service with cpus 4, gpus 0.5"),
-        pytest.param([ALONE] * 4, False, {"cpu": 1}, id="service without GPUs"),
-    ],
-)
-def test_machines_of_a_stage(
-    cluster: dict[str, Any], bundles: Bundles, together: bool, expected: dict[str, int]
-) -> None:
-    """As docs/aws.md says it; the requests are those of `jobs` and `serve`."""
-    config = {key: value for key, value in cluster.items() if key != "head_node"}  # as the head reads it
-    assert launched(config, bundles, together=together) == expected

@@ -51,7 +51,7 @@ def write_deployment(file: Path, data: str, port: int, **args: Any) -> None:
     """A copy of the file for this machine."""
     content = yaml.safe_load(FILE.read_text())
     content["http_options"] = {"host": "127.0.0.1", "port": port}
-    content["applications"][0]["args"] |= {"data": data, "keys": None, "open": True, **args}
+    content["applications"][0]["args"] |= {"data": data, "keys": None, "open": True, "replicas_per_node": None, **args}
     file.write_text(yaml.safe_dump(content))
 
 
