@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     arguments = parse_arguments("serve", argv, prog="python -m serve")
     config: ServeConfig = arguments.config
-    if not (config.keys or config.open or is_loopback(config.host)):
+    if not (config.keys or config.oidc or config.open or is_loopback(config.host)):
         raise UserError(
             f"others can reach {config.host}, and this searches for people: give --keys FILE "
             "(`python -m serve.access NAME` makes a key), or --open if a proxy in front of it authenticates users"
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     edition = find_edition(Store(arguments.data), config.model)
     if not named:
         _check_port(config.host, config.port)
-        if config.keys:
+        if config.keys or config.oidc:
             audit_folder(config.audit)
     import ray
     from ray import serve

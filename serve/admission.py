@@ -117,7 +117,7 @@ class Admission:
         route, needs = (request.method, path), _needs(request.method, path, self.config)
         if sum(len(name) + len(value) for name, value in request.scope["headers"]) > HEADERS_LIMIT:
             return JSONResponse({"detail": f"send headers of at most {HEADERS_LIMIT} bytes"}, status_code=431)
-        if not (self.gate.keys or self.config.open or names_this_machine(headers)):
+        if not (self.gate.closed or self.config.open or names_this_machine(headers)):
             return JSONResponse({"detail": OTHER_NAME}, status_code=403)
         if path.startswith("/v1") and of_another_site(headers):
             return JSONResponse({"detail": ELSEWHERE}, status_code=403)

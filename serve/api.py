@@ -51,8 +51,8 @@ def make_api(service: Service, config: ServeConfig, gate: Gate) -> FastAPI:
     api.include_router(session_routes(service, gate), responses=documented(401, 403, 413, 429, 431, 503))
     api.include_router(search_routes(service, config), responses=documented(401, 403, 413, 429, 431, 503))
     api.include_router(gallery_routes(service), responses=documented(401, 403, 413, 429, 431, 503))
-    api.include_router(about_routes(service, config, bool(gate.keys)), responses=documented(403, 413, 431, 503))
-    _describe(api.openapi(), config, bool(gate.keys))
+    api.include_router(about_routes(service, config, gate.closed), responses=documented(403, 413, 431, 503))
+    _describe(api.openapi(), config, gate.closed)
     return api
 
 

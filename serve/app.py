@@ -37,6 +37,7 @@ from serve.encoder import QueryEncoder
 from serve.ingress import Ingress
 from serve.intake import Intake
 from serve.searcher import GallerySearch
+from serve.tokens import read_issuer
 from serve.wire import INGRESS
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -66,9 +67,10 @@ def build(arguments: dict[str, Any]) -> Application:
             raise UserError(f"serve.app:build takes no {name!r}: set it in Ray Serve's http_options")
     section = (load_recipe(recipe).get("serve") or {}) if recipe else {}
     config = from_mapping(ServeConfig, {**section, **values}, "serve.app:build")
-    if not config.keys and not config.open:
+    if not (config.keys or config.oidc or config.open):
         raise UserError(
-            "serve.app:build needs keys=FILE (see serve/access.py), or open=true if nobody else can reach the service"
+            "serve.app:build needs keys=FILE (see serve/access.py) or oidc=FILE (serve/tokens.py), or open=true if "
+            "nobody else can reach the service"
         )
     return application(find_edition(Store(data), config.model), config)
 
@@ -81,6 +83,7 @@ def application(edition: Edition, config: ServeConfig) -> Application:
         config: settings of the service.
     """
     keys = read_keys(Path(config.keys).expanduser()) if config.keys else ()
+    issuer = read_issuer(Path(config.oidc).expanduser()) if config.oidc else None
     data = edition.data
     common = {
         "logging_config": QUIET,
@@ -118,7 +121,9 @@ def application(edition: Edition, config: ServeConfig) -> Application:
         backpressure_config=BackpressureConfig(retry_after_s=1),
         **common,
     )
-    return ingress(serve.ingress()(Ingress)).bind(data, config, keys, encoder, shards, intake, secrets.token_bytes(32))
+    return ingress(serve.ingress()(Ingress)).bind(
+        data, config, keys, encoder, shards, intake, secrets.token_bytes(32), issuer
+    )
 
 
 def replica_machines(gpus: float) -> dict[str, str]:

@@ -34,6 +34,7 @@ from serve.replicas import Replicas
 from serve.schema import Job, Status
 from serve.service import Explanation, NewImage, SearchResult
 from serve.snapshot import Snapshot
+from serve.tokens import Issuer, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Ingress:
         shards: handles of `GallerySearch`, one per shard.
         intake: handle of `Intake`.
         secret: signs the sessions of browsers; the same for all replicas.
+        issuer: whose OIDC tokens are accepted beside keys; None accepts none.
     """
 
     def __init__(
@@ -84,17 +86,19 @@ class Ingress:
         shards: Sequence[DeploymentHandle],
         intake: DeploymentHandle,
         secret: bytes | None = None,
+        issuer: Issuer | None = None,
     ):
-        self.config, self.keys, self.metrics = config, keys, Metrics()
+        self.config, self.metrics = config, Metrics()
         most = config.ingress_replicas_max or config.ingress_replicas
-        self.gate = Gate(keys, most, secret=secret)
+        self.tokens = Tokens(issuer) if issuer is not None else None
+        self.gate = Gate(keys, most, secret=secret, tokens=self.tokens)
         store = Store(data)
         self.replicas = Replicas(config, encoder, shards, intake)
         self.following = Following(store, config, self.replicas, self.metrics)
         self.changes = Changes(store, config, self.following, self.replicas)
 
     def __serve_build_asgi_app__(self) -> Any:
-        if self.keys:  # without keys all clients are alike
+        if self.gate.closed:  # else all clients are alike
             open_audit(self.config.audit)
         else:
             close_audit()
@@ -109,11 +113,12 @@ class Ingress:
         return self.following.ready
 
     async def keep_following(self) -> None:
-        """Follow newer editions, and sessions that end on other replicas, as long as the replica lives."""
-        await asyncio.gather(self.following.keep(), self._keep_sessions())
+        """Follow newer editions, sessions that end on other replicas, and the issuer's keys, as long as this lives."""
+        tokens = [self.tokens.keep()] if self.tokens is not None else []
+        await asyncio.gather(self.following.keep(), self._keep_sessions(), *tokens)
 
     async def _keep_sessions(self) -> None:
-        while self.keys:
+        while self.gate.keys:
             await asyncio.sleep(self.config.follow_s)
             await self.tell_ended()
 

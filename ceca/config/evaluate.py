@@ -68,6 +68,8 @@ class ServeConfig:
     """Port to listen on."""
     keys: str | None = None
     """File of API keys (`python -m serve.access NAME` makes one). Required if other machines can reach the service."""
+    oidc: str | None = None
+    """File that names an OIDC issuer whose tokens are accepted beside keys (see serve/tokens.py)."""
     open: bool = False
     """Answer without keys although other machines can reach the service, e.g. behind a proxy that authenticates."""
     audit: str = ""

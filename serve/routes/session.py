@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve.access import Gate, Refusal
+from serve.access import Gate, Key, Refusal
 from serve.refusals import refused
 from serve.schema import Session
 from serve.service import Service
@@ -24,7 +24,7 @@ def session_routes(service: Service, gate: Gate) -> APIRouter:
             request.state.who = admitted.who
             return refused(admitted)
         response = Response(status_code=204)
-        if admitted is not None:
+        if isinstance(admitted, Key):  # tokens are longer than `given.key` may be, and end by themselves
             request.state.who = admitted.name
             _set_cookie(response, request, gate.sessions.begin(admitted.name), SESSION_S)
         return response
