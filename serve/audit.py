@@ -2,16 +2,21 @@
 
 Only the service's user can read the file. The length of a line has a limit, whatever a client sends. Searched words
 appear as a hash only. Without keys all clients are alike, and nothing is logged.
+
+    python -m serve.audit [FOLDER]      print the lines of all files of this machine as they come, for a log collector
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import stat
+import sys
 import time
+from collections.abc import Iterator
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 AUDIT = logging.getLogger("ceca.audit")
 TEXT_LIMIT, LIST_LIMIT = 200, 200  # characters of a text, and items of a list; a path and a page of hits fit
 LINE_LIMIT = 8 * 1024  # bytes
+COLLECT_S = 1.0  # between two looks for new lines
 FILE_LIMIT, FILES = 100 * 1024 * 1024, 10  # bytes of a replica's file, and number of earlier files that are kept
 
 
@@ -88,6 +94,35 @@ def audit_folder(folder: str) -> Path:
     return path
 
 
+class Collector:
+    """Reads the lines that processes write to the files of a folder, each line once.
+
+    A line is complete when its end is there. A file that was full is found again under its new name.
+
+    Args:
+        folder: the folder of the log.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.read: dict[int, int] = {}  # inode → bytes
+
+    def lines(self) -> Iterator[str]:
+        """Lines that are new since the last call, file by file."""
+        found = {}
+        for path in sorted(self.folder.glob("*.jsonl*")):
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                file.seek(self.read.get(inode, 0))
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    found[inode] = self.read[inode] = self.read.get(inode, 0) + len(line)
+                    yield line.decode().rstrip("\n")
+                found[inode] = self.read.get(inode, 0)
+        self.read = found  # inodes of files that are gone may be given to others
+
+
 def note(request: Request, **facts: Any) -> None:
     """Add fields to the line about a request."""
     request.state.facts |= facts
@@ -123,3 +158,21 @@ def _bounded(facts: dict[str, Any]) -> dict[str, Any]:
 def hashed(query: str | bytes) -> str:
     """16 hex digits of the SHA-256 of a query, for the log."""
     return hashlib.sha256(query if isinstance(query, bytes) else query.encode()).hexdigest()[:16]
+
+
+def main(folder: str = "") -> None:
+    """Print the lines of all files of a folder as they come, for ever.
+
+    Args:
+        folder: the folder of the log; empty means the default.
+    """
+    collector = Collector(audit_folder(folder))
+    while True:
+        for line in collector.lines():
+            print(line)
+        sys.stdout.flush()
+        time.sleep(COLLECT_S)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -18,8 +18,8 @@ from tests.conftest import REPOSITORY
 TREE = REPOSITORY / "cluster" / "kubernetes"
 GUIDE = REPOSITORY / "docs" / "kubernetes.md"
 SCHEMAS = Path(__file__).parent / "schemas"
-JOBS = ("jobs/dialogue", "jobs/train", "jobs/pipeline")
-APPLIED = ("base", "cluster", "service", *JOBS)  # what a user gives to `kubectl apply -k`
+JOBS = ("jobs/dialogue", "jobs/train", "jobs/pipeline", "jobs/train-queued")
+APPLIED = ("base", "cluster", "service", "ingress", "queue", *JOBS)  # what a user gives to `kubectl apply -k`
 
 Object = dict[str, Any]
 
@@ -97,7 +97,12 @@ def ways(value: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 def pods() -> list[Object]:
     """Every pod template: Ray's nodes, the pods that submit jobs, Redis."""
-    return [mapping for mapping in maps(everything()) if "containers" in mapping.get("spec", {})]
+    return [mapping for mapping in maps(everything()) if "containers" in (mapping.get("spec") or {})]
+
+
+def containers(pod: Object) -> list[Object]:
+    """All containers of a pod, those beside its work too."""
+    return [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]
 
 
 def gibibytes(quantity: str) -> float:

@@ -1,12 +1,19 @@
-"""Metrics: Prometheus finds every pod of Ray, and the dashboard asks for metrics and tags that exist."""
+"""Metrics: Prometheus finds every pod of Ray; dashboard and alerts ask for metrics and tags that exist."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
-from tests.cluster.manifests import one, ray_nodes
+import pytest
+import yaml
+from ray.serve._private import deployment_state
+
+from tests.cluster.manifests import Object, one, ray_nodes
 from tests.conftest import REPOSITORY
 
 DASHBOARD = REPOSITORY / "cluster" / "dashboards" / "ceca.json"
@@ -21,6 +28,8 @@ OF_RAY = {
     "ray_cluster_active_nodes",
     "ray_cluster_pending_nodes",
 }
+OF_SERVE = {"ray_serve_deployment_replica_healthy": {"deployment", "application"}}
+OF_PODS = {"ray_io_cluster", "ray_io_group", "pod"}  # tags by the PodMonitor
 SUFFIXES = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_sum", "_count")}
 
 
@@ -95,3 +104,85 @@ def test_grafana_loads_the_dashboard() -> None:
     ]
     assert len(set(cells)) == len(cells), "no panel lies on another"
     assert max(x for x, _ in cells) < 24
+
+
+# --- alerts ----------------------------------------------------------------------------------------------
+
+
+def rules() -> list[Object]:
+    specs = [one(folder, "PrometheusRule")["spec"] for folder in ("base", "service")]
+    return [rule for spec in specs for group in spec["groups"] for rule in group["rules"]]
+
+
+def test_alerts_ask_for_metrics_and_tags_that_there_are() -> None:
+    known = {**{name: set() for name in OF_RAY}, **OF_SERVE, **exported()}
+    used = set()
+    for rule in rules():
+        names = set(re.findall(r"\b(ray_\w+)\b(?!\s*[=!])", rule["expr"])) - OF_PODS
+        assert names, rule["alert"]
+        for name in names:
+            assert name in known, rule["alert"]
+            for conditions in re.findall(rf"\b{name}\{{([^}}]*)\}}", rule["expr"]):
+                assert set(re.findall(r"(\w+)\s*[=!]~?\"", conditions)) <= set(known[name]) | OF_PODS, rule["alert"]
+        used |= names
+    assert used >= {"ray_ceca_requests_total", "ray_ceca_arrivals_waiting", "ray_ceca_problems_total"}
+    (endpoint,) = one("base", "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert {each["targetLabel"] for each in endpoint["relabelings"]} == OF_PODS - {"pod"}
+
+
+def test_ray_serve_has_the_metric_of_replicas() -> None:
+    source = Path(deployment_state.__file__).read_text()
+    _, _, declared = source.partition('"serve_deployment_replica_healthy"')
+    assert '{"deployment": self._id.name, "application"' in declared[:1000]
+
+
+HEALTHY = [
+    ('ray_serve_deployment_replica_healthy{deployment="CecaIngress", application="a"}', "1x120"),
+    ('ray_ceca_requests_total{status="200"}', "0+600x120"),
+    ('ray_ceca_requests_total{status="503"}', "0+1x120"),
+    ("ray_ceca_arrivals_waiting", "0x120"),
+    ('ray_ceca_problems_total{where="following"}', "0x120"),
+    ('ray_ceca_problems_total{where="intake"}', "0x120"),
+    ('ray_node_gpus_utilization{ray_io_group="dialogue", ray_io_cluster="c", pod="p"}', "90x120"),
+]
+BROKEN = {  # alert → what is recorded instead
+    "CecaNoReplica": {0: "0x120"},
+    "CecaUnavailable": {2: "0+100x120"},
+    "CecaIntakeStuck": {3: "3x120", 5: "0+1x120"},
+    "CecaFollowingFails": {4: "0+1x120"},
+    "CecaGpuIdle": {6: "0x120"},
+}
+
+
+def test_every_alert_is_tried() -> None:
+    assert {rule["alert"] for rule in rules()} == set(BROKEN)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.parametrize("alert", [None, *BROKEN])
+def test_an_alert_fires_on_its_trouble_and_on_no_other(alert: str | None, tmp_path: Path) -> None:
+    """On a recorded hour, by Prometheus' own program."""
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules()}]}))
+    changed = BROKEN.get(alert or "", {})
+    series = [{"series": name, "values": changed.get(at, values)} for at, (name, values) in enumerate(HEALTHY)]
+    tests = [
+        {"eval_time": "1h", "alertname": rule["alert"], "exp_alerts": _fired(rule) if rule["alert"] == alert else []}
+        for rule in rules()
+    ]
+    case = {"interval": "1m", "input_series": series, "alert_rule_test": tests}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": [case]}))
+    done = subprocess.run(["promtool", "test", "rules", tmp_path / "test.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _fired(rule: Object) -> list[Object]:
+    tags = {
+        "CecaNoReplica": {"deployment": "CecaIngress"},
+        "CecaGpuIdle": {"ray_io_cluster": "c", "pod": "p"},
+    }
+    return [
+        {
+            "exp_labels": {**rule["labels"], **tags.get(rule["alert"], {})},
+            "exp_annotations": rule["annotations"],
+        }
+    ]

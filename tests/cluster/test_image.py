@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import REPOSITORY
 
@@ -114,6 +115,28 @@ def test_a_lock_has_what_the_image_needs(lock: str) -> None:
     if "gpu" in lock:  # where PATH looks for it
         assert versions["nvidia-cuda-nvcc"].startswith("==13.")
         assert "nvidia/cu13/bin" in settings()["PATH"]
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_an_image_holds_every_package_that_the_project_names(lock: str) -> None:
+    kind = "vllm-gpu" if "gpu" in lock else "vllm-cpu"
+    named = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"][kind]]
+    held = {canonicalize_name(name): version for name, version in locked(lock).items()}
+    for requirement in map(Requirement, named):
+        version = held[canonicalize_name(requirement.name)].lstrip("=")
+        assert requirement.specifier.contains(version), requirement
+
+
+def test_the_workflow_builds_checks_pushes_and_signs_both_images() -> None:
+    """It has not been run by a test: that needs a container engine."""
+    workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "images.yaml").read_text())
+    image, gpu = workflow["jobs"]["image"], workflow["jobs"]["gpu"]
+    assert [each["lock"] for each in image["strategy"]["matrix"]["include"]] == list(LOCKS)
+    steps = [step.get("name") for step in image["steps"] if "name" in step]
+    assert [step for step in steps if step in ("build", "scan", "push", "sign")] == ["build", "scan", "push", "sign"]
+    assert "python benchmarks/gpu.py" in gpu["steps"][-1]["run"]
+    assert let_through("benchmarks")
+    assert (REPOSITORY / "benchmarks" / "gpu.py").is_file()
 
 
 @pytest.mark.parametrize("package", ["ray", "torch", "numpy", "pyarrow", "pydantic", "cloudpickle", "deepspeed"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 import pytest
 
-from tests.cluster.manifests import GUIDE, SCHEMAS, Object, pods, rendered
+from tests.cluster.manifests import GUIDE, SCHEMAS, Object, one, pods, rendered
 
 RAY = {"app.kubernetes.io/part-of": "ceca", "app.kubernetes.io/component": "ray"}
 REDIS = {**RAY, "app.kubernetes.io/component": "redis"}
@@ -28,8 +29,7 @@ def may(namespace: str, labels: dict[str, str], to: dict[str, str], port: int) -
         port: of our pod.
     """
     policies = [each["spec"] for each in rendered("base") if each["kind"] == "NetworkPolicy"]
-    chosen = [policy for policy in policies if selects(policy["podSelector"], to)]
-    assert all(policy["policyTypes"] == ["Ingress"] for policy in policies)
+    chosen = [each for each in policies if "Ingress" in each["policyTypes"] and selects(each["podSelector"], to)]
     assert chosen, "a pod without a policy is open to everyone"
 
     def is_from(peer: Object) -> bool:
@@ -79,3 +79,55 @@ def test_the_guide_installs_the_operator_that_the_schema_and_the_policies_are_of
     assert f"v{version}" in (SCHEMAS / "ray.yaml").read_text()
     (namespace,) = re.findall(r"kuberay-operator --version \S+ (?:.*)--namespace (\S+)", GUIDE.read_text())
     assert may(namespace, {"app.kubernetes.io/name": "kuberay-operator"}, RAY, 8265)
+
+
+def may_leave(labels: dict[str, str], address: str) -> bool:
+    """Whether the policies let a pod of ours connect to an address outside the cluster.
+
+    Args:
+        labels: of the pod.
+        address: where it connects to.
+    """
+    policies = [each["spec"] for each in rendered("base") if each["kind"] == "NetworkPolicy"]
+    chosen = [each for each in policies if "Egress" in each["policyTypes"] and selects(each["podSelector"], labels)]
+    assert chosen, "a pod without a policy reaches everything"
+    blocks = [
+        peer["ipBlock"] for policy in chosen for rule in policy["egress"] for peer in rule["to"] if "ipBlock" in peer
+    ]
+    reached = ipaddress.ip_address(address)
+
+    def holds(block: Object) -> bool:
+        without = any(reached in ipaddress.ip_network(each) for each in block.get("except", []))
+        return reached in ipaddress.ip_network(block["cidr"]) and not without
+
+    return any(map(holds, blocks))
+
+
+@pytest.mark.parametrize(
+    ("labels", "address", "reached"),
+    [
+        (RAY, "169.254.169.254", False),  # the role of the machine
+        (RAY, "fd00:ec2::254", False),
+        (RAY, "169.254.170.23", True),  # EKS Pod Identity: the role of the pod
+        (RAY, "52.216.0.1", True),
+        (RAY, "2001:db8::1", True),
+        (REDIS, "52.216.0.1", False),
+        (REDIS, "169.254.169.254", False),
+    ],
+)
+def test_the_metadata_service_is_closed_and_object_stores_are_open(
+    labels: dict[str, str], address: str, reached: bool
+) -> None:
+    assert may_leave(labels, address) == reached
+
+
+def test_a_load_balancer_reaches_the_service_s_port_and_no_other() -> None:
+    ingress, policy = one("ingress", "Ingress")["spec"], one("ingress", "NetworkPolicy")["spec"]
+    (rule,) = policy["ingress"]
+    assert rule == {"from": [{"ipBlock": {"cidr": "10.0.0.0/16"}}], "ports": [{"protocol": "TCP", "port": 8000}]}
+    assert selects(policy["podSelector"], RAY)
+    (tls,), (host,) = ingress["tls"], ingress["rules"]
+    assert tls["hosts"] == [host["host"]]
+    (path,) = host["http"]["paths"]
+    name = one("service", "RayService")["metadata"]["name"]
+    assert path["backend"]["service"] == {"name": f"{name}-serve-svc", "port": {"number": 8000}}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
+from typing import Any
 
 import pytest
 
 import jobs.pipeline
 from ceca.commandline import parse_arguments
+from ceca.config import ServeConfig
 from serve.environment import ENVIRONMENT
 from tests.cluster.manifests import (
     JOBS,
     as_ray_reads,
+    containers,
     gibibytes,
     group,
     nodes,
@@ -45,10 +48,12 @@ def test_every_pod_is_restricted() -> None:
         assert security["runAsUser"] > 0
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
         assert all(set(volume) <= {"name", "emptyDir", "secret"} for volume in pod["spec"].get("volumes", []))
-        for container in pod["spec"]["containers"]:
+        for container in containers(pod):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     for spec in ray_specs():  # KubeRay adds the autoscaler's container
+        if not spec["enableInTreeAutoscaling"]:
+            continue
         assert spec["autoscalerOptions"]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
@@ -60,7 +65,7 @@ def test_ray_s_pods_run_as_the_image_s_user() -> None:
 
 def test_every_container_says_what_it_needs_and_gets_no_more() -> None:
     for pod in pods():
-        for container in pod["spec"]["containers"]:
+        for container in containers(pod):
             requests, limits = container["resources"]["requests"], container["resources"]["limits"]
             assert set(requests) == set(limits) >= {"cpu", "memory"}
             assert requests["memory"] == limits["memory"]
@@ -118,8 +123,8 @@ def test_clusters_are_of_the_locked_ray_scale_and_ask_for_the_token() -> None:
     (version,) = re.findall(r"^ray==(\S+)", (REPOSITORY / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
     for spec in ray_specs():
         assert spec["rayVersion"] == version
-        assert spec["enableInTreeAutoscaling"] is True
-        assert spec["autoscalerOptions"]["version"] == "v2"
+        if spec["enableInTreeAutoscaling"]:
+            assert spec["autoscalerOptions"]["version"] == "v2"
         assert spec["authOptions"] == {"mode": "token", "secretName": "ceca-ray-token"}
 
 
@@ -127,7 +132,9 @@ def test_pods_with_gpus_tolerate_their_machines_taint_and_no_other_does() -> Non
     for pod in ray_nodes():
         (container,) = pod["spec"]["containers"]
         gpus = "nvidia.com/gpu" in container["resources"]["limits"]
-        assert [each["key"] for each in pod["spec"].get("tolerations", [])] == ["nvidia.com/gpu"] * gpus
+        tolerated = {each["key"] for each in pod["spec"].get("tolerations", [])}
+        assert ("nvidia.com/gpu" in tolerated) == gpus
+        assert ("nvidia.com/gpu.product" in pod["spec"].get("nodeSelector", {})) == gpus
 
 
 def test_the_same_pods_are_in_all_clusters() -> None:
@@ -136,7 +143,9 @@ def test_the_same_pods_are_in_all_clusters() -> None:
         spec = ray_spec(one(folder, "RayJob"))
         assert spec["headGroupSpec"] == standing["headGroupSpec"]
         for workers in spec["workerGroupSpecs"]:
-            assert workers == group(standing, workers["groupName"])
+            same = group(standing, workers["groupName"])
+            assert workers["template"] == same["template"]
+            assert workers["labels"] == same["labels"]
 
 
 # --- jobs ------------------------------------------------------------------------------------------------
@@ -149,12 +158,18 @@ def test_a_job_has_its_own_cluster_and_leaves_nothing_behind(folder: str) -> Non
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
     assert spec["backoffLimit"] > 0
+    assert spec["activeDeadlineSeconds"] > spec["preRunningDeadlineSeconds"]
     assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
 
 
 @pytest.mark.parametrize(
     ("folder", "kinds"),
-    [("jobs/dialogue", "cpu dialogue"), ("jobs/train", "cpu train"), ("jobs/pipeline", "cpu dialogue train")],
+    [
+        ("jobs/dialogue", "cpu dialogue"),
+        ("jobs/train", "cpu train"),
+        ("jobs/pipeline", "cpu dialogue train"),
+        ("jobs/train-queued", "train"),
+    ],
 )
 def test_a_job_s_cluster_has_the_workers_of_its_stages(folder: str, kinds: str) -> None:
     assert [workers["groupName"] for workers in ray_spec(one(folder, "RayJob"))["workerGroupSpecs"]] == kinds.split()
@@ -164,7 +179,7 @@ def command(folder: str) -> list[str]:
     """Arguments of `python jobs/STAGE.py`; the file exists."""
     program, file, *arguments = shlex.split(one(folder, "RayJob")["spec"]["entrypoint"])
     assert program == "python"
-    assert file == f"{folder}.py"
+    assert file == f"{folder.removesuffix('-queued')}.py"
     assert (REPOSITORY / file).is_file()
     return arguments
 
@@ -178,9 +193,10 @@ def test_the_dialogue_s_engines_find_their_gpus() -> None:
     assert 1 < config.replicas <= kind["max_workers"]
 
 
-def test_the_training_s_workers_fill_one_pod() -> None:
-    arguments = parse_arguments("train", command("jobs/train"))
-    config, kind = arguments.config, as_ray_reads(one("jobs/train", "RayJob"))["available_node_types"]["train"]
+@pytest.mark.parametrize("folder", ["jobs/train", "jobs/train-queued"])
+def test_the_training_s_workers_fill_one_pod(folder: str) -> None:
+    arguments = parse_arguments("train", command(folder))
+    config, kind = arguments.config, as_ray_reads(one(folder, "RayJob"))["available_node_types"]["train"]
     assert config.workers * config.gpus_per_worker == kind["resources"]["GPU"]
     each = config.cpus_per_worker + config.loaders_per_worker * config.cpus_per_loader
     assert config.workers * each <= kind["resources"]["CPU"]
@@ -191,3 +207,51 @@ def test_the_pipeline_s_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs.pipeline, "pipeline", lambda *values: calls.append(values))
     jobs.pipeline.main(command("jobs/pipeline"))
     assert calls == [("s3://bucket/cuhk", "s3://bucket/raw/CUHK-PEDES", "cuhk_pedes", "ceca-vitb16")]
+
+
+def test_a_lost_head_is_noticed_before_kuberay_gives_its_job_up() -> None:
+    """KubeRay fails a job that has no status for 300 s, and does not retry it then."""
+    noticed = 50  # seconds until Kubernetes calls a machine unreachable, at most
+    for spec in ray_specs():
+        head = spec["headGroupSpec"]["template"]["spec"]
+        waits = {each["key"]: each.get("tolerationSeconds") for each in head["tolerations"]}
+        for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
+            assert noticed + waits[key] < 300 / 2
+
+
+def test_a_pod_ends_after_its_longest_request() -> None:
+    for spec in ray_specs():
+        for workers in spec["workerGroupSpecs"]:
+            pod = workers["template"]["spec"]
+            (_, _, script) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+            waits = int(re.fullmatch(r"sleep (\d+); ray stop", script)[1])  # type: ignore[index]
+            assert ServeConfig().timeout_s < waits < pod["terminationGracePeriodSeconds"] - 20
+
+
+def test_a_queued_job_is_of_fixed_size_and_fits_its_queue() -> None:
+    """Kueue admits a RayJob that does not autoscale and ends its cluster; the quota holds all of its pods."""
+    job = one("jobs/train-queued", "RayJob")
+    queue, classes = one("queue", "LocalQueue"), [each for each in rendered("queue") if "value" in each]
+    labels, spec = job["metadata"]["labels"], ray_spec(job)
+    assert labels["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
+    assert labels["kueue.x-k8s.io/priority-class"] in {each["metadata"]["name"] for each in classes}
+    assert spec["enableInTreeAutoscaling"] is False
+    assert job["spec"]["shutdownAfterJobFinishes"] is True
+    (workers,) = spec["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
+    cluster_queue = one("queue", "ClusterQueue")
+    assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    ((group_,),) = [[each] for each in cluster_queue["spec"]["resourceGroups"]]
+    quota = {each["name"]: each["nominalQuota"] for each in group_["flavors"][0]["resources"]}
+    assert set(quota) == set(group_["coveredResources"])
+    pods_ = [nodes(spec)[0], *[workers["template"]] * workers["replicas"], job["spec"]["submitterPodTemplate"]]
+    asked = [container["resources"]["requests"] for pod in pods_ for container in containers(pod)]
+    assert set().union(*asked) <= set(quota)
+    for name, most in quota.items():
+        assert 2 * sum(amount(each.get(name, "0")) for each in asked) <= amount(most)
+
+
+def amount(quantity: Any) -> float:
+    """A quantity of Kubernetes as a number; bytes in GiB."""
+    text = str(quantity)
+    return gibibytes(text) if text.endswith("i") else float(text[:-1]) / 1000 if text.endswith("m") else float(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -12,26 +13,33 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from cloudcoil.models.prometheus_operator.v1 import PodMonitor
+from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
+from ray.serve.schema import ServeDeploySchema
 from referencing import Registry, Resource
 
+from ceca.config import ServeConfig
+from ceca.settings import from_mapping
 from tests.cluster.manifests import APPLIED, SCHEMAS, TREE, Object, one, rendered, ways
 
 KUBERNETES = "1.37"
+WRITTEN = {"ray.io/v1": "ray.yaml", "kueue.x-k8s.io/v1beta2": "kueue.yaml"}
 
 
 @functools.cache
-def ray_validator(kind: str) -> jsonschema.Draft202012Validator:
-    """Strict validator of a ray.io/v1 kind; Ray's types are in schemas/ray.yaml, Kubernetes' in kubernetes-validate."""
+def validator(file: str, kind: str) -> jsonschema.Draft202012Validator:
+    """Strict validator of a kind whose fields are written down in schemas/; Kubernetes' are in kubernetes-validate."""
     folder = f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict"
     kubernetes = json.loads(files("kubernetes_validate").joinpath(folder, "_definitions.json").read_text())
-    types = yaml.safe_load((SCHEMAS / "ray.yaml").read_text())
+    types = yaml.safe_load((SCHEMAS / file).read_text())
 
     def schema(of: str | list[str]) -> Object:
         if isinstance(of, list):
             return {"enum": of}
         if of.endswith("[]"):
             return {"type": "array", "items": schema(of[:-2])}
+        if ">=" in of:
+            name, _, least = of.partition(">=")
+            return {"type": name, "minimum": int(least)}
         if of == "strings":
             return {"type": "object", "additionalProperties": {"type": "string"}}
         if of == "quantities":
@@ -56,10 +64,11 @@ def ray_validator(kind: str) -> jsonschema.Draft202012Validator:
 
 def validate(manifest: Object) -> None:
     """Raise on an unknown field, a missing field or a wrong type."""
-    if manifest["apiVersion"] == "ray.io/v1":
-        ray_validator(manifest["kind"]).validate(manifest)
+    if manifest["apiVersion"] in WRITTEN:
+        validator(WRITTEN[manifest["apiVersion"]], manifest["kind"]).validate(manifest)
     elif manifest["apiVersion"] == "monitoring.coreos.com/v1":
-        read = PodMonitor.model_validate(manifest).model_dump(by_alias=True, exclude_unset=True, mode="json")
+        model = {"PodMonitor": PodMonitor, "PrometheusRule": PrometheusRule}[manifest["kind"]]
+        read = model.model_validate(manifest).model_dump(by_alias=True, exclude_unset=True, mode="json")
         unknown = set(ways(manifest)) - set(ways(read))  # these models ignore an unknown field
         assert not unknown, unknown
         assert read == manifest
@@ -115,7 +124,14 @@ WRONG: list[tuple[str, str, str, Any]] = [
     ("cluster", "RayCluster", "spec.workerGroupSpecs.0.minReplicas", "0"),
     ("cluster", "RayCluster", f"spec.workerGroupSpecs.0.{POD}.ports.0.containerPort", "8080"),
     ("cluster", "RayCluster", "spec.authOptions.mode", "tokens"),
-    ("jobs/train", "RayJob", "spec.submissionMode", "K8sJob"),
+    ("jobs/train", "RayJob", "spec.preRunningDeadlineSeconds", 0),
+    ("jobs/train", "RayJob", "spec.managedBy", "me"),
+    ("base", "PrometheusRule", "spec.groups.0.rules.0.expression", "up == 0"),
+    ("ingress", "Ingress", "spec.rules.0.http.paths.0.pathtype", "Prefix"),
+    ("ingress", "NetworkPolicy", "spec.ingress.0.from.0.ipBlock.except", "10.0.0.1/32"),
+    ("queue", "ClusterQueue", "spec.resourceGroups.0.flavors.0.resources.0.quota", 1),
+    ("queue", "LocalQueue", "spec.queue", "ceca"),
+    ("jobs/train-queued", "RayJob", "spec.queueName", "ceca"),
     ("base", "PodMonitor", "spec.podMetricsEndpoints.0.relabelings.0.action", "replaced"),
 ]
 
@@ -135,10 +151,16 @@ def test_a_mistake_would_be_found(folder: str, kind: str, where: str, what: Any)
 
 
 @pytest.mark.parametrize(
-    ("kind", "where"), [("RayCluster", "headGroupSpec"), ("RayJob", "rayClusterSpec.headGroupSpec.template")]
+    ("folder", "kind", "where"),
+    [
+        ("cluster", "RayCluster", "headGroupSpec"),
+        ("jobs/train", "RayJob", "rayClusterSpec.headGroupSpec.template"),
+        ("service", "RayService", "rayClusterConfig"),
+        ("queue", "LocalQueue", "clusterQueue"),
+    ],
 )
-def test_what_is_missing_would_be_found(kind: str, where: str) -> None:
-    manifest = one("cluster" if kind == "RayCluster" else "jobs/train", kind)
+def test_what_is_missing_would_be_found(folder: str, kind: str, where: str) -> None:
+    manifest = one(folder, kind)
     *way, last = where.split(".")
     inner = manifest["spec"]
     for step in way:
@@ -146,3 +168,24 @@ def test_what_is_missing_would_be_found(kind: str, where: str) -> None:
     del inner[last]
     with pytest.raises(jsonschema.ValidationError):
         validate(manifest)
+
+
+def unknown_to_serve(content: Object) -> set[tuple[str, ...]]:
+    """Fields that Ray Serve does not read; some of its models ignore an unknown field."""
+    read = ServeDeploySchema.model_validate(content).model_dump(exclude_unset=True, mode="json")
+    return set(ways(content)) - set(ways(read))
+
+
+def test_serve_reads_every_setting_of_the_service_and_knows_no_other() -> None:
+    """`serveConfigV2` is a text, which no schema of Kubernetes looks into."""
+    content = yaml.safe_load(one("service", "RayService")["spec"]["serveConfigV2"])
+    assert not unknown_to_serve(content)
+    (application,) = content["applications"]
+    from_mapping(ServeConfig, {name: value for name, value in application["args"].items() if name != "data"}, "args")
+    for wrong in (
+        {**content, "http_option": {}},
+        {**content, "http_options": {"host": "0.0.0.0", "prt": 8000}},
+        {**content, "applications": [{**application, "routeprefix": "/"}]},
+    ):
+        with contextlib.suppress(ValueError):
+            assert unknown_to_serve(wrong)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.cluster.manifests import GUIDE, JOBS, as_ray_reads, group, maps, nodes, one, ray_spec, rendered
+from serve.audit import FILE_LIMIT, FILES
+from tests.cluster.manifests import GUIDE, JOBS, as_ray_reads, gibibytes, group, maps, nodes, one, ray_spec, rendered
 from tests.conftest import REPOSITORY
 
 
@@ -54,8 +55,13 @@ def test_a_lost_machine_leaves_a_worker_that_has_room_for_a_replica_of_each_kind
     assert types["cpu"]["resources"]["CPU"] >= args["cpus"] * (args["shards"] + 1)
     most = args["cpus"] * (args["shards"] * args["search_replicas_max"] + args["encoder_replicas_max"])
     assert types["cpu"]["resources"]["CPU"] * types["cpu"]["max_workers"] >= most
-    (spread,) = group(spec, "cpu")["template"]["spec"]["topologySpreadConstraints"]
-    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    spread = [each["topologyKey"] for each in group(spec, "cpu")["template"]["spec"]["topologySpreadConstraints"]]
+    assert spread == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    assert args["replicas_per_node"] == 1
+    kinds = [args[f"{kind}_replicas_max"] for kind in ("search", "encoder")] + [args["ingress_replicas"]]
+    assert types["cpu"]["min_workers"] >= args["ingress_replicas"], "each kind has two replicas from the start"
+    assert types["cpu"]["max_workers"] >= max(kinds), "a node has one replica of a kind"
+    assert types["serve"]["max_workers"] >= max(kinds)
     budget = one("service", "PodDisruptionBudget")["spec"]
     assert budget["minAvailable"] == 1
     labels = group(spec, "cpu")["template"]["metadata"]["labels"] | {"ray.io/serve": "true"}  # KubeRay adds this one
@@ -77,3 +83,20 @@ def test_a_lost_head_finds_its_state_in_redis() -> None:
     kept = "cluster-autoscaler.kubernetes.io/safe-to-evict"
     assert kept not in yaml.safe_dump(ray_spec(one("service", "RayService"))["headGroupSpec"])
     assert kept in yaml.safe_dump(ray_spec(one("cluster", "RayCluster"))["headGroupSpec"])
+
+
+def test_the_log_of_requests_leaves_each_pod_that_serves() -> None:
+    """A container beside the worker reads the folder that the service writes by default."""
+    for workers in ray_spec(one("service", "RayService"))["workerGroupSpecs"]:
+        pod = workers["template"]["spec"]
+        (collector,) = pod["initContainers"]
+        assert collector["restartPolicy"] == "Always", "else the worker waits for its end"
+        assert collector["command"] == ["python", "-m", "serve.audit"]
+        (shared,) = collector["volumeMounts"]
+        assert shared in pod["containers"][0]["volumeMounts"]
+        assert shared["mountPath"] == "/home/ray/.local/state"
+        (volume,) = [each for each in pod["volumes"] if each["name"] == shared["name"]]
+        kept = (FILES + 1) * FILE_LIMIT
+        assert gibibytes(volume["emptyDir"]["sizeLimit"]) * 2**30 > 2 * kept
+    args = yaml.safe_load(one("service", "RayService")["spec"]["serveConfigV2"])["applications"][0]["args"]
+    assert "audit" not in args

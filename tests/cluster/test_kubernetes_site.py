@@ -21,14 +21,15 @@ def test_a_site_is_filled_in_at_one_place(tmp_path: Path) -> None:
         file.write_text(text.replace("namespace: ceca", "namespace: people"))
     manifests = [manifest for folder in APPLIED for manifest in render(tmp_path / "cluster" / "kubernetes" / folder)]
     text = yaml.safe_dump_all(manifests)
-    assert not re.findall(r"s3://bucket|OWNER|ACCOUNT|DATA|SOURCE", text)
-    assert {each["metadata"]["namespace"] for each in manifests if each["kind"] != "Namespace"} == {"people"}
+    assert not re.findall(r"s3://bucket|OWNER|ACCOUNT|DATA|SOURCE|HOST\b(?<!_HOST)|BALANCER|product: GPU", text)
+    spaceless = {"Namespace", "ResourceFlavor", "ClusterQueue", "WorkloadPriorityClass"}
+    assert {each["metadata"]["namespace"] for each in manifests if each["kind"] not in spaceless} == {"people"}
     data = [
         words[3] for each in manifests if each["kind"] == "RayJob" for words in [each["spec"]["entrypoint"].split()]
     ]
     (service,) = [each["spec"]["serveConfigV2"] for each in manifests if each["kind"] == "RayService"]
     data.append(yaml.safe_load(service)["applications"][0]["args"]["data"])
-    assert data == ["s3://mine/cuhk"] * 4
+    assert data == ["s3://mine/cuhk"] * 5
 
 
 def test_the_images_are_those_of_the_dockerfile() -> None:
@@ -58,10 +59,11 @@ def secrets_named(value: Any) -> set[str]:
 
 def test_the_guide_says_how_to_make_every_secret() -> None:
     named = secrets_named(everything())
-    assert named == {"ceca-ray-token", "ceca-keys", "ceca-redis", "ceca-object-store"}
-    assert named == set(re.findall(r"create secret generic (\S+)", GUIDE.read_text()))
+    named |= {secret["name"] for each in maps(everything()) for secret in each.get("imagePullSecrets", [])}
+    assert named == {"ceca-ray-token", "ceca-keys", "ceca-redis", "ceca-object-store", "ceca-registry", "search-tls"}
+    assert named == set(re.findall(r"create secret (?:generic|tls|docker-registry) (\S+)", GUIDE.read_text()))
 
 
 def test_the_guide_applies_what_there_is() -> None:
-    named = set(re.findall(r"-k cluster/kubernetes/([\w/]+)", GUIDE.read_text()))
+    named = set(re.findall(r"-k cluster/kubernetes/([\w/-]+)", GUIDE.read_text()))
     assert named == set(APPLIED)

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,19 @@ def test_nothing_is_kept_running_but_the_head(prepared: dict[str, Any]) -> None:
     assert prepared["provider"]["cache_stopped_nodes"] is False
     assert 0 < prepared["idle_timeout_minutes"] <= 15
     assert prepared["max_workers"] <= sum(types[name]["max_workers"] for name in WORKERS)
+
+
+def test_a_worker_that_outlives_its_head_ends_its_machine(cluster: dict[str, Any], prepared: dict[str, Any]) -> None:
+    for name in WORKERS:
+        commands = prepared["available_node_types"][name]["initialization_commands"]
+        assert commands[:2] == prepared["initialization_commands"]
+        assert "pgrep -x raylet" in commands[2]
+        assert commands[2].endswith("shutdown -h now'")
+        subprocess.run(["bash", "-n", "-c", commands[2]], check=True)
+        node = cluster["available_node_types"][name]["node_config"]
+        assert node["InstanceInitiatedShutdownBehavior"] == "terminate"
+    head = cluster["available_node_types"]["head"]
+    assert "initialization_commands" not in head, "the head stays until `ray down`"
 
 
 # --- containers -------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ceca.data.store import Store
 from ceca.errors import UserError
 from serve.access import Gate, Key
 from serve.api import make_api
-from serve.audit import LINE_LIMIT, audit, audit_folder, close_audit, open_audit
+from serve.audit import LINE_LIMIT, Collector, audit, audit_folder, close_audit, open_audit
 from serve.sessions import SESSION_S, Sessions, cookie_name
 from serve.wire import ADMITTED, ASK, HEADERS
 from tests.ceca.datasets.test_costs import scan_bomb
@@ -394,6 +394,23 @@ def test_a_line_has_a_limit_whatever_is_sent(service: InProcess, log: Any, tmp_p
     assert max(map(len, file.read_bytes().splitlines())) <= LINE_LIMIT
     assert log()[-2].keys() >= {"who", "action", "status", "cut"}
     assert (len(log()[-1]["images"]), log()[-1]["more_images"]) == (200, 4_800)
+
+
+def test_a_collector_prints_each_line_once_also_of_a_file_that_was_renamed(tmp_path: Path) -> None:
+    first, collector = open_audit(str(tmp_path / "audit")), Collector(tmp_path / "audit")
+    audit("ada", "POST /v1/search", 200, {})
+    assert [json.loads(line)["who"] for line in collector.lines()] == ["ada"]
+    assert not list(collector.lines())
+    audit("bob", "POST /v1/search", 200, {})
+    first.rename(f"{first}.1")  # as when a file is full
+    with first.open("w") as file:
+        file.write('{"who": "eve"}\n{"who": "half')
+    assert sorted(json.loads(line)["who"] for line in collector.lines()) == ["bob", "eve"]
+    with first.open("a") as file:
+        file.write('"}\n')
+    assert [json.loads(line)["who"] for line in collector.lines()] == ["half"]
+    Path(f"{first}.1").unlink()
+    assert not list(collector.lines())
 
 
 def test_only_the_services_user_can_read_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
