@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ceca.errors import UserError
+from ceca.model import tokens
 from ceca.model.clip import CLIP, TINY, describe, descriptions
 from ceca.model.tokens import count_tokens, encode, tokenize_numpy
 
@@ -83,6 +84,59 @@ def test_tokens_of_random_letters_equal_open_clips():
     for _ in range(3000):
         text = "".join(source.choice(letters) for _ in range(source.randrange(40)))
         assert encode(text) == THEIRS.encode(text), text
+
+
+# From all over Unicode, and what the cleaning of texts and the pattern of words treat in another way.
+BLOCKS = ((0, 0x7F), (0, 0x24F), (0x370, 0x5FF), (0x600, 0x10FF), (0x1E00, 0x2BFF), (0x3000, 0x9FFF), (0xA000, 0xD7FF))
+BLOCKS += ((0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0xE0000, 0x10FFFF))
+ODD = (
+    " ",
+    "  ",
+    "\u2028",
+    "\x1c",
+    "\x85",
+    "\xa0",
+    "\u3000",
+    "\u200b",
+    "\ufeff",
+    "\x00",
+    "&amp;",
+    "'s",
+    "'LL",
+    "ſ",
+    "İ",
+)
+ODD += ("<start_of_text>", "<end_of_text>")
+
+
+def random_text(source: random.Random) -> str:
+    letters = (chr(source.randint(*source.choice(BLOCKS))) for _ in range(source.randrange(1, 24)))
+    return "".join(source.choice(ODD) if source.random() < 0.15 else letter for letter in letters)
+
+
+def test_tokens_of_random_unicode_equal_open_clips():
+    source = random.Random(20)
+    for text in (random_text(source) for _ in range(1000)):
+        assert encode(text) == THEIRS.encode(text), text
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_tokens_of_a_million_random_texts_equal_open_clips():
+    source = random.Random(21)
+    for text in (random_text(source) for _ in range(1_000_000)):
+        assert encode(text) == THEIRS.encode(text), text
+
+
+def test_many_texts_at_once_get_the_tokens_of_each_alone_whatever_was_read_before(monkeypatch):
+    source = random.Random(22)
+    texts = [random_text(source) for _ in range(200)] + TEXTS
+    alone = np.concatenate([tokenize_numpy([text]) for text in texts])
+    monkeypatch.setattr(tokens, "AT_ONCE", 7)
+    monkeypatch.setattr(tokens, "REMEMBERED", 3)  # pieces are forgotten all the time
+    assert np.array_equal(tokenize_numpy(texts), alone)
+    assert tokenize_numpy([]).shape == (0, 77)
 
 
 def test_tokens_of_drawn_captions_equal_open_clips(drawn):
