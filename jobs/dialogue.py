@@ -16,7 +16,7 @@ from ceca.commandline import parse_arguments
 from ceca.config import DialogueConfig
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Manifest, Receipt, Store, version_of
-from ceca.data.tables import ImageRow, list_images
+from ceca.data.tables import Images, find_images, list_images
 from ceca.dialogue.attributes import read_vocabulary
 from ceca.dialogue.conversation import AT_ONCE, PROMPT_VERSION
 from ceca.errors import UserError
@@ -26,7 +26,7 @@ from jobs.dialogues.missing import deciding_settings, missing_images
 from jobs.dialogues.report import print_report, progress_words
 from jobs.dialogues.worker import DialogueWorker
 from jobs.runtime.console import console, entry
-from jobs.runtime.records import cut, to_json
+from jobs.runtime.records import Units, ranges
 from jobs.runtime.units import Plan, Workers, run_plan
 
 CANARIES = 4  # images whose answers are compared before the work starts
@@ -49,22 +49,23 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
     """
     store = Store(data)
     images = store.current("images", "ingest")
-    rows = list_images(store, images, config.split)[: config.limit]
     if config.published is not None:
+        rows = list_images(store, images, config.split)[: config.limit]
         return import_published(store, config, images, rows, redo=redo)
+    asked = find_images(store, images, config.split).take(slice(config.limit))
     made_from = {"images": images.version}
     if config.engine == "oracle":
         made_from["attributes"] = _oracle_attributes(store, config, images).version
     kept: list[Receipt] = []
     if config.only_missing:
         earlier = store.current("dialogues")
-        rows = missing_images(store, earlier, rows, to_mapping(config, results_only=True))
-        if not rows and earlier.made_from.get("images") == images.version:
+        asked = missing_images(store, earlier, asked, to_mapping(config, results_only=True))
+        if not len(asked) and earlier.made_from.get("images") == images.version:
             console.print(f"dialogue: no image lacks one in {store.place('dialogues')}")
             return {"dialogues": earlier}
         made_from["dialogues"] = earlier.version
         kept = [Receipt({"dialogues": part}) for part in earlier.parts]
-    plan = _plan(store, config, images, rows, made_from, kept)
+    plan = _plan(store, config, asked, made_from, kept)
     gpus = config.vllm.gpus * config.vllm.tensor_parallel if config.engine == "vllm" else 0
     kind = config.vllm.accelerator_type if gpus else None
     workers = Workers(
@@ -110,31 +111,31 @@ def _oracle_attributes(store: Store, config: DialogueConfig, images: Manifest) -
 def _plan(
     store: Store,
     config: DialogueConfig,
-    images: Manifest,
-    rows: Sequence[ImageRow],
+    images: Images,
     made_from: dict[str, str],
     kept: Sequence[Receipt],
 ) -> Plan:
     """The units of work that ask about these images."""
-    vocabulary = read_vocabulary(store, images)
+    vocabulary = read_vocabulary(store, images.table)
     choices = vocabulary if config.attributes else None
     settings = to_mapping(config, results_only=True)
-    canaries = rows[:: max(1, len(rows) // CANARIES)][:CANARIES] if config.canary and config.engine != "oracle" else []
-    batches = cut(rows, config.images_per_part)
+    checked = CANARIES if config.canary and config.engine != "oracle" else 0
+    canaries = images.rows[:: max(1, len(images) // CANARIES)][:checked]
+    units = Units(config.images_per_part, images=images.rows)
     arguments: dict[str, Any] = {
         "uri": store.uri,
-        "images": images,
+        "images": images.table,
         "config": to_mapping(config),
         "vocabulary": vocabulary,
         "choices": choices,
-        "canaries": to_json(canaries),
+        "canaries": {"images": ranges(canaries)},
     }
     return Plan(
         stage="dialogue",
         version=version_of("dialogue", SCHEMA_VERSION, PROMPT_VERSION, made_from, deciding_settings(settings), choices),
         tables=("dialogues",),
-        units=[to_json(batch) for batch in batches],
-        sizes=[len(batch) for batch in batches],
+        units=units,
+        sizes=units.sizes,
         worker=DialogueWorker,
         arguments=arguments,
         made_from=made_from,

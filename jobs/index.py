@@ -10,24 +10,28 @@ many.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from ceca.commandline import parse_arguments
 from ceca.config import IndexConfig
 from ceca.data import schema
 from ceca.data.changes import removed_images
+from ceca.data.keys import Positions, numbers, spelled
 from ceca.data.store import Manifest, Part, Receipt, Store, StoreError, version_of
-from ceca.data.tables import ImageRow, read_summaries
+from ceca.data.tables import Images, read_keys
 from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel, require_model
 from ceca.settings import to_mapping
 from jobs.runtime.console import console, entry
 from jobs.runtime.embed import ImagePlan, plan_images
-from jobs.runtime.records import cut, from_json, to_json
+from jobs.runtime.records import Joined, Units, from_json, to_json
 from jobs.runtime.units import Output, Plan, Workers, run_plan
 
 if TYPE_CHECKING:
@@ -54,21 +58,21 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
     store = Store(data)
     model = require_model(store, config.model)
     images = _searchable(store, plan_images(store, model, config.split))
-    if not images.rows:
+    if not len(images.images):
         raise StoreError(f"nothing to index: {store.uri} has no images of split {config.split!r} with a dialogue")
     earlier = store.current("gallery", "index") if config.only_missing else None
     reused = Reused()
     if earlier is not None:
-        reused = reuse(store, earlier, model, images.rows, images.made_from, config.images_per_part)
-        rows = [row for row in images.rows if row.image_id not in reused.ids]
+        reused = reuse(store, earlier, model, images.images, images.made_from, config.images_per_part)
+        new = images.images.take(~np.isin(images.images.keys, reused.keys))
         before = {name: version for name, version in earlier.made_from.items() if name != "gallery"}
-        if not rows and not reused.copies and before == images.made_from:
+        if not len(new) and not reused.copies and before == images.made_from:
             console.print(f"index: {store.place('gallery')} lacks nothing")
             return {"gallery": earlier}
-        images = dataclasses.replace(images, rows=rows, made_from={**images.made_from, "gallery": earlier.version})
+        images = dataclasses.replace(images, images=new, made_from={**images.made_from, "gallery": earlier.version})
         kept = sum(part.rows for part in reused.parts)
         console.print(
-            f"index: {kept:,} rows stay where they are, {len(reused.ids) - kept:,} are copied, {len(rows):,} images "
+            f"index: {kept:,} rows stay where they are, {len(reused.keys) - kept:,} are copied, {len(new):,} images "
             "are embedded"
         )
     plan = _plan(store, config, model, images, earlier, reused)
@@ -78,13 +82,12 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
 
 def _searchable(store: Store, images: ImagePlan) -> ImagePlan:
     """Leave out the images that were removed from search."""
-    removed = removed_images(store).intersection(row.image_id for row in images.rows)
-    if not removed:
+    hidden = np.isin(images.images.keys, numbers(removed_images(store)))
+    if not hidden.any():
         return images
+    removed = sorted(set(spelled(images.images.keys[hidden])))
     return dataclasses.replace(
-        images,
-        rows=[row for row in images.rows if row.image_id not in removed],
-        made_from={**images.made_from, "removed": version_of(sorted(removed))},
+        images, images=images.images.take(~hidden), made_from={**images.made_from, "removed": version_of(removed)}
     )
 
 
@@ -103,12 +106,12 @@ class Reused:
     Attributes:
         parts: parts that are taken over as they are.
         copies: rows that are copied, by unit of work.
-        ids: ids of the images in both.
+        keys: keys of the images in both, [N].
     """
 
     parts: Sequence[Part] = ()
     copies: Sequence[list[CopiedRows]] = ()
-    ids: frozenset[str] = frozenset()
+    keys: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
 def _plan(
@@ -120,22 +123,21 @@ def _plan(
     reused: Reused,
 ) -> Plan:
     """The units of work: copies first, then images to embed."""
-    embedded = cut(images.rows, config.images_per_part)
+    embedded = Units(config.images_per_part, images=images.images.rows, dialogues=images.images.told)
+    copied = [{"copy": to_json(copies)} for copies in reused.copies]
     return Plan(
         stage="index",
         version=version_of("index", schema.SCHEMA_VERSION, images.made_from, config.split, config.images_per_part),
         tables=("gallery",),
-        units=[
-            *({"copy": to_json(copies)} for copies in reused.copies),
-            *({"images": to_json(rows)} for rows in embedded),
-        ],
-        sizes=[*(sum(len(copied.rows) for copied in copies) for copies in reused.copies), *map(len, embedded)],
+        units=Joined(copied, embedded),
+        sizes=[*(sum(len(copied.rows) for copied in copies) for copies in reused.copies), *embedded.sizes],
         worker=IndexWorker,
         arguments={
             "earlier": earlier,
             "uri": store.uri,
             "model": config.model,
-            "images": images.table,
+            "images": images.images.table,
+            "dialogues": images.images.dialogues,
             "schemas": {"images": ("gallery", schema.gallery(model.global_dim, model.local_dim))},
             "batch": config.batch,
             "gpu": usable_gpus(config.gpus) > 0,
@@ -153,7 +155,7 @@ def reuse(
     store: Store,
     earlier: Manifest,
     model: PublishedModel,
-    rows: Sequence[ImageRow],
+    images: Images,
     made_from: dict[str, str],
     images_per_part: int,
 ) -> Reused:
@@ -163,7 +165,7 @@ def reuse(
         store: the dataset.
         earlier: the published gallery.
         model: the model that indexes.
-        rows: images to index.
+        images: images to index.
         made_from: versions that the new gallery is made from.
         images_per_part: usual size of a part.
 
@@ -176,14 +178,10 @@ def reuse(
             f"{model.digest}, and one gallery holds embeddings of one model: leave --only-missing out to embed all "
             "images"
         )
-    valid = _unchanged(store, earlier, rows, made_from)
-    ids = store.read(earlier, ["image_id"])["image_id"].to_pylist() if earlier.rows else []
-    valid_rows: list[list[int]] = []  # by part
-    start = 0
-    for part in earlier.parts:
-        in_part = ids[start : start + part.rows]
-        valid_rows.append([row for row, image_id in enumerate(in_part) if image_id in valid])
-        start += part.rows
+    keys = read_keys(store, earlier) if earlier.rows else np.zeros(0, np.uint64)
+    valid = np.isin(keys, _unchanged(store, earlier, images, made_from))
+    starts = np.cumsum([0, *(part.rows for part in earlier.parts)])
+    valid_rows = [np.flatnonzero(valid[start:end]) for start, end in itertools.pairwise(starts)]  # by part
     whole = {number for number, part in enumerate(earlier.parts) if len(valid_rows[number]) == part.rows}
     small = {number for number in whole if len(valid_rows[number]) < images_per_part / 2}
     if len(small) > SMALL_PARTS:
@@ -191,32 +189,49 @@ def reuse(
     copies: list[list[CopiedRows]] = []
     room = 0  # rows that the last unit can still take
     for number, copied in enumerate(valid_rows):
-        if number in whole or not copied:
+        if number in whole or not len(copied):
             continue
         if len(copied) > room:
             copies.append([])
             room = images_per_part
-        copies[-1].append(CopiedRows(number, copied))
+        copies[-1].append(CopiedRows(number, copied.tolist()))
         room -= len(copied)
-    present = frozenset(image_id for image_id in ids if image_id in valid)
-    return Reused([earlier.parts[number] for number in sorted(whole)], copies, present)
+    return Reused([earlier.parts[number] for number in sorted(whole)], copies, keys[valid])
 
 
-def _unchanged(store: Store, earlier: Manifest, rows: Sequence[ImageRow], made_from: dict[str, str]) -> set[str]:
-    """Ids of the images that had the same summary when the earlier gallery was made."""
+def _unchanged(store: Store, earlier: Manifest, images: Images, made_from: dict[str, str]) -> np.ndarray:
+    """Keys of the images that had the same summary when the earlier gallery was made, [N]."""
     if earlier.made_from.get("dialogues") == made_from.get("dialogues"):
-        return {row.image_id for row in rows}
+        return images.keys
     # If that version of the dialogues is gone, the earlier summaries are unknown and no image counts as unchanged.
     version = earlier.made_from.get("dialogues")
-    dialogues = store.manifest("dialogues", version) if version else None
-    summaries = read_summaries(store, dialogues) if dialogues and dialogues.rows else {}
-    return {row.image_id for row in rows if summaries.get(row.image_id) == row.summary}
+    before = store.manifest("dialogues", version) if version else None
+    if before is None or not before.rows:
+        return images.keys[:0]
+    assert images.dialogues is not None, "a model that uses summaries made the earlier gallery"
+    told_before = Positions(read_keys(store, before)).find(images.keys)
+    same = _digests(store, before)[told_before] == _digests(store, images.dialogues)[images.told]
+    return images.keys[same & (told_before >= 0)]
+
+
+def _digests(store: Store, dialogues: Manifest) -> np.ndarray:
+    """A number for each summary, [N] uint64: equal ones have the same, and others by one chance in 2⁶⁴."""
+    return np.concatenate(
+        [
+            np.frombuffer(b"".join(_digest(summary) for summary in part["summary"].to_pylist()), np.uint64)
+            for part in store.read_each(dialogues, ["summary"])
+        ]
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 class IndexWorker:
     """Embeds images, or copies rows of the earlier gallery; the model is loaded when the first image comes.
 
-    A unit of work is {"images": [ImageRow, …]} as of EmbedWorker, or {"copy": [CopiedRows, …]}, records as JSON.
+    A unit of work is one of EmbedWorker's, or {"copy": [CopiedRows, …]}, records as JSON.
     """
 
     def __init__(self, earlier: Manifest | None, uri: str, **embedding: Any):

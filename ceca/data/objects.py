@@ -149,7 +149,10 @@ class Objects:
     @contextlib.contextmanager
     def open(self, *names: str) -> Iterator[Any]:
         """Open an object to read ranges of it; errors as in `read_bytes`."""
-        with self._explained("read", *names), self.fs.open(self.path(*names), "rb") as file:
+        path = self.path(*names)
+        # Arrow reads its own file without Python's lock: threads read several, and each in a third of the time.
+        local = isinstance(self.fs, LocalFileSystem)
+        with self._explained("read", *names), pa.OSFile(path) if local else self.fs.open(path, "rb") as file:
             yield file
 
     def remove(self, *names: str) -> None:

@@ -15,15 +15,18 @@ publishes its tables when all units have one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,6 +37,9 @@ from ceca.data.objects import Objects, as_json
 from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
 
+A = TypeVar("A")
+B = TypeVar("B")
+READERS = 8  # objects read at the same time
 ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
 
 
@@ -64,6 +70,17 @@ class Manifest:
     notes: Mapping[str, Any]
     created: str
     schema_version: int = SCHEMA_VERSION
+
+    def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """Places (part, row within the part) of rows of the whole table.
+
+        Args:
+            rows: [N] numbers of rows, from 0.
+        """
+        ends = np.cumsum([part.rows for part in self.parts])
+        part = np.searchsorted(ends, rows, side="right")
+        starts = np.concatenate([[0], ends])[part]
+        return list(zip(part.tolist(), (rows - starts).tolist(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +224,18 @@ class Store(Objects):
         Raises:
             StoreError: the table is empty.
         """
+        return pa.concat_tables(self.read_each(manifest, columns))
+
+    def read_each(self, manifest: Manifest, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Columns of every part, one part after the other; the next ones are read meanwhile. No digest is checked.
+
+        Raises:
+            StoreError: the table is empty.
+        """
         if not manifest.parts:
             raise StoreError(f"table {manifest.table!r} in {self.uri} is empty; see its rejects")
-        return pa.concat_tables([self.read_columns(manifest, n, columns) for n in range(len(manifest.parts))])
+        read = functools.partial(self.read_columns, manifest, columns=columns)
+        return in_order(read, range(len(manifest.parts)))
 
     def read_columns(self, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Columns of one part. Fetches these columns alone, so the part's digest is not checked."""
@@ -233,14 +259,16 @@ class Store(Objects):
         rows_of: dict[int, list[int]] = {}
         for part, row in rows:
             rows_of.setdefault(part, []).append(row)
+        groups_of = {part: sorted({row // ROW_GROUP for row in wanted}) for part, wanted in rows_of.items()}
+
+        def read(part: int) -> pa.Table:
+            with self.open(manifest.table, manifest.parts[part].path) as file:
+                return pq.ParquetFile(file).read_row_groups(groups_of[part], columns=columns)
+
         tables, place_of, offset = [], {}, 0
-        for part, wanted in rows_of.items():
-            groups = sorted({row // ROW_GROUP for row in wanted})
-            source = manifest.parts[part]
-            with self.open(manifest.table, source.path) as file:
-                table = pq.ParquetFile(file).read_row_groups(groups, columns=columns)
-            starts = {group: position * ROW_GROUP for position, group in enumerate(groups)}
-            for row in wanted:
+        for part, table in zip(rows_of, in_order(read, rows_of), strict=True):
+            starts = {group: position * ROW_GROUP for position, group in enumerate(groups_of[part])}
+            for row in rows_of[part]:
                 place_of[part, row] = offset + starts[row // ROW_GROUP] + row % ROW_GROUP
             offset += table.num_rows
             tables.append(table)
@@ -286,21 +314,21 @@ class Store(Objects):
 
     def receipts(self, stage: str, version: str) -> dict[int, Receipt]:
         """Finished units of a version: number of the unit → receipt."""
-        receipts = {}
-        for name in self.names(WORK, stage, version):
-            receipt: Any = self.read_json(WORK, stage, version, name)
-            try:
-                receipts[int(Path(name).stem)] = Receipt(
-                    parts={table: Part(**part) for table, part in receipt["parts"].items()},
-                    rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
-                    counts=receipt["counts"],
-                )
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise StoreError(
-                    f"{self.place(WORK, stage, version, name)} is not a receipt ({plain(error)}); remove it, and its "
-                    "unit is done again"
-                ) from None
-        return receipts
+        return dict(in_order(functools.partial(self._receipt, stage, version), self.names(WORK, stage, version)))
+
+    def _receipt(self, stage: str, version: str, name: str) -> tuple[int, Receipt]:
+        receipt: Any = self.read_json(WORK, stage, version, name)
+        try:
+            return int(Path(name).stem), Receipt(
+                parts={table: Part(**part) for table, part in receipt["parts"].items()},
+                rejects=tuple(Reject(**reject) for reject in receipt["rejects"]),
+                counts=receipt["counts"],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.place(WORK, stage, version, name)} is not a receipt ({plain(error)}); remove it, and its "
+                "unit is done again"
+            ) from None
 
     def publish(
         self,
@@ -417,6 +445,22 @@ class Store(Objects):
         for folder in {part.path.rpartition("/")[0] for part in parts}:
             sizes |= self.sizes(table, folder)
         return [part for part in parts if sizes.get(f"{table}/{part.path}") != part.bytes]
+
+
+def in_order(call: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
+    """Results of calls that wait for a store, in order. READERS threads call; few results wait to be taken."""
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(READERS) as readers:
+        try:
+            for argument in arguments:
+                waiting.append(readers.submit(call, argument))
+                if len(waiting) > 2 * READERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def plain(error: BaseException) -> str:

@@ -1,12 +1,21 @@
-"""Rows of the shared tables as records: images, their summaries, and the (image, caption) pairs of training."""
+"""Images, their summaries and their captions: as columns of row numbers to plan with, and as records at the edge.
+
+Planning keeps 32 bytes per image, whatever is said about it: where it is, its key, whose image it is, and where its
+dialogue is. What a worker needs it reads by these row numbers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ceca.data.changes import erased_images
+from ceca.data.keys import Positions, numbers
 from ceca.data.store import Manifest, Reject, Store, StoreError
 
 PAIRS = pa.schema(
@@ -18,6 +27,155 @@ PAIRS = pa.schema(
         ("summary", pa.string()),
     ]
 )
+PARTS_AT_ONCE = 64  # whose keys become numbers together: parts may be small
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """N images in the table's order, as columns.
+
+    Attributes:
+        table: the version of the images table.
+        rows: [N] int64, row of each image in the whole table.
+        keys: [N] uint64, its id as a number.
+        identities: [N] int64.
+        dialogues: the version of the dialogues table, if the images were looked up there.
+        told: [N] int64, row of each image's dialogue in that table.
+    """
+
+    table: Manifest
+    rows: np.ndarray
+    keys: np.ndarray
+    identities: np.ndarray
+    dialogues: Manifest | None = None
+    told: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, which: np.ndarray | slice) -> Images:
+        """Some of the images: a mask, their positions, or a slice."""
+        told = None if self.told is None else self.told[which]
+        return Images(self.table, self.rows[which], self.keys[which], self.identities[which], self.dialogues, told)
+
+
+class Captioned(NamedTuple):
+    """P captions of images, in the order of the captions table.
+
+    Attributes:
+        rows: [P] int64, row of each caption in the whole table.
+        image: [P] int64, position of its image among the images.
+        identities: [P] int64, as the captions table has them.
+    """
+
+    rows: np.ndarray
+    image: np.ndarray
+    identities: np.ndarray
+
+
+def find_images(store: Store, images: Manifest, split: str | None = None) -> Images:
+    """Find images without their summaries.
+
+    Args:
+        store: the dataset.
+        images: the version of the images table to read.
+        split: only images of this split; None means all.
+
+    Raises:
+        StoreError: the table is empty, or it has ids that are no keys.
+    """
+    erased = erased_images(store)  # a table that another program brought back may have them again
+    columns: list[tuple[np.ndarray, ...]] = []
+    start = 0
+    for part in store.read_each(images, ["image_id", "identity", *(["split"] if split is not None else [])]):
+        rows = np.arange(start, start + part.num_rows)
+        start += part.num_rows
+        if split is not None:
+            chosen = pc.equal(part["split"], split)
+            rows, part = rows[chosen.to_numpy()], part.filter(chosen)
+        columns.append((rows, _keys(store, images, part), part["identity"].to_numpy()))
+    whole = [np.concatenate(column) for column in zip(*columns, strict=True)]
+    found = Images(images, whole[0], whole[1], whole[2])
+    return found.take(~np.isin(found.keys, numbers(erased))) if erased else found
+
+
+def find_dialogues(store: Store, images: Images, dialogues: Manifest) -> tuple[Images, list[Reject]]:
+    """Look images up in the dialogues.
+
+    Args:
+        store: the dataset.
+        images: the images.
+        dialogues: the version of the dialogues table that holds the summaries.
+
+    Returns:
+        The images that have a summary, and a reject for each of the others.
+
+    Raises:
+        StoreError: the dialogues were made from another version of the images table.
+    """
+    _refuse_others(store, images.table, dialogues)
+    told = Positions(read_keys(store, dialogues)).find(images.keys)
+    described = dataclasses.replace(images, dialogues=dialogues, told=told).take(told >= 0)
+    if len(described) == len(images):
+        return described, []
+    lacking = store.take(images.table, images.table.places(images.rows[told < 0]), ["image_id", "source_path"])
+    return described, [_lacks_dialogue(**row) for row in lacking.to_pylist()]
+
+
+def find_captions(store: Store, images: Images, captions: Manifest) -> Captioned:
+    """Find the captions of images; other captions are left out.
+
+    Args:
+        store: the dataset.
+        images: the images.
+        captions: the version of the captions table.
+    """
+    parts = store.read_each(captions, ["image_id", "identity"])
+    read = [(_keys(store, captions, part), part["identity"].to_numpy()) for part in parts]
+    keys, identities = (np.concatenate(column) for column in zip(*read, strict=True))
+    image = Positions(images.keys).find(keys)
+    rows = np.flatnonzero(image >= 0)
+    return Captioned(rows, image[rows], identities[rows])
+
+
+def read_keys(store: Store, table: Manifest) -> np.ndarray:
+    """Ids of the images of a table's rows as numbers, [N] uint64.
+
+    Raises:
+        StoreError: the table is empty, or it has ids that are no keys.
+    """
+    parts = store.read_each(table, ["image_id"])
+    keys = []
+    while some := list(itertools.islice(parts, PARTS_AT_ONCE)):
+        keys.append(_keys(store, table, pa.concat_tables(some)))
+    return np.concatenate(keys)
+
+
+def _keys(store: Store, table: Manifest, part: pa.Table) -> np.ndarray:
+    try:
+        return numbers(part["image_id"])
+    except ValueError as error:
+        raise StoreError(f"{store.place(table.table)}: {error}; run its stage again") from None
+
+
+def _refuse_others(store: Store, images: Manifest, dialogues: Manifest) -> None:
+    """Refuse dialogues that were made from another version of the images table.
+
+    Raises:
+        StoreError: they were.
+    """
+    if dialogues.made_from.get("images") != images.version:
+        raise StoreError(
+            f"the dialogues in {store.uri} were made from images {dialogues.made_from.get('images')}, but "
+            f"{images.version} are current; run the stage `dialogue` again"
+        )
+
+
+def _lacks_dialogue(image_id: str, source_path: str) -> Reject:
+    return Reject(image_id, "no_dialogue", f"{source_path} has no summary; see the rejects of the stage dialogue")
+
+
+# --- records, for the edge ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +192,7 @@ class ImageRow:
 
 
 def list_images(store: Store, images: Manifest, split: str | None = None) -> list[ImageRow]:
-    """List images in the table's order, without their summaries.
+    """List images in the table's order, without their summaries, as records: for a look at them, not for a stage.
 
     Args:
         store: the dataset.
@@ -68,18 +226,10 @@ def add_summaries(
     Raises:
         StoreError: the dialogues were made from another version of the images table.
     """
-    if dialogues.made_from.get("images") != images.version:
-        raise StoreError(
-            f"the dialogues in {store.uri} were made from images {dialogues.made_from.get('images')}, but "
-            f"{images.version} are current; run the stage `dialogue` again"
-        )
+    _refuse_others(store, images, dialogues)
     summaries = read_summaries(store, dialogues)
     described = [dataclasses.replace(row, summary=summaries[row.image_id]) for row in rows if row.image_id in summaries]
-    rejects = [
-        Reject(row.image_id, "no_dialogue", f"{row.source_path} has no summary; see the rejects of the stage dialogue")
-        for row in rows
-        if row.image_id not in summaries
-    ]
+    rejects = [_lacks_dialogue(row.image_id, row.source_path) for row in rows if row.image_id not in summaries]
     return described, rejects
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ceca.data.store import Manifest, Store
-from ceca.data.tables import ImageRow
+from ceca.data.tables import Images, read_keys
 from ceca.dialogue.conversation import PROMPT_VERSION
 from ceca.errors import UserError
 
@@ -20,15 +22,13 @@ def deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, settings["engine"]: settings[settings["engine"]]}
 
 
-def missing_images(
-    store: Store, earlier: Manifest, rows: list[ImageRow], settings: Mapping[str, Any]
-) -> list[ImageRow]:
-    """List the images that a published table lacks.
+def missing_images(store: Store, earlier: Manifest, images: Images, settings: Mapping[str, Any]) -> Images:
+    """Find the images that a published table lacks.
 
     Args:
         store: the dataset.
         earlier: the published table of dialogues.
-        rows: images to look for.
+        images: images to look for.
         settings: the settings of this run.
 
     Raises:
@@ -47,5 +47,4 @@ def missing_images(
             f"{store.place('dialogues')} was made in another way ({'; '.join(differing)}), and one table holds answers "
             "of one kind: leave --only-missing out to ask about every image, or give the same settings"
         )
-    present = set(store.read(earlier, ["image_id"])["image_id"].to_pylist()) if earlier.rows else set()
-    return [row for row in rows if row.image_id not in present]
+    return images.take(~np.isin(images.keys, read_keys(store, earlier))) if earlier.rows else images

@@ -15,7 +15,6 @@ import pyarrow as pa
 from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES
 from ceca.data.store import Manifest, Reject, Store
-from ceca.data.tables import ImageRow
 from ceca.dialogue.answers import refuses
 from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import (
@@ -32,7 +31,7 @@ from ceca.dialogue.conversation import (
 from ceca.dialogue.engines import generation_settings, make_engine
 from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.settings import from_mapping
-from jobs.runtime.records import from_json
+from jobs.runtime.records import rows_in
 from jobs.runtime.team import WorkerLost
 from jobs.runtime.units import Output
 
@@ -46,7 +45,7 @@ class CanaryError(EngineError):
 class DialogueWorker:
     """Holds one engine, in an event loop of its own, so that the engine lives from one unit to the next.
 
-    A unit of work is a list of ImageRow as JSON. Several threads may do units at once. Their conversations share the
+    A unit of work is {"images": ranges of rows}. Several threads may do units at once. Their conversations share the
     engine and one limit, so conversations of the next unit take the places that the last ones of this unit leave.
 
     Args:
@@ -55,7 +54,7 @@ class DialogueWorker:
         config: settings of the stage, as plain values.
         vocabulary: attribute → its values, for the oracle.
         choices: attribute → its values to ask for in a structured answer; None if there is no structured answer.
-        canaries: images (ImageRow as JSON) whose descriptions must differ before the work starts.
+        canaries: a unit of images whose descriptions must differ before the work starts.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class DialogueWorker:
         config: dict[str, Any],
         vocabulary: Choices,
         choices: Choices | None,
-        canaries: list[Any],
+        canaries: dict[str, list[list[int]]],
     ):
         self.store, self.images, self.choices = Store(uri), images, choices
         self.config = from_mapping(DialogueConfig, config)
@@ -84,8 +83,9 @@ class DialogueWorker:
         self._use_engine(self.engine.start())
         at_once: int = getattr(self.engine, "at_once", AT_ONCE)
         self.in_flight = asyncio.Semaphore(self.config.conversations or at_once)
-        if len(canaries) > 1:
-            self._use_engine(self._check_canaries(self._subjects(canaries)))
+        checked = self._subjects(canaries)
+        if len(checked) > 1:
+            self._use_engine(self._check_canaries(checked))
         self.occupancy.reset()
 
     def _use_engine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -104,16 +104,13 @@ class DialogueWorker:
                 raise WorkerLost(str(error)) from error
             raise
 
-    def __call__(self, work: list[Any]) -> Output:
+    def __call__(self, work: dict[str, list[list[int]]]) -> Output:
         return self._use_engine(self._converse(self._subjects(work)))
 
-    def _subjects(self, work: list[Any]) -> list[Subject]:
-        rows = from_json(ImageRow, work)
-        encoded = self.store.take(self.images, [(row.part, row.row) for row in rows], ["image"])["image"]
-        return [
-            Subject(image_id=row.image_id, image=image.as_py(), **self.truth.get(row.image_id, {}))
-            for row, image in zip(rows, encoded, strict=True)
-        ]
+    def _subjects(self, work: dict[str, list[list[int]]]) -> list[Subject]:
+        places = self.images.places(rows_in(work["images"]))
+        known = self.store.take(self.images, places, ["image_id", "image"]).to_pylist() if places else []
+        return [Subject(**image, **self.truth.get(image["image_id"], {})) for image in known]
 
     async def _check_canaries(self, subjects: list[Subject]) -> None:
         """Ask for a description of each image, to stop a model that does not see the images before the work starts.

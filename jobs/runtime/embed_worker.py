@@ -12,19 +12,18 @@ import pyarrow as pa
 import torch
 
 from ceca.data.store import Manifest, Reject, Store
-from ceca.data.tables import ImageRow
 from ceca.datasets.images import ImageError, decode_image
 from ceca.model.embed import embed_images, embed_texts
 from ceca.model.weights import load_model
-from jobs.runtime.embed import CaptionRow
-from jobs.runtime.records import cut, from_json
+from jobs.runtime.records import cut, rows_in
 from jobs.runtime.units import Output
 
 
 class EmbedWorker:
     """Embeds images with their summaries, or captions as queries, each kind into its own table.
 
-    A unit of work is {"images": [ImageRow, …]} or {"queries": [CaptionRow, …]}, the records as JSON.
+    A unit of work has ranges of rows: {"images": …, "dialogues": …}, the latter if the model uses summaries, or
+    {"queries": …}, rows of the captions table.
 
     Args:
         uri: the dataset.
@@ -34,6 +33,8 @@ class EmbedWorker:
         batch: images or texts embedded together.
         gpu: compute on the GPU.
         replicas: workers that share this machine's CPUs.
+        dialogues: the table of summaries.
+        captions: the captions table.
     """
 
     def __init__(
@@ -45,46 +46,50 @@ class EmbedWorker:
         batch: int,
         gpu: bool,
         replicas: int,
+        dialogues: Manifest | None = None,
+        captions: Manifest | None = None,
     ):
         self.device = torch.device("cuda" if gpu else "cpu")
         if not gpu:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // replicas))
-        self.store, self.images, self.schemas, self.batch = Store(uri), images, schemas, batch
+        self.store, self.schemas, self.batch = Store(uri), schemas, batch
+        self.tables = {"images": images, "dialogues": dialogues, "queries": captions}
         self.model, self.published = load_model(self.store, model, self.device)
 
-    def __call__(self, work: dict[str, list[Any]]) -> Output:
-        if "images" in work:
-            return self._embed_images(from_json(ImageRow, work["images"]))
-        return self._embed_queries(from_json(CaptionRow, work["queries"]))
+    def __call__(self, work: dict[str, list[list[int]]]) -> Output:
+        return self._embed_images(work) if "images" in work else self._embed_queries(work)
 
-    def _embed_images(self, rows: list[ImageRow]) -> Output:
-        encoded = self.store.take(self.images, [(row.part, row.row) for row in rows], ["image"])["image"]
+    def _read(self, work: dict[str, list[list[int]]], kind: str, columns: list[str]) -> pa.Table:
+        """Columns of the rows that a unit names."""
+        table = self.tables[kind]
+        assert table is not None, "the plan names the tables of its units"
+        return self.store.take(table, table.places(rows_in(work[kind])), columns)
+
+    def _embed_images(self, work: dict[str, list[list[int]]]) -> Output:
+        known = self._read(work, "images", ["image_id", "identity", "split", "image"])
+        ids = known["image_id"].to_pylist()
+        told = [""] * len(ids)
+        if "dialogues" in work:
+            told = self._read(work, "dialogues", ["summary"])["summary"].to_pylist()
         with ThreadPoolExecutor(2) as decoders:  # Pillow decodes without holding Python's lock
-            decoded = list(decoders.map(self._decode, [row.image_id for row in rows], encoded.to_pylist()))
+            decoded = list(decoders.map(self._decode, ids, known["image"].to_pylist()))
         rejects = [pixels for pixels in decoded if isinstance(pixels, Reject)]
-        kept = [(row, pixels) for row, pixels in zip(rows, decoded, strict=True) if not isinstance(pixels, Reject)]
+        seen = [row for row, pixels in enumerate(decoded) if not isinstance(pixels, Reject)]
+        kept = [(pixels, told[row]) for row, pixels in enumerate(decoded) if not isinstance(pixels, Reject)]
         if not kept:
             return Output({}, rejects)
         embeddings = [
-            embed_images(self.model, [pixels for _, pixels in batch], [row.summary for row, _ in batch], self.device)
+            embed_images(self.model, [pixels for pixels, _ in batch], [summary for _, summary in batch], self.device)
             for batch in cut(kept, self.batch)
         ]
-        columns: dict[str, list[Any]] = {
-            "image_id": [row.image_id for row, _ in kept],
-            "identity": [row.identity for row, _ in kept],
-            "split": [row.split for row, _ in kept],
-            "model_digest": [self.published.digest] * len(kept),
-        }
+        columns = {name: known[name].take(seen).to_pylist() for name in ("image_id", "identity", "split")}
+        columns["model_digest"] = [self.published.digest] * len(seen)
         return Output(self._table("images", columns, embeddings), rejects)
 
-    def _embed_queries(self, rows: list[CaptionRow]) -> Output:
-        embeddings = [
-            embed_texts(self.model, [row.text for row in batch], self.device) for batch in cut(rows, self.batch)
-        ]
-        columns: dict[str, list[Any]] = {
-            "caption_id": [row.caption_id for row in rows],
-            "identity": [row.identity for row in rows],
-        }
+    def _embed_queries(self, work: dict[str, list[list[int]]]) -> Output:
+        known = self._read(work, "queries", ["caption_id", "identity", "text"]).to_pydict()
+        embeddings = [embed_texts(self.model, texts, self.device) for texts in cut(known["text"], self.batch)]
+        columns = {name: known[name] for name in ("caption_id", "identity")}
         return Output(self._table("queries", columns, embeddings))
 
     def _table(self, kind: str, columns: dict[str, list[Any]], embeddings: Sequence[Any]) -> dict[str, pa.Table]:

@@ -17,14 +17,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from ceca.config import DialogueConfig, OpenAIConfig, OracleConfig, VLLMConfig
 from ceca.data.store import Store
-from ceca.data.tables import list_images
 from ceca.dialogue.attributes import UNKNOWN
 from ceca.dialogue.conversation import EngineError
 from ceca.errors import UserError
 from ceca.settings import to_mapping
 from jobs.dialogue import _units_at_once, dialogue
 from jobs.dialogues.worker import DialogueWorker
-from jobs.runtime.records import to_json
 from tests.endpoint import ChatServer, completion, digest_of
 from tests.jobs.conftest import SMALL
 
@@ -149,13 +147,13 @@ def test_only_missing_asks_about_the_others_alone_and_publishes_both(run, drawn,
 # --- one worker, in this process --------------------------------------------------------------------------
 
 
-def make_worker(data: Path, config: DialogueConfig, canaries: int = 0, **known: Any) -> tuple[DialogueWorker, list]:
+def make_worker(data: Path, config: DialogueConfig, canaries: int = 0, **known: Any) -> tuple[DialogueWorker, dict]:
     """A worker on a dataset, and all its images as one unit of work."""
     store = Store(str(data))
     images = store.current("images")
-    work = to_json(list_images(store, images))
+    work, checked = ({"images": [[0, count]]} for count in (images.rows, canaries))
     options = {"vocabulary": None, "choices": None, **known}
-    return DialogueWorker(store.uri, images, to_mapping(config), canaries=work[:canaries], **options), work
+    return DialogueWorker(store.uri, images, to_mapping(config), canaries=checked, **options), work
 
 
 def through(server: ChatServer) -> DialogueConfig:
@@ -196,7 +194,7 @@ def test_thoughts_refusals_and_odd_characters_reach_no_table(serve, ingested):
     output = worker(work)
     table = output.tables["dialogues"].to_pylist()
     assert {reject.reason for reject in output.rejects} == {"refused"}
-    assert len(table) + len(output.rejects) == len(work)
+    assert len(table) + len(output.rejects) == IMAGES
     flags = {flag: [row for row in table if flag in row["flags"]] for flag in ("answer_refused", "thoughts_removed")}
     assert all(row["turns"][0]["answer"].startswith("I'm sorry") for row in flags["answer_refused"])
     assert all(row["summary"].startswith("about") for row in flags["thoughts_removed"])
@@ -229,7 +227,7 @@ def test_a_summary_that_most_images_share_is_flagged(serve, ingested):
     for row in output.tables["dialogues"].to_pylist():
         assert ("repeated" in row["flags"]) == (row["summary"] == "a person")
         assert "summary_cut_off" in row["flags"]
-    assert 0 < output.counts["flag_repeated"] < output.counts["flag_summary_cut_off"] == len(work)
+    assert 0 < output.counts["flag_repeated"] < output.counts["flag_summary_cut_off"] == IMAGES
 
 
 def test_structured_answers_follow_the_vocabulary_of_the_dataset(ingested):

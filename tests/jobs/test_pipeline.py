@@ -19,7 +19,7 @@ import torch
 
 from ceca.config import TrainConfig
 from ceca.data.store import Receipt, Store
-from ceca.data.tables import list_images
+from ceca.data.tables import find_images
 from ceca.errors import UserError
 from ceca.evaluation.evaluation import Embedded
 from ceca.model.registry import find_model
@@ -302,14 +302,14 @@ def test_an_image_with_another_summary_is_embedded_again_and_the_others_are_not(
 def test_many_small_parts_become_one_and_a_gallery_of_another_model_is_not_added_to(on_disk):
     earlier = on_disk.current("gallery")
     model = find_model(on_disk, "ceca")
-    rows = list_images(on_disk, on_disk.current("images"), "test")
-    reused = reuse(on_disk, earlier, model, rows, dict(earlier.made_from), images_per_part=1000)
+    images = find_images(on_disk, on_disk.current("images"), "test")
+    reused = reuse(on_disk, earlier, model, images, dict(earlier.made_from), images_per_part=1000)
     assert len(earlier.parts) > SMALL_PARTS
     assert reused.parts == []
     assert reused.copies == [[CopiedRows(number, [0]) for number in range(len(earlier.parts))]]
     other = dataclasses.replace(earlier, made_from={**earlier.made_from, "model": "another"})
     with pytest.raises(UserError, match="made by model another"):
-        reuse(on_disk, other, model, rows, dict(earlier.made_from), images_per_part=1000)
+        reuse(on_disk, other, model, images, dict(earlier.made_from), images_per_part=1000)
 
 
 @pytest.mark.slow
