@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ceca.config import OracleConfig
 from ceca.data.store import Store
-from ceca.data.tables import add_summaries, list_images
+from ceca.data.tables import find_dialogues, find_images, list_images
 from ceca.datasets.images import decode_image
 from ceca.dialogue.attributes import attributes_of
 from ceca.dialogue.conversation import QUESTIONS, Subject
@@ -83,7 +83,7 @@ class People:
     def __init__(self, settings: Settings):
         store = Store(settings.data)
         images, dialogues = store.current("images"), store.current("dialogues")
-        self.rows, _ = add_summaries(store, list_images(store, images), images, dialogues)
+        self.rows = list_images(store, find_dialogues(store, find_images(store, images), dialogues)[0])
         self.model, _ = load_model(store, settings.model)
         truth = store.belonging("attributes", images)
         assert truth is not None, "this benchmark needs drawn people"

@@ -161,7 +161,7 @@ def pair(store: Store) -> Callable[[], str]:
 
     def make() -> str:
         pairs = training_pairs(store, config, input_tables(store, config))
-        return f"{pairs.num_rows:,} pairs"
+        return f"{len(pairs):,} pairs"
 
     return make
 

@@ -8,6 +8,7 @@ For the table, a model without summaries (λ = 0, no CAWL) is trained beside CEC
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ import tyro
 
 from ceca.config import TrainConfig
 from ceca.data.store import Store
-from ceca.data.tables import list_images, make_pairs
+from ceca.data.tables import find_captions, find_images, read_texts
 from jobs.draw import draw
 from jobs.evaluate import evaluate
 from jobs.pipeline import pipeline, recipe_config
@@ -89,13 +90,14 @@ def _answer_searches(store: Store, picture: Path, count: int, seed: int) -> Path
     from jobs.reports.hits import ranked_list
 
     images = store.current("images", "ingest")
-    pairs = make_pairs(store, list_images(store, images, "test"), store.captions(images))
-    chosen = np.random.default_rng(seed).choice(pairs.num_rows, size=min(count, pairs.num_rows), replace=False)
+    pairs = find_captions(store, find_images(store, images, "test"), store.captions(images))
+    chosen = np.random.default_rng(seed).choice(len(pairs), size=min(count, len(pairs)), replace=False)
+    asked = pairs.take(np.sort(chosen))
+    queries = itertools.chain.from_iterable(read_texts(store, asked.captions, asked.rows, "text"))
     searcher = Searcher(store)
     catalogue = Catalogue(searcher.edition)
     lists = []
-    for row in sorted(chosen.tolist()):
-        query, identity = pairs["caption"][row].as_py(), pairs["identity"][row].as_py()
+    for query, identity in zip(queries, asked.identities.tolist(), strict=True):
         hits = searcher.search(query, omega=0.3, top_k=8)
         ranks = [rank for rank, hit in enumerate(hits, 1) if hit.identity == identity]
         console.print(f"search: “{query}” → right at rank {', '.join(map(str, ranks)) or 'none of 8'}")

@@ -16,7 +16,7 @@ from ceca.commandline import parse_arguments
 from ceca.config import DialogueConfig
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Manifest, Receipt, Store, version_of
-from ceca.data.tables import Images, find_images, list_images
+from ceca.data.tables import Images, find_images
 from ceca.dialogue.attributes import read_vocabulary
 from ceca.dialogue.conversation import AT_ONCE, PROMPT_VERSION
 from ceca.errors import UserError
@@ -49,10 +49,9 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
     """
     store = Store(data)
     images = store.current("images", "ingest")
-    if config.published is not None:
-        rows = list_images(store, images, config.split)[: config.limit]
-        return import_published(store, config, images, rows, redo=redo)
     asked = find_images(store, images, config.split).take(slice(config.limit))
+    if config.published is not None:
+        return import_published(store, config, asked, redo=redo)
     made_from = {"images": images.version}
     if config.engine == "oracle":
         made_from["attributes"] = _oracle_attributes(store, config, images).version

@@ -20,10 +20,11 @@ import tyro
 
 from ceca.data.changes import added_images, hide, mentioned_images, pending_erasures
 from ceca.data.erase import Busy, Watch, finish, undisturbed
+from ceca.data.keys import spelled
 from ceca.data.lease import Holders, LeaseError, this_process
 from ceca.data.schema import NOBODY
 from ceca.data.store import Store
-from ceca.data.tables import list_images
+from ceca.data.tables import find_images
 from ceca.errors import UserError
 from jobs.runtime.console import Track, console, entry
 
@@ -68,8 +69,10 @@ def choose(store: Store, images: tuple[str, ...], identities: tuple[int, ...]) -
         UserError: the dataset has no such image or identity.
     """
     manifest = store.current("images", "ingest")
-    rows = list_images(store, manifest) if manifest.rows else []
-    identity_of = {**added_images(store), **{row.image_id: row.identity for row in rows}}
+    identity_of = added_images(store)
+    if manifest.rows:
+        found = find_images(store, manifest)
+        identity_of |= dict(zip(spelled(found.keys), found.identities.tolist(), strict=True))
     missing = [f"image {name}" for name in set(images) - identity_of.keys() - mentioned_images(store)]
     missing += [f"identity {number}" for number in set(identities) - (set(identity_of.values()) - {NOBODY})]
     if missing:

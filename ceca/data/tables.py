@@ -7,8 +7,9 @@ dialogue is. What a worker needs it reads by these row numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -16,17 +17,8 @@ import pyarrow.compute as pc
 
 from ceca.data.changes import erased_images
 from ceca.data.keys import Positions, numbers
-from ceca.data.store import Manifest, Reject, Store, StoreError
+from ceca.data.store import Manifest, Reject, Store, StoreError, in_order
 
-PAIRS = pa.schema(
-    [
-        ("part", pa.int32()),  # of the images table
-        ("row", pa.int32()),  # within the part
-        ("identity", pa.int64()),
-        ("caption", pa.string()),
-        ("summary", pa.string()),
-    ]
-)
 PARTS_AT_ONCE = 64  # whose keys become numbers together: parts may be small
 
 
@@ -59,18 +51,35 @@ class Images:
         return Images(self.table, self.rows[which], self.keys[which], self.identities[which], self.dialogues, told)
 
 
-class Captioned(NamedTuple):
-    """P captions of images, in the order of the captions table.
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """P pairs of an image and one of its captions, in the order of the captions table.
 
     Attributes:
-        rows: [P] int64, row of each caption in the whole table.
+        images: the images.
+        captions: the version of the captions table.
+        rows: [P] int64, row of each caption in that table.
         image: [P] int64, position of its image among the images.
-        identities: [P] int64, as the captions table has them.
+        said_of: [P] int64, identity as the captions table has it.
     """
 
+    images: Images
+    captions: Manifest
     rows: np.ndarray
     image: np.ndarray
-    identities: np.ndarray
+    said_of: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def identities(self) -> np.ndarray:
+        """Identity of each image, [P]."""
+        return self.images.identities[self.image]
+
+    def take(self, which: np.ndarray) -> Pairs:
+        """Some of the pairs: a mask, or their positions."""
+        return Pairs(self.images, self.captions, self.rows[which], self.image[which], self.said_of[which])
 
 
 def find_images(store: Store, images: Manifest, split: str | None = None) -> Images:
@@ -122,7 +131,7 @@ def find_dialogues(store: Store, images: Images, dialogues: Manifest) -> tuple[I
     return described, [_lacks_dialogue(**row) for row in lacking.to_pylist()]
 
 
-def find_captions(store: Store, images: Images, captions: Manifest) -> Captioned:
+def find_captions(store: Store, images: Images, captions: Manifest) -> Pairs:
     """Find the captions of images; other captions are left out.
 
     Args:
@@ -135,7 +144,7 @@ def find_captions(store: Store, images: Images, captions: Manifest) -> Captioned
     keys, identities = (np.concatenate(column) for column in zip(*read, strict=True))
     image = Positions(images.keys).find(keys)
     rows = np.flatnonzero(image >= 0)
-    return Captioned(rows, image[rows], identities[rows])
+    return Pairs(images, captions, rows, image[rows], identities[rows])
 
 
 def read_keys(store: Store, table: Manifest) -> np.ndarray:
@@ -175,6 +184,24 @@ def _lacks_dialogue(image_id: str, source_path: str) -> Reject:
     return Reject(image_id, "no_dialogue", f"{source_path} has no summary; see the rejects of the stage dialogue")
 
 
+def read_texts(store: Store, table: Manifest, rows: np.ndarray, column: str) -> Iterator[list[str]]:
+    """Texts of rows of a table, part by part; parts without such a row are not read.
+
+    Args:
+        store: the dataset.
+        table: the table.
+        rows: [N] ascending.
+        column: name of the column.
+    """
+    bounds = np.cumsum([0, *(part.rows for part in table.parts)])
+    places = np.searchsorted(rows, bounds)
+    numbers_of_parts = np.flatnonzero(np.diff(places))
+    wanted = [rows[places[part] : places[part + 1]] - bounds[part] for part in numbers_of_parts]
+    read = in_order(functools.partial(store.read_columns, table, columns=[column]), numbers_of_parts.tolist())
+    for content, chosen in zip(read, wanted, strict=True):
+        yield content[column].take(chosen).to_pylist()
+
+
 # --- records, for the edge ----------------------------------------------------------------------------------
 
 
@@ -191,77 +218,21 @@ class ImageRow:
     summary: str = ""
 
 
-def list_images(store: Store, images: Manifest, split: str | None = None) -> list[ImageRow]:
-    """List images in the table's order, without their summaries, as records: for a look at them, not for a stage.
+def list_images(store: Store, images: Images) -> list[ImageRow]:
+    """Read what is known of images, with their summaries if they have dialogues: for a look at some, not for a stage.
 
     Args:
         store: the dataset.
-        images: the version of the images table to read.
-        split: only images of this split; None means all.
+        images: the images, as `find_images` and `find_dialogues` give them.
     """
-    erased = erased_images(store)  # a table that another program brought back may have them again
-    table = store.read(images, ["image_id", "identity", "split", "source_path"])
-    places = [(number, row) for number, part in enumerate(images.parts) for row in range(part.rows)]
+    if not len(images):
+        return []
+    places = images.table.places(images.rows)
+    known = store.take(images.table, places, ["image_id", "identity", "split", "source_path"]).to_pylist()
+    told = [""] * len(images)
+    if images.dialogues is not None and images.told is not None:
+        told = store.take(images.dialogues, images.dialogues.places(images.told), ["summary"])["summary"].to_pylist()
     return [
-        ImageRow(**image, part=part, row=row)
-        for image, (part, row) in zip(table.to_pylist(), places, strict=True)
-        if (split is None or image["split"] == split) and image["image_id"] not in erased
+        ImageRow(**image, part=part, row=row, summary=summary)
+        for image, (part, row), summary in zip(known, places, told, strict=True)
     ]
-
-
-def add_summaries(
-    store: Store, rows: list[ImageRow], images: Manifest, dialogues: Manifest
-) -> tuple[list[ImageRow], list[Reject]]:
-    """Give images their summaries.
-
-    Args:
-        store: the dataset.
-        rows: the images.
-        images: the version of the images table that `rows` were read from.
-        dialogues: the version of the dialogues table that holds the summaries.
-
-    Returns:
-        The images that have a summary, with it, and a reject for each of the others.
-
-    Raises:
-        StoreError: the dialogues were made from another version of the images table.
-    """
-    _refuse_others(store, images, dialogues)
-    summaries = read_summaries(store, dialogues)
-    described = [dataclasses.replace(row, summary=summaries[row.image_id]) for row in rows if row.image_id in summaries]
-    rejects = [_lacks_dialogue(row.image_id, row.source_path) for row in rows if row.image_id not in summaries]
-    return described, rejects
-
-
-def read_summaries(store: Store, dialogues: Manifest) -> dict[str, str]:
-    """Read the summaries: image id → summary."""
-    table = store.read(dialogues, ["image_id", "summary"])
-    return dict(zip(table["image_id"].to_pylist(), table["summary"].to_pylist(), strict=True))
-
-
-def make_pairs(store: Store, rows: list[ImageRow], captions: Manifest) -> pa.Table:
-    """Pair each caption of these images with its image.
-
-    Args:
-        store: the dataset.
-        rows: the images; captions of other images are left out.
-        captions: the version of the captions table to read.
-
-    Returns:
-        A table of schema `PAIRS`, in the order of the captions table.
-    """
-    by_id = {row.image_id: row for row in rows}
-    table = store.read(captions, ["image_id", "text"])
-    captioned = [
-        (by_id[image_id], text)
-        for image_id, text in zip(table["image_id"].to_pylist(), table["text"].to_pylist(), strict=True)
-        if image_id in by_id
-    ]
-    columns = {
-        "part": [image.part for image, _ in captioned],
-        "row": [image.row for image, _ in captioned],
-        "identity": [image.identity for image, _ in captioned],
-        "caption": [text for _, text in captioned],
-        "summary": [image.summary for image, _ in captioned],
-    }
-    return pa.table(columns, schema=PAIRS)

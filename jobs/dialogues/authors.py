@@ -12,7 +12,7 @@ import pyarrow as pa
 from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES, SCHEMA_VERSION
 from ceca.data.store import Manifest, Reject, Store, filesystem, version_of
-from ceca.data.tables import ImageRow, list_images
+from ceca.data.tables import ImageRow, Images, find_images, list_images
 from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, match_paths, read_published
 from ceca.errors import UserError
 from ceca.model.tokens import CONTEXT, count_tokens
@@ -30,16 +30,13 @@ class ImportedRow:
     summary: str
 
 
-def import_published(
-    store: Store, config: DialogueConfig, images: Manifest, rows: list[ImageRow], *, redo: bool
-) -> dict[str, Manifest]:
+def import_published(store: Store, config: DialogueConfig, images: Images, *, redo: bool) -> dict[str, Manifest]:
     """Publish the table dialogues from the file that `config.published` names.
 
     Args:
         store: the dataset.
         config: settings of the stage.
-        images: the images table.
-        rows: images that get a dialogue.
+        images: images that get a dialogue.
         redo: make a new version even if this one is published.
 
     Raises:
@@ -50,7 +47,8 @@ def import_published(
     try:
         content = fs.cat_file(path)
         dialogues, unusable = read_published(content)
-        images_there = (row.source_path for row in list_images(store, images))
+        everything = find_images(store, images.table)
+        images_there = (row.source_path for row in list_images(store, everything))
         meant = match_paths((dialogue.path for dialogue in dialogues), images_there)
     except FileNotFoundError:
         raise UserError(f"no file of published dialogues at {config.published}") from None
@@ -59,9 +57,9 @@ def import_published(
     digest = hashlib.sha256(content).hexdigest()
     by_name = any(path != image for path, image in meant.items())
     dialogues = [dataclasses.replace(dialogue, path=meant.get(dialogue.path, dialogue.path)) for dialogue in dialogues]
-    imported, unmatched = _match(dialogues, rows)
+    imported, unmatched = _match(dialogues, list_images(store, images))
     batches = cut(imported, config.images_per_part)
-    made_from = {"images": images.version, "published": digest}
+    made_from = {"images": images.table.version, "published": digest}
     plan = Plan(
         stage="dialogue",
         version=version_of("dialogue", SCHEMA_VERSION, made_from, config.split, config.limit, *["by name"] * by_name),

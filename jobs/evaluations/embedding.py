@@ -76,4 +76,4 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
 def _find_queries(store: Store, images: Images, captions: Manifest) -> np.ndarray:
     """Rows of the captions of named people, also of images without a dialogue, [Q]."""
     found = find_captions(store, images, captions)
-    return found.rows[found.identities != NOBODY]  # of others nobody could say which image is right
+    return found.rows[found.said_of != NOBODY]  # of others nobody could say which image is right

@@ -23,10 +23,11 @@ import pyarrow as pa
 import tyro
 
 from ceca.config import EvaluateConfig, Split
+from ceca.data.keys import spelled
 from ceca.data.names import EVALUATIONS
 from ceca.data.schema import image_of
 from ceca.data.store import Store, decode
-from ceca.data.tables import ImageRow, add_summaries, list_images
+from ceca.data.tables import ImageRow, find_dialogues, find_images, list_images
 from ceca.datasets.images import open_image
 from ceca.errors import UserError
 from ceca.evaluation.significance import COMPARED, Difference, compare_runs
@@ -176,7 +177,8 @@ def report_ranked(
     images_table = store.current("images", "ingest")
     captions = store.read(store.captions(images_table), ["caption_id", "text"])
     words = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
-    places = {row.image_id: (row.part, row.row) for row in list_images(store, images_table, split)}
+    in_split = find_images(store, images_table, split)
+    places = dict(zip(spelled(in_split.keys), images_table.places(in_split.rows), strict=True))
     lists = []
     for query in choose_queries((right[0], right[-1]), count, seed):
         # Each model has its own gallery: a model without summaries also embeds images without a dialogue.
@@ -263,7 +265,8 @@ def describe(store: Store, count: int, seed: int) -> list[Described]:
     """
     images = store.current("images", "ingest")
     captions = store.captions(images)
-    rows, _ = add_summaries(store, list_images(store, images), images, store.current("dialogues", "dialogue"))
+    described, _ = find_dialogues(store, find_images(store, images), store.current("dialogues", "dialogue"))
+    rows = list_images(store, described)
     source = random.Random(seed)
     source.shuffle(rows)
     chosen: dict[int, ImageRow] = {}

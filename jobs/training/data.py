@@ -25,14 +25,30 @@ from ceca.training.order import Batches, epoch_order, epoch_partners
 
 
 @dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of P pairs as token ids: each text once, however many pairs have it."""
+
+    tokens: np.ndarray  # [T, 77] uint16: CLIP has 49,408 tokens
+    of_pair: np.ndarray  # [P] row of each pair's text
+
+    def __getitem__(self, pairs: np.ndarray) -> np.ndarray:
+        """Token ids of some pairs' texts, [B, 77]."""
+        return self.tokens[self.of_pair[pairs]]
+
+    def mean_length(self) -> float:
+        """Tokens of a pair's text on average."""
+        return float(np.count_nonzero(self.tokens, axis=1)[self.of_pair].mean())
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingSet:
     """All P pairs in a fixed order: place of the image, identity, and texts as token ids."""
 
     part: np.ndarray  # [P] part of the images table
     row: np.ndarray  # [P] row in the part
     identity: np.ndarray  # [P], numbered from 0
-    caption: np.ndarray  # [P, 77] uint16: CLIP has 49,408 tokens
-    summary: np.ndarray  # [P, 77] uint16
+    caption: Texts
+    summary: Texts
 
     def __len__(self) -> int:
         return len(self.identity)

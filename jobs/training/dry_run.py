@@ -51,7 +51,7 @@ def take_steps(store: Store, config: TrainConfig, tables: Mapping[str, Manifest]
     with tempfile.TemporaryDirectory(prefix="ceca-dry-run-") as folder:
         scratch = Store(folder)
         pairs = training_pairs(store, config, tables, steps=STEPS)
-        run = make_run(store, config, tables["images"], FOLDER, pairs, None)
+        run = make_run(store, config, FOLDER, pairs, None)
         checkpoint = fit(scratch, config, dataclasses.replace(run, store_uri=scratch.uri))
         curve = decode(pa.BufferReader(scratch.read_bytes(FOLDER, checkpoint, "curve.parquet")))
     losses = curve["loss"].to_pylist()

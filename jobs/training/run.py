@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -22,6 +23,7 @@ from ceca.data.filesystems import as_pyarrow
 from ceca.data.names import MODELS
 from ceca.data.replacing import Check, unchecked
 from ceca.data.store import Manifest, Store
+from ceca.data.tables import Pairs
 from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel
@@ -64,7 +66,7 @@ def train_and_publish(
     started = time.monotonic()
     pairs = training_pairs(store, config, tables)
     validation = held_out(store, tables, config.protocol) if config.validate_every else None
-    checkpoint = fit(store, config, make_run(store, config, tables["images"], folder, pairs, validation))
+    checkpoint = fit(store, config, make_run(store, config, folder, pairs, validation))
     record, weights, curve = _best(store, folder, checkpoint)
     validation_split = validation.split if validation is not None else None
     record |= {
@@ -99,28 +101,26 @@ def train_and_publish(
     return published
 
 
-def make_run(
-    store: Store, config: TrainConfig, images: Manifest, folder: str, pairs: Any, validation: HeldOut | None
-) -> Run:
+def make_run(store: Store, config: TrainConfig, folder: str, pairs: Pairs, validation: HeldOut | None) -> Run:
     """Put the samples into Ray's object store for the workers.
 
     Args:
         store: the dataset.
         config: settings of the training.
-        images: the images table.
         folder: the run's folder below the dataset.
-        pairs: training pairs, schema `ceca.data.tables.PAIRS`.
+        pairs: training pairs.
         validation: held-out images, or None.
     """
-    parts = set(pairs["part"].to_pylist())
+    samples = tokenize_pairs(store, pairs, config)
+    parts = set(np.unique(samples.part).tolist())
     if validation is not None:
         parts |= {row.part for row in validation.images}
     return Run(
         config=dataclasses.replace(config, gpus_per_worker=usable_gpus(config.gpus_per_worker)),
         store_uri=store.uri,
         run=folder,
-        images=load_images(store, images, parts, training_machines(config)),
-        samples=ray.put(tokenize_pairs(pairs, config)),
+        images=load_images(store, pairs.images.table, parts, training_machines(config)),
+        samples=ray.put(samples),
         validation=ray.put(validation) if validation is not None else None,
     )
 

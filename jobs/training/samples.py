@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
-import pyarrow as pa
 
 from ceca.config import Protocol, TrainConfig
 from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Reject, Store, filesystem
-from ceca.data.tables import ImageRow, add_summaries, list_images, make_pairs
+from ceca.data.tables import Images, Pairs, find_captions, find_dialogues, find_images, list_images, read_texts
 from ceca.errors import UserError
 from ceca.model.tokens import CONTEXT, count_tokens, tokenize_numpy
 from ceca.training.order import published_noise, shuffled_captions
 from jobs.runtime.console import console, label
-from jobs.training.data import HeldOut, Sentence, TrainingSet
+from jobs.training.data import HeldOut, Sentence, Texts, TrainingSet
 
 
 def training_pairs(
     store: Store, config: TrainConfig, tables: Mapping[str, Manifest], steps: int | None = None
-) -> pa.Table:
-    """List the (image, caption) pairs to learn from, and print their number.
+) -> Pairs:
+    """Find the (image, caption) pairs to learn from, and print their number.
 
     Args:
         store: the dataset.
@@ -32,39 +32,58 @@ def training_pairs(
     Raises:
         UserError: the split has fewer pairs than one global batch.
     """
-    rows, missing = _summarised(store, tables, config.split)
+    images, missing = _described(store, tables, config.split)
     if missing:
         label("warning", "yellow", f"{len(missing)} images have no summary and are left out of training")
-    pairs = make_pairs(store, rows, tables["captions"])
-    if not pairs.num_rows or (pairs.num_rows < config.global_batch and config.last_batch == "drop"):
+    pairs = find_captions(store, images, tables["captions"])
+    if not len(pairs) or (len(pairs) < config.global_batch and config.last_batch == "drop"):
         raise UserError(
-            f"split {config.split!r} has {pairs.num_rows} image-caption pairs, fewer than one global batch of "
+            f"split {config.split!r} has {len(pairs)} image-caption pairs, fewer than one global batch of "
             f"{config.global_batch}; lower --global-batch or check the dataset"
         )
     if steps is not None:
-        pairs = pairs.take(np.linspace(0, pairs.num_rows - 1, steps * config.global_batch).astype(int))
-    long = sum(count_tokens(row.summary) > CONTEXT for row in rows)
-    console.print(
-        f"train: {len(rows):,} images, {pairs.num_rows:,} pairs, {len({row.identity for row in rows}):,} identities; "
-        f"{long / max(1, len(rows)):.1%} of summaries are longer than CLIP's 77 tokens"
-    )
+        pairs = pairs.take(np.linspace(0, len(pairs) - 1, steps * config.global_batch).astype(int))
+    identities = len(np.unique(images.identities))
+    console.print(f"train: {len(images):,} images, {len(pairs):,} pairs, {identities:,} identities")
     return pairs
 
 
-def tokenize_pairs(pairs: pa.Table, config: TrainConfig) -> TrainingSet:
+def tokenize_pairs(store: Store, pairs: Pairs, config: TrainConfig) -> TrainingSet:
     """Number the identities and tokenise the texts of all pairs, once for all epochs.
 
     Raises:
         UserError: `config.noise_file` does not fit the pairs.
     """
-    captions_of = _captions_of(pairs.num_rows, config)
+    captions_of = _captions_of(len(pairs), config)
+    images = pairs.images
+    rows = images.rows[pairs.image]
+    places = np.array(images.table.places(rows), np.int32).reshape(-1, 2)
+    if images.dialogues is None or images.told is None:
+        summary = Texts(tokenize_numpy([""]).astype(np.uint16), np.zeros(len(pairs), np.int64))
+    else:
+        summary = _tokenize(store, images.dialogues, images.told[pairs.image], "summary")
     return TrainingSet(
-        part=pairs["part"].to_numpy(),
-        row=pairs["row"].to_numpy(),
-        identity=number_identities(pairs),
-        caption=tokenize_numpy(pairs["caption"].to_pylist()).astype(np.uint16)[captions_of],
-        summary=tokenize_numpy(pairs["summary"].to_pylist()).astype(np.uint16),
+        part=places[:, 0],
+        row=places[:, 1],
+        identity=number_identities(pairs.identities, rows),
+        caption=_tokenize(store, pairs.captions, pairs.rows[captions_of], "text"),
+        summary=summary,
     )
+
+
+def _tokenize(store: Store, table: Manifest, rows: np.ndarray, column: str) -> Texts:
+    """Token ids of the texts in these rows of a table, [P]; prints how many summaries are too long."""
+    needed, of_pair = np.unique(rows, return_inverse=True)
+    tokens = np.zeros((len(needed), CONTEXT), np.uint16)
+    start, long = 0, 0
+    for texts in read_texts(store, table, needed, column):
+        part = tokens[start : start + len(texts)]
+        part[:] = tokenize_numpy(texts)
+        long += sum(count_tokens(texts[full]) > CONTEXT for full in np.flatnonzero(part[:, -1]))
+        start += len(texts)
+    if column == "summary":
+        console.print(f"train: {long / len(needed):.1%} of summaries are longer than CLIP's {CONTEXT} tokens")
+    return Texts(tokens, of_pair)
 
 
 def read_noise_file(uri: str) -> bytes:
@@ -93,11 +112,14 @@ def _captions_of(pairs: int, config: TrainConfig) -> np.ndarray:
     return source
 
 
-def number_identities(pairs: pa.Table) -> np.ndarray:
-    """Numbers from 0 of the identities of pairs, [P]; an image whose person nobody named is a person of its own."""
-    identity = pairs["identity"].to_numpy()
-    image = pairs["part"].to_numpy().astype(np.int64) << 32 | pairs["row"].to_numpy()
-    keys = np.stack([identity, np.where(identity == NOBODY, image, 0)])
+def number_identities(identities: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Numbers from 0 of the identities of pairs, [P]; an image whose person nobody named is a person of its own.
+
+    Args:
+        identities: [P] of the pairs.
+        images: [P] number of each pair's image.
+    """
+    keys = np.stack([identities, np.where(identities == NOBODY, images, 0)])
     return np.unique(keys, axis=1, return_inverse=True)[1].ravel()
 
 
@@ -107,20 +129,21 @@ def held_out(store: Store, tables: Mapping[str, Manifest], protocol: Protocol = 
     Returns None if there are no such images or captions.
     """
     split = "test" if protocol == "released" else "val"
-    images, _ = _summarised(store, tables, split)
-    if not images:
+    images, _ = _described(store, tables, split)
+    if not len(images):
         hint = "; --protocol released chooses it on test, as published tables do" if split == "val" else ""
         label("warning", "yellow", f"there is no split {split}: the last epoch is kept{hint}")
-    pairs = make_pairs(store, images, tables["captions"])
-    if not images or not pairs.num_rows:
         return None
-    texts = zip(pairs["caption"].to_pylist(), pairs["identity"].to_pylist(), strict=True)
-    return HeldOut(split, images, [Sentence(text, identity) for text, identity in texts if identity != NOBODY])
+    pairs = find_captions(store, images, tables["captions"])
+    if not len(pairs):
+        return None
+    asked = pairs.take(pairs.identities != NOBODY)
+    texts = itertools.chain.from_iterable(read_texts(store, asked.captions, asked.rows, "text"))
+    sentences = [Sentence(text, identity) for text, identity in zip(texts, asked.identities.tolist(), strict=True)]
+    return HeldOut(split, list_images(store, images), sentences)
 
 
-def _summarised(store: Store, tables: Mapping[str, Manifest], split: str) -> tuple[list[ImageRow], list[Reject]]:
-    """The images of a split with their summaries if there is a table of dialogues; images without one are rejects."""
-    rows = list_images(store, tables["images"], split)
-    if "dialogues" not in tables:
-        return rows, []
-    return add_summaries(store, rows, tables["images"], tables["dialogues"])
+def _described(store: Store, tables: Mapping[str, Manifest], split: str) -> tuple[Images, list[Reject]]:
+    """The images of a split with their dialogues if there is a table of them; images without one are rejects."""
+    images = find_images(store, tables["images"], split)
+    return find_dialogues(store, images, tables["dialogues"]) if "dialogues" in tables else (images, [])

@@ -41,7 +41,7 @@ def model_flops_utilisation(config: TrainConfig, samples: TrainingSet, samples_p
     if peak is None:
         return {}
     texts = [samples.caption] + ([samples.summary] if config.model.summary_weight else [])
-    tokens = sum(float((text > 0).sum(axis=1).mean()) for text in texts)
+    tokens = sum(text.mean_length() for text in texts)
     batch = config.global_batch
     flops = step_flops(config.model, batch, round(tokens * batch)) / batch
     return {"mfu": flops * samples_per_second / (world()[1] * config.gpus_per_worker * peak * 1e12)}

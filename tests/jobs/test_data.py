@@ -15,6 +15,7 @@ from ceca.settings import from_mapping
 from ceca.training.order import Batches
 from jobs.training.data import (
     LoadSamples,
+    Texts,
     TrainingSet,
     cut_batches,
     empty_batch,
@@ -50,8 +51,8 @@ def test_workers_load_an_epochs_order_twice_where_it_is_divided_first(
     monkeypatch: Any, division: str, workers: int
 ) -> None:
     """Eleven pairs in batches of four, the last of three: the same places in both passes, other ones in each epoch."""
-    ones = np.ones((11, 77), np.uint16)
-    samples = TrainingSet(np.zeros(11, int), np.arange(11), np.arange(11), ones, ones)
+    said = Texts(np.ones((1, 77), np.uint16), np.zeros(11, int))
+    samples = TrainingSet(np.zeros(11, int), np.arange(11), np.arange(11), said, said)
     config = from_mapping(TrainConfig, {**SMALL, "global_batch": 4, "last_batch": "keep", "division": division})
     monkeypatch.setattr("ray.get", lambda reference: reference)
     found: list[list[int]] = [[] for _ in range(2 * passes(config))]

@@ -16,7 +16,6 @@ from ceca.data.changes import hide
 from ceca.data.erase import finish
 from ceca.data.schema import image_id
 from ceca.data.store import Store
-from ceca.data.tables import PAIRS
 from ceca.datasets.records import Caption, Record
 from ceca.errors import UserError
 from ceca.metrics import Matches, retrieval_metrics
@@ -90,14 +89,10 @@ def test_an_erased_image_does_not_come_back_from_its_source(source, tmp_path):
     assert (ids, rejects) == ([image_id("cam/a.jpg")], {})  # and no reject keeps its name
 
 
-def pairs(*identities: int) -> pa.Table:
-    rows = range(len(identities))
-    return pa.table([[0] * len(rows), list(rows), list(identities), ["c"] * len(rows), ["s"] * len(rows)], schema=PAIRS)
-
-
 def test_images_of_nobody_are_people_of_their_own_in_training():
-    assert number_identities(pairs(7, 3, 7, 9)).tolist() == [1, 0, 1, 2]
-    numbers = number_identities(pairs(-1, 3, -1, 3))
+    images = np.arange(4)
+    assert number_identities(np.array([7, 3, 7, 9]), images).tolist() == [1, 0, 1, 2]
+    numbers = number_identities(np.array([-1, 3, -1, 3]), images)
     assert len(set(numbers.tolist())) == 3
     assert numbers[1] == numbers[3]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ceca.data.store import Store
-from ceca.data.tables import list_images
+from ceca.data.tables import find_images
 from ceca.model.registry import require_model
 from ceca.search.catalogue import Catalogue
 from ceca.search.edition import find_edition
@@ -51,7 +51,7 @@ def test_every_stage_finds_its_result_published_and_does_nothing(before: Path) -
 
 def test_its_tables_and_gallery_are_read_as_they_are(before: Path) -> None:
     store = Store(str(before / "data"))
-    assert len(list_images(store, store.current("images"))) == 20
+    assert len(find_images(store, store.current("images"))) == 20
     edition = find_edition(store)
     gallery, catalogue = open_gallery(edition), Catalogue(edition)
     assert len(gallery.ids) == 4

@@ -12,9 +12,10 @@ import pytest
 
 from ceca.data.changes import erased_images, hide, pending_erasures
 from ceca.data.erase import erase, finish, undisturbed
+from ceca.data.keys import spelled
 from ceca.data.lease import Holders, LeaseError
 from ceca.data.store import Receipt, Reject, Store, StoreError
-from ceca.data.tables import list_images
+from ceca.data.tables import find_images
 from jobs.runtime import units
 from jobs.runtime.team import Team
 from jobs.runtime.units import Plan, Workers, run_plan
@@ -48,7 +49,7 @@ def stage(store: Store, version: str, **more: Any) -> None:
 def assert_whole(store: Store) -> None:
     """Every table is readable, and an erased image that is still in the current tables is pending."""
     rows = state(store)  # looks at the digest of every part
-    listed = {row.image_id for row in list_images(store, store.current("images"))}
+    listed = set(spelled(find_images(store, store.current("images")).keys))
     assert listed.isdisjoint(erased_images(store))
     current = {row["image_id"] for table in TABLES for row in rows[f"{table}/manifest.json"]}
     assert pending_erasures(store) or current.isdisjoint(GONE)
@@ -73,7 +74,7 @@ def test_an_erasure_that_was_stopped_at_any_step_harms_no_table_and_is_still_pen
             break
         assert_whole(store)
         assert store.current("images").version == "i3"
-        assert not {row.image_id for row in list_images(store, store.current("images"))} & set(GONE)
+        assert not set(spelled(find_images(store, store.current("images")).keys)) & set(GONE)
         finish(store, name)
         assert_erased(store, GONE)
         assert_whole(store)

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from ceca.data.changes import hide
 from ceca.data.keys import numbers, spelled
-from ceca.data.store import Manifest, Reject, Store, StoreError
-from ceca.data.tables import (
-    PAIRS,
-    ImageRow,
-    add_summaries,
-    find_captions,
-    find_dialogues,
-    find_images,
-    list_images,
-    make_pairs,
-    read_keys,
-)
+from ceca.data.store import Reject, Store, StoreError
+from ceca.data.tables import ImageRow, find_captions, find_dialogues, find_images, list_images, read_keys, read_texts
 from tests.ceca.data.dataset import IDS, filled_with, publish, write
 
 
@@ -32,78 +23,38 @@ def store() -> Store:
     return store
 
 
-def place(row: ImageRow) -> tuple[str, int, int]:
-    return row.image_id, row.part, row.row
-
-
-def test_images_are_listed_in_order_with_their_places(store: Store):
+def test_images_are_found_in_order_with_their_places(store: Store):
     images = store.current("images")
-    rows = list_images(store, images)
-    assert [place(row) for row in rows] == [
-        (IDS[0], 0, 0),
-        (IDS[1], 0, 1),
-        (IDS[2], 1, 0),
-        (IDS[3], 1, 1),
-        (IDS[4], 1, 2),
-    ]
+    found = find_images(store, images)
+    assert spelled(found.keys) == IDS[:5]
+    assert images.places(found.rows) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert images.places(found.rows[[4, 0]]) == [(1, 2), (0, 0)]
+    assert found.identities.tolist() == [0, 0, 1, 1, 2]
+    assert (len(find_images(store, images, "test")), len(find_images(store, images, "train"))) == (5, 0)
+
+
+def test_records_of_images_say_what_the_tables_say(store: Store):
+    images = store.current("images")
+    rows = list_images(store, find_images(store, images))
     assert rows[3] == ImageRow(IDS[3], identity=1, split="test", part=1, row=1, source_path="3.jpg", summary="")
     assert store.take(images, [(rows[3].part, rows[3].row)], ["image_id"])["image_id"].to_pylist() == [IDS[3]]
-    assert list_images(store, images, "test") == rows
-    assert list_images(store, images, "train") == []
+    described, _ = find_dialogues(store, find_images(store, images), store.current("dialogues"))
+    assert [row.summary for row in list_images(store, described)] == [f"it is word0{n}" for n in range(3)]
+    assert list_images(store, described.take(slice(0))) == []
 
 
-def test_images_get_their_summaries_and_images_without_one_are_rejects(store: Store):
+def test_images_without_a_dialogue_are_rejects(store: Store):
     images = store.current("images")
-    rows, rejects = add_summaries(store, list_images(store, images), images, store.current("dialogues"))
-    assert [(row.image_id, row.summary) for row in rows] == [
-        (image, f"it is word0{n}") for n, image in enumerate(IDS[:3])
-    ]
+    found, rejects = find_dialogues(store, find_images(store, images), store.current("dialogues"))
+    assert (spelled(found.keys), found.told.tolist()) == (IDS[:3], [0, 1, 2])
     detail = "{}.jpg has no summary; see the rejects of the stage dialogue"
     assert rejects == [Reject(IDS[n], "no_dialogue", detail.format(n)) for n in (3, 4)]
 
 
 def test_dialogues_about_other_images_are_refused(store: Store):
     other = publish(store, "ingest", "i2", {"images": write(store, "images", "i2", IDS[:5])})
-    for look_up in (
-        lambda: add_summaries(store, list_images(store, other), other, store.current("dialogues")),
-        lambda: find_dialogues(store, find_images(store, other), store.current("dialogues")),
-    ):
-        with pytest.raises(StoreError, match="made from images i1, but i2 are current; run the stage `dialogue` again"):
-            look_up()
-
-
-def test_pairs_name_the_place_of_their_image_and_leave_other_images_out(store: Store):
-    captions: Manifest = store.current("captions")
-    first, _, third, *_ = list_images(store, store.current("images"))
-    pairs = make_pairs(store, [third, first], captions)
-    assert pairs.schema == PAIRS
-    assert pairs.to_pylist() == [
-        {"part": part, "row": 0, "identity": identity, "caption": f"a caption of {word}", "summary": ""}
-        for part, identity, word in ((0, 0, "word00"), (0, 0, "word00"), (1, 1, "word02"), (1, 1, "word02"))
-    ]
-
-
-# --- columns ------------------------------------------------------------------------------------------------
-
-
-def test_columns_and_records_describe_the_same_images(store: Store):
-    images = store.current("images")
-    found, listed = find_images(store, images), list_images(store, images)
-    assert spelled(found.keys) == [row.image_id for row in listed]
-    assert found.identities.tolist() == [row.identity for row in listed]
-    assert images.places(found.rows) == [(row.part, row.row) for row in listed]
-    assert images.places(found.rows[[4, 0]]) == [(1, 2), (0, 0)]
-    assert len(find_images(store, images, "test")) == 5
-    assert len(find_images(store, images, "train")) == 0
-
-
-def test_dialogues_are_found_by_row_and_images_without_one_are_the_same_rejects(store: Store):
-    images, dialogues = store.current("images"), store.current("dialogues")
-    found, rejects = find_dialogues(store, find_images(store, images), dialogues)
-    rows, expected = add_summaries(store, list_images(store, images), images, dialogues)
-    told = store.take(dialogues, dialogues.places(found.told), ["summary"])["summary"].to_pylist()
-    assert (spelled(found.keys), told) == ([row.image_id for row in rows], [row.summary for row in rows])
-    assert rejects == expected
+    with pytest.raises(StoreError, match="made from images i1, but i2 are current; run the stage `dialogue` again"):
+        find_dialogues(store, find_images(store, other), store.current("dialogues"))
 
 
 def test_dialogues_in_another_order_are_found_as_well(store: Store):
@@ -114,13 +65,30 @@ def test_dialogues_in_another_order_are_found_as_well(store: Store):
     assert not rejects
 
 
-def test_captions_are_found_with_their_image(store: Store):
-    images, captions = find_images(store, store.current("images")).take(slice(1, 3)), store.current("captions")
-    found = find_captions(store, images, captions)
-    texts = store.take(captions, captions.places(found.rows), ["text"])["text"].to_pylist()
-    assert texts == ["a caption of word01", "a caption of word01", "a caption of word02", "a caption of word02"]
-    assert found.image.tolist() == [0, 0, 1, 1]
-    assert found.identities.tolist() == [0, 0, 1, 1]
+def test_captions_are_paired_with_their_image_and_those_of_other_images_are_left_out(store: Store):
+    pairs = find_captions(
+        store, find_images(store, store.current("images")).take(slice(1, 3)), store.current("captions")
+    )
+    assert pairs.rows.tolist() == [2, 3, 4, 5]
+    assert pairs.image.tolist() == [0, 0, 1, 1]
+    assert pairs.identities.tolist() == pairs.said_of.tolist() == [0, 0, 1, 1]
+    assert pairs.take(np.array([3, 0])).rows.tolist() == [5, 2]
+
+
+def test_texts_are_read_part_by_part_and_other_parts_are_not_opened(store: Store, monkeypatch: pytest.MonkeyPatch):
+    captions = store.current("captions")
+    assert list(read_texts(store, captions, np.array([0, 3, 4, 9]), "text")) == [
+        ["a caption of word00", "a caption of word01"],
+        ["a caption of word02", "a caption of word04"],
+    ]
+    opened = []
+    read = Store.read_columns
+    monkeypatch.setattr(
+        Store, "read_columns", lambda *given, **options: opened.append(given[2]) or read(*given, **options)
+    )
+    assert list(read_texts(store, captions, np.array([9]), "text")) == [["a caption of word04"]]
+    assert list(read_texts(store, captions, np.zeros(0, int), "text")) == []
+    assert opened == [1]
 
 
 def test_some_of_the_images_are_taken_with_all_their_columns(store: Store):
@@ -131,8 +99,8 @@ def test_some_of_the_images_are_taken_with_all_their_columns(store: Store):
 
 def test_erased_images_are_not_found(store: Store):
     hide(store, [IDS[2]], erase=True)
-    images = store.current("images")
-    assert spelled(find_images(store, images).keys) == [row.image_id for row in list_images(store, images)]
+    found = find_images(store, store.current("images"))
+    assert (spelled(found.keys), found.rows.tolist()) == ([*IDS[:2], *IDS[3:5]], [0, 1, 3, 4])
 
 
 def test_a_table_with_ids_of_another_form_is_an_error_that_names_it(store: Store):
