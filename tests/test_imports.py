@@ -31,7 +31,7 @@ MAY_IMPORT = {
     },
     "ceca.search": {"ceca.errors", "ceca.environment", "ceca.data", "ceca.model", "ceca.datasets.images"},
     "ceca.evaluation": {
-        *("ceca.errors", "ceca.settings", "ceca.config", "ceca.data", "ceca.model", "ceca.search"),
+        *("ceca.errors", "ceca.environment", "ceca.settings", "ceca.config", "ceca.data", "ceca.model", "ceca.search"),
         "ceca.metrics",
     },
     "ceca.report": {"ceca.errors"},

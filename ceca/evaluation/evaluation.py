@@ -35,7 +35,7 @@ def embedded_sides(config: EvaluateConfig, queries: pa.Table, gallery: pa.Table)
     """
     texts, images = (
         Embedded(
-            (torch.from_numpy(matrix(table, "global")), torch.from_numpy(matrix(table, "local"))),
+            (_embeddings(table, "global"), _embeddings(table, "local")),
             table["identity"].to_numpy(),
         )
         for table in (queries, gallery)
@@ -45,6 +45,14 @@ def embedded_sides(config: EvaluateConfig, queries: pa.Table, gallery: pa.Table)
         pair = agree_with_neighbours(images.pair, config.neighbours, omega)
         images = dataclasses.replace(images, pair=pair)
     return texts, images
+
+
+def _embeddings(table: pa.Table, column: str) -> torch.Tensor:
+    """Embeddings [N, D] of a table; where they lie, if they lie in one piece (`read_mapped`)."""
+    if table[column].num_chunks != 1:
+        return torch.from_numpy(matrix(table, column))
+    rows: torch.Tensor = torch.from_dlpack(table[column].chunk(0).flatten())
+    return rows.reshape(table.num_rows, -1)
 
 
 def result_name(config: EvaluateConfig) -> str:

@@ -12,6 +12,7 @@ from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.data.tables import Images, find_captions
 from ceca.environment import usable_gpus
+from ceca.evaluation.mapped import read_mapped
 from ceca.model.registry import require_model
 from ceca.settings import to_mapping
 from jobs.runtime.embed import plan_images
@@ -21,7 +22,7 @@ from jobs.runtime.units import Plan, Workers, run_plan
 
 
 def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> tuple[pa.Table, pa.Table]:
-    """Embed the queries and the gallery images of a split; embeddings computed before are read.
+    """Embed the queries and the gallery images of a split; embeddings computed before are read, into mapped files.
 
     Raises:
         StoreError: the split has no image with a dialogue, or no caption.
@@ -70,7 +71,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
     )
     workers = Workers(config.replicas, cpus=1, gpus=config.gpus, pool="dialogue" if config.gpus else "cpu")
     manifests = run_plan(store, work, workers, redo=redo)
-    return store.read(manifests[query_table]), store.read(manifests[image_table])
+    return read_mapped(store, manifests[query_table]), read_mapped(store, manifests[image_table])
 
 
 def _find_queries(store: Store, images: Images, captions: Manifest) -> np.ndarray:
