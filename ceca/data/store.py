@@ -488,7 +488,7 @@ def decode(source: BinaryIO | pa.NativeFile, columns: Sequence[str] | None = Non
     Raises:
         pyarrow.ArrowInvalid: it is not Parquet, or lacks one of the columns.
     """
-    table = pq.ParquetFile(source, pre_buffer=True).read(columns)
+    table = pq.ParquetFile(source, pre_buffer=True).read(columns, use_threads=False)  # several parts have a thread each
     if columns is None:
         return table
     if missing := sorted(set(columns).difference(table.column_names)):

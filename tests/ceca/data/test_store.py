@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import time
 import uuid
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ceca.data.store import (
     decode,
     encode,
     filesystem,
+    in_order,
     version_of,
 )
 
@@ -207,3 +209,41 @@ def test_a_wrong_key_says_which_variables_to_check(s3_environment, monkeypatch: 
 def test_a_bucket_that_is_not_there_is_one_error(s3_environment):
     with pytest.raises(StoreError, match="cannot write s3://nowhere/data/object"):
         Store("s3://nowhere/data").write_bytes(b"x", "object")
+
+
+def test_calls_that_wait_give_their_results_in_order_and_few_of_them_wait_to_be_taken():
+    called = []
+
+    def call(number: int) -> int:
+        time.sleep(0.002 * (number % 3))
+        called.append(number)
+        return -number
+
+    results = in_order(call, range(200))
+    assert next(results) == 0
+    assert len(called) < 60  # not all 200 at once
+    assert list(results) == [-number for number in range(1, 200)]
+    assert sorted(called) == list(range(200))
+
+
+def test_an_error_of_a_call_that_waits_ends_the_others():
+    called = []
+
+    def call(number: int) -> int:
+        called.append(number)
+        if number == 5:
+            raise StoreError("gone")
+        return number
+
+    with pytest.raises(StoreError, match="gone"):
+        list(in_order(call, range(1000)))
+    assert len(called) < 100
+
+
+def test_columns_of_parts_come_in_the_order_that_was_asked_for(store: Store):
+    published = publish(store, "v1", [1, 2], [3])
+    parts = list(store.read_each(published, ["text", "number"]))
+    assert [part.schema.names for part in parts] == [["text", "number"]] * 2
+    assert [part["number"].to_pylist() for part in parts] == [[1, 2], [3]]
+    with pytest.raises(KeyError, match="colour"):
+        list(store.read_each(published, ["colour"]))
