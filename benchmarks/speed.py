@@ -19,7 +19,7 @@ from benchmarks.bench import Bench, distance, require, timed
 from benchmarks.plain import PlainEngine, text_tokens
 from ceca.config import AugmentationConfig, TrainConfig
 from ceca.datasets.images import decode_image
-from ceca.search.topk import top_k
+from ceca.search.topk import Rows, top_k
 from ceca.training.augment import augment_images, draw, generator, mask_words
 from ceca.training.flops import step_flops
 from ceca.training.step import train_step
@@ -198,7 +198,8 @@ def search(bench: Bench) -> dict[str, float]:
         for part in rows.split(2**17):
             part.copy_(F.normalize(torch.randn(part.shape, generator=source, device=bench.device), dim=1))
         queries = F.normalize(torch.randn(64, width, generator=source, device=bench.device), dim=1)
-        best = top_k([rows], queries, 10, row_norm=1.001)
+        held = Rows([rows])
+        best = top_k(held, queries, 10)
         exact = torch.cat([queries @ part.float().T for part in rows.split(2**17)], dim=1)
         wanted = exact.topk(10, dim=1)
         gap = distance(best.similarity, wanted.values)
@@ -210,8 +211,8 @@ def search(bench: Bench) -> dict[str, float]:
         target = torch.empty_like(part)
         read = timed(bench, functools.partial(target.copy_, part)) / 2 * count / len(part)
         for many in (1, 64):
-            seconds = timed(bench, functools.partial(top_k, [rows], queries[:many], 10, row_norm=1.001), 3)
+            seconds = timed(bench, functools.partial(top_k, held, queries[:many], 10), 3)
             figures[f"{count} rows, {many}: ms"] = seconds * 1000
             figures[f"{count} rows, {many}: of copy bandwidth"] = read / seconds
-        del rows, part, target
+        del rows, held, part, target
     return figures

@@ -46,13 +46,7 @@ class GalleryShard:
     def embeddings(self, image_id: str) -> np.ndarray | None:
         """The embeddings [D + E] of an image; None if this shard does not hold it."""
         row = self.rows.get(image_id)
-        if row is None:
-            return None
-        for part in self.gallery.shards:
-            if row < len(part):
-                return part[row].float().cpu().numpy()
-            row -= len(part)
-        return None
+        return None if row is None else self.gallery.rows[torch.tensor([row])][0].float().cpu().numpy()
 
 
 class GallerySearch:
@@ -97,8 +91,8 @@ class GallerySearch:
         gallery = open_gallery(
             edition, self.device, neighbours=config.neighbours, omega=config.omega, shard=(self.number, shards)
         )
-        if gallery.shards:
-            widths = (gallery.global_dim, gallery.shards[0].shape[1] - gallery.global_dim)
+        if len(gallery):
+            widths = (gallery.global_dim, gallery.rows.width - gallery.global_dim)
             probe = [torch.nn.functional.normalize(torch.randn(FEW + 1, width), dim=1) for width in widths]
             gallery.search(*probe, omega=0.3, top_k=1)  # the first batch is slow: no user waits for it
         return GalleryShard(edition, gallery)

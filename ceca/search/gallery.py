@@ -1,7 +1,8 @@
 """A gallery in memory, and exact search over it.
 
 A gallery image is one row `[g/|g| , l/|l|]`. Scaling only the query by (1-ω, ω) makes the fused similarity one inner
-product, so each query can have its own ω without another copy of the rows. Rows stay in fp16, as in the table.
+product, so each query can have its own ω without another copy of the rows. Rows stay in fp16, as in the table; on a CPU
+they are also held in 8 bits, which a search reads first (`ceca.search.rounding`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from ceca.errors import UserError
 from ceca.search.agreement import agree_with_neighbours
 from ceca.search.edition import Edition
 from ceca.search.ranking import Candidates, Hit, rank
-from ceca.search.shards import AddedObject, StoredPart, open_shards, shards_folder, sweep
-from ceca.search.topk import gather
+from ceca.search.rounding import Rounded
+from ceca.search.shards import AddedObject, StoredPart, open_rounded, open_shards, shards_folder, sweep
+from ceca.search.topk import Rows
 from ceca.search.topk import top_k as find_best
-
-ROW_NORM = 2**0.5 * (1 + 2**-10)  # largest norm of a row: two normalised halves, rounded to fp16
 
 
 class Gallery:
@@ -32,6 +32,7 @@ class Gallery:
         shards: embeddings of the rows, fp16 [n, D + E] each.
         global_dim: width D of the global embeddings.
         present: [N] booleans, false for rows that were removed; None means that all rows may be found.
+        rounded: on a CPU, the same rows in 8 bits; None makes them.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Gallery:
         shards: Sequence[Tensor],
         global_dim: int,
         present: Tensor | None = None,
+        rounded: Sequence[Rounded] | None = None,
     ):
         self.ids, self.identities = list(ids), list(identities)
-        self.shards, self.global_dim = list(shards), global_dim
+        self.rows, self.global_dim = Rows(shards, rounded), global_dim
         self.present = present
 
     def __len__(self) -> int:
@@ -110,7 +112,7 @@ class Gallery:
         Returns:
             Q sets of at most top_k candidates.
         """
-        if not self.shards:  # a gallery with more shards than objects leaves some shards empty
+        if not len(self):  # a gallery with more shards than objects leaves some shards empty
             nothing = np.zeros(0, dtype=np.float32)
             no_rows = np.zeros((0, query_global.shape[1] + query_local.shape[1]), np.float16) if with_rows else None
             return [Candidates([], [], nothing, nothing, nothing, no_rows) for _ in query_global]
@@ -118,13 +120,13 @@ class Gallery:
             allowed = self.present if allowed is None else allowed & self.present
         omegas = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
         scaled = torch.cat([(1 - omegas) * query_global.float(), omegas * query_local.float()], dim=1)
-        best = find_best(self.shards, scaled, top_k, row_norm=ROW_NORM, allowed=allowed)
+        best = find_best(self.rows, scaled, top_k, allowed)
         candidates = []
         for q in range(len(query_global)):
             valid = best.row[q] >= 0  # -1 fills up where fewer than top_k rows are allowed
             rows, similarity = best.row[q][valid], best.similarity[q][valid]
             ascending, back = rows.sort()
-            chosen = gather(self.shards, ascending)[back.argsort()]
+            chosen = self.rows[ascending][back.argsort()]
             parts = chosen.float().split([self.global_dim, chosen.shape[1] - self.global_dim], dim=1)
             global_similarity, local_similarity = (
                 (part @ query.float().to(part.device)).cpu().numpy()
@@ -154,7 +156,8 @@ def open_gallery(
 ) -> Gallery:
     """Open the gallery of an edition, or one shard of it.
 
-    On a CPU the embeddings are files on this machine, mapped into memory: made once, used by all processes.
+    On a CPU the embeddings are files on this machine, mapped into memory: made once, used by all processes. An image
+    takes 2 bytes a number in fp16, of which a search reads few, and 1 byte a number in 8 bits.
 
     Args:
         edition: the edition.
@@ -177,10 +180,12 @@ def open_gallery(
     held = sources[number::count]
     ids, identities, present = _read_rows(edition, held)
     folder = shards_folder(edition.store)
+    on_cpu = torch.device(device).type == "cpu"
     shards = open_shards(held, folder)
+    rounded = open_rounded(held, shards, folder) if on_cpu and not neighbours else None
     sweep(folder, {source.digest for source in sources})
     global_dim = edition.global_dim
-    if torch.device(device).type != "cpu" and shards:
+    if not on_cpu and shards:
         shards = [torch.cat(shards).to(device)]
     if neighbours:
         rows = torch.cat(shards)[present].float()
@@ -188,7 +193,7 @@ def open_gallery(
         shards = [torch.cat(agree_with_neighbours(pair, neighbours, omega), dim=1).half()]
         ids, identities = ([column[row] for row in present.nonzero()[:, 0].tolist()] for column in (ids, identities))
         present = torch.ones(len(ids), dtype=torch.bool)
-    return Gallery(ids, identities, shards, global_dim, None if present.all() else present)
+    return Gallery(ids, identities, shards, global_dim, None if present.all() else present, rounded)
 
 
 def _list_sources(edition: Edition) -> list[StoredPart | AddedObject]:

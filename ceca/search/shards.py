@@ -1,13 +1,18 @@
-"""Shards: the embeddings of a gallery as fp16 files on this machine, mapped into memory, one file per stored object."""
+"""Shards: the embeddings of a gallery as files on this machine, mapped into memory.
+
+A stored object has `<digest>.npy`, its rows in fp16. Where a CPU searches, `<digest>.codes.npy` and
+`<digest>.bounds.npy` are the same rows in 8 bits (`ceca.search.rounding`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ from ceca.data.changes import read_added
 from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.environment import cache_folder
 from ceca.search.edition import Edition
+from ceca.search.rounding import Rounded, round_rows
 
 CACHED_DAYS = 30  # a shard that was not opened for this long is removed
 
@@ -80,8 +86,30 @@ def open_shards(sources: Sequence[StoredPart | AddedObject], folder: Path) -> li
         FileNotFoundError: a source was replaced in the meantime.
         StoreError: the folder cannot be written.
     """
-    try:
+    with _writing_in(folder):
         return [torch.from_numpy(_shard(source, folder)) for source in sources]
+
+
+def open_rounded(sources: Sequence[StoredPart | AddedObject], shards: Sequence[Tensor], folder: Path) -> list[Rounded]:
+    """Map each source's rows in 8 bits into memory; what is not in the folder is made first.
+
+    Args:
+        sources: stored objects with embeddings.
+        shards: the rows of each, in fp16.
+        folder: as in `open_shards`.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    with _writing_in(folder):
+        return [_rounded(source.digest, rows, folder) for source, rows in zip(sources, shards, strict=True)]
+
+
+@contextlib.contextmanager
+def _writing_in(folder: Path) -> Iterator[None]:
+    """Turn errors of the folder into one that says what to do."""
+    try:
+        yield
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -101,7 +129,7 @@ def sweep(folder: Path, current: set[str]) -> None:
             continue
         try:
             age = time.time() - file.lstat().st_mtime
-            outdated = file.parent == folder and file.stem not in current
+            outdated = file.parent == folder and file.name.partition(".")[0] not in current
             abandoned = file.suffix == ".tmp" and age > 3600  # its writer was killed
             if abandoned or (file.suffix == ".npy" and (outdated or age > CACHED_DAYS * 86_400)):
                 file.unlink(missing_ok=True)
@@ -118,19 +146,44 @@ def _shard(source: StoredPart | AddedObject, folder: Path) -> np.ndarray:
             f"the gallery names a part by {source.digest!r}, which is no digest; run the stage `index` again"
         )
     path = folder / f"{source.digest}.npy"
-    try:
-        os.utime(path)  # `sweep` counts days from now
-    except FileNotFoundError:
+    if not _used(path):
         table = source.read(["global", "local"])
-        rows = np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1)
-        aside = folder / f"{uuid.uuid4().hex}.tmp"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
-                np.save(file, rows)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        _write(path, np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1))
+    return _mapped(path)
+
+
+def _rounded(digest: str, rows: Tensor, folder: Path) -> Rounded:
+    """Map the rows of one shard in 8 bits, made first if they are missing."""
+    codes, bounds = (folder / f"{digest}.{kind}.npy" for kind in ("codes", "bounds"))
+    if not (_used(codes) and _used(bounds)):
+        rounded = round_rows(rows)
+        _write(codes, rounded.codes)
+        _write(bounds, rounded.bounds)
+    return Rounded(_mapped(codes), _mapped(bounds))
+
+
+def _used(path: Path) -> bool:
+    """Whether a file is there; `sweep` counts its days from now."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _write(path: Path, content: np.ndarray) -> None:
+    """Write a file as a whole: another process sees nothing or all of it."""
+    aside = path.parent / f"{uuid.uuid4().hex}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            np.save(file, content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _mapped(path: Path) -> np.ndarray:
     # Copy-on-write, although nothing writes: torch warns of read-only arrays.
     return np.load(path, mmap_mode="c")
 

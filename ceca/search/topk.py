@@ -1,33 +1,38 @@
-"""Exact top-k of inner products over fp16 rows, at the speed of reading them.
+"""Exact top-k of inner products over fp16 rows, in half the time that reading them takes.
 
 Notable:
-- Rows are first compared in half precision, which reads every byte once and converts none. Rows that could be among the
-  best k, given the largest rounding error, are then compared in fp32. The result equals fp32 over all rows, for any
-  query.
-- A few queries are matrix-vector products over fp16 rows. Many queries are matrix products over blocks of rows that
-  stay in one core's cache, in bf16 if this CPU multiplies that faster, else in fp32.
+- On a CPU, rows are first compared in 8 bits, which are half the bytes (`ceca.search.rounding`). On a GPU, rows are
+  first compared in half precision. Rows that could be among the best k, given the largest rounding error, are then
+  compared in fp32. The result equals fp32 over all rows, for any query.
+- A few queries are matrix-vector products, at the speed of memory. Many queries are matrix products over blocks of rows
+  that stay in one core's cache, in bf16 if this CPU multiplies that faster, else in fp32.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ceca.search.rounding import Rounded, kernels, query_bounds, round_rows
+
 # On GPUs, sums of fp16 products are kept in fp32: their rounding would be beyond the bound that `top_k` relies on.
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 FEW = 3  # up to this number, queries are compared one by one
-BLOCK = 512  # rows in a block that many queries share: 1.5 MB if a row has 1,536 numbers
+FEW_BLOCK = 16_384  # rows that a few queries are compared with by one call
+BLOCK = 512  # rows in a block that many queries share: 3 MB in fp32 if a row has 1,536 numbers
 GROUP = 64  # rows in a group; the largest similarity of each group is examined first
 RESCORED = 16_384  # rows compared in fp32 at a time
+SLICES = 8  # pieces of work for each thread, so that one that is held up leaves work to the others
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # largest relative rounding error
 
 
@@ -42,121 +47,173 @@ class Best:
     row: Tensor
 
 
-def top_k(shards: Sequence[Tensor], queries: Tensor, k: int, *, row_norm: float, allowed: Tensor | None = None) -> Best:
+class Rows:
+    """N rows that can be searched; a row's number counts through all shards.
+
+    Args:
+        shards: fp16 rows, [n, W] each, on one device.
+        rounded: on a CPU, the same rows in 8 bits; None makes them.
+    """
+
+    def __init__(self, shards: Sequence[Tensor], rounded: Sequence[Rounded] | None = None):
+        self.shards = list(shards)
+        self.on_cpu = not self.shards or self.shards[0].device.type == "cpu"
+        self.starts = torch.tensor([0, *itertools.accumulate(map(len, self.shards))])
+        self.groups = -(-len(self) // GROUP)
+        if self.on_cpu:
+            held = list(map(round_rows, self.shards)) if rounded is None else rounded
+            self.codes = [part.codes for part in held]
+            bounds = np.zeros((3, self.groups * GROUP), np.float32)
+            for part, start in zip(held, self.starts.tolist(), strict=False):
+                bounds[:, start : start + len(part.bounds)] = part.bounds.T
+            self.bounds = bounds.reshape(3, self.groups, GROUP)
+        else:
+            self.norm = max(float(part.float().norm(dim=1).max()) for s in self.shards for part in s.split(RESCORED))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def width(self) -> int:
+        return self.shards[0].shape[1]
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        """Rows [R, W] by their numbers, which must ascend."""
+        ends = torch.searchsorted(numbers, self.starts.to(numbers.device)).tolist()
+        parts = [
+            shard[numbers[low:high] - start]
+            for shard, start, low, high in zip(self.shards, self.starts.tolist(), ends, ends[1:], strict=False)
+            if low < high
+        ]
+        return torch.cat(parts) if parts else self.shards[0][:0]
+
+    def blocks(self, size: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Codes [n, W] of at most `size` rows each, and the number of the first of them."""
+        for codes, start in zip(self.codes, self.starts.tolist(), strict=False):
+            for first in range(0, len(codes), size):
+                yield codes[first : first + size], start + first
+
+
+def top_k(rows: Rows, queries: Tensor, k: int, allowed: Tensor | None = None) -> Best:
     """Find the k rows with the largest inner products, exact in fp32.
 
     Args:
-        shards: fp16 rows, [n, W] each; a row's number counts through all shards, N rows in total.
+        rows: the rows to search.
         queries: [Q, W] fp32.
         k: number of rows per query; at most N are found.
-        row_norm: upper bound of the rows' norms, which bounds the rounding error.
         allowed: [N] booleans, rows that may be found; None means all.
     """
-    count = sum(len(shard) for shard in shards)
-    k = min(k, count)
-    coarse, error = _compare(shards, queries, row_norm)
-    if allowed is not None:
-        coarse[:, :count].masked_fill_(~allowed.to(coarse.device), -torch.inf)
-    # The k-th largest of the groups' maxima is at most the k-th largest of all rows: a cheap lower bound.
-    groups = coarse.view(len(queries), -1, GROUP)
-    largest = groups.amax(dim=2).float()
-    bound = torch.full_like(error, -torch.inf)
-    if largest.shape[1] >= k:
-        bound = largest.topk(k, dim=1).values[:, -1] - 2 * error
+    k = min(k, len(rows))
+    compared = _compare_rounded(rows, queries, allowed) if rows.on_cpu else _compare_half(rows, queries, allowed)
+    # The k-th largest of the groups' lower bounds is at most the k-th largest of all rows.
+    least = torch.full((len(queries),), -torch.inf, device=compared.lower.device)
+    if rows.groups >= k:
+        least = compared.lower.topk(k, dim=1).values[:, -1]
 
-    def best(query: Tensor, coarse: Tensor, maxima: Tensor, least: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """One query's best rows: coarse similarities [groups, GROUP], their maxima [groups], bound and error."""
-        near = torch.nonzero(maxima >= least).squeeze(1)
-        inside = coarse[near].float()
+    def best(query: Tensor, upper: Tensor, highest: Tensor, least: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """One query's best rows: upper bounds [G, GROUP], their maxima [G], a bound of the k-th, the error."""
+        near = torch.nonzero(highest >= least).squeeze(1)
+        inside = upper[near].float()
         wanted = torch.nonzero((inside >= least) & (inside > -torch.inf))
-        rows, values = near[wanted[:, 0]] * GROUP + wanted[:, 1], inside[wanted[:, 0], wanted[:, 1]]
-        if len(rows) > 2 * k:  # the exact k-th similarity of the best-looking rows is a bound tighter by one error
-            looks_best = rows[values.topk(k).indices].sort().values
-            rows = rows[values >= _rescore(shards, query, looks_best, k)[0][-1] - error]
-        return _rescore(shards, query, rows, k)
+        numbers, values = near[wanted[:, 0]] * GROUP + wanted[:, 1], inside[wanted[:, 0], wanted[:, 1]]
+        if len(numbers) > 2 * k:  # the exact k-th similarity of the best-looking rows is a tighter bound
+            looks_best = numbers[values.topk(k).indices].sort().values
+            numbers = numbers[values >= _rescore(rows, query, looks_best, k)[0][-1] - error]
+        return _rescore(rows, query, numbers, k)
 
-    spread = _single_threads(torch.get_num_threads()).map if _blocked(shards, queries) else map
-    per_query = spread(best, queries, groups, largest, bound, error)
+    spread = _single_threads(torch.get_num_threads()).map if rows.on_cpu and len(queries) > FEW else map
+    per_query = spread(best, queries, compared.upper, compared.highest, least, compared.error)
     return Best(*(torch.stack(parts) for parts in zip(*per_query, strict=True)))
 
 
-def _blocked(shards: Sequence[Tensor], queries: Tensor) -> bool:
-    """Whether a pool of threads compares the rows block by block."""
-    return shards[0].device.type == "cpu" and len(queries) > FEW
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What a first pass says of the similarities of N rows in G groups.
 
+    All bounds of a query may be too low by one number, which is at most `error`.
 
-def _compare(shards: Sequence[Tensor], queries: Tensor, row_norm: float) -> tuple[Tensor, Tensor]:
-    """Compute inner products in low precision.
-
-    Returns:
-        [Q, N] inner products, filled up with -inf to a whole number of groups, and [Q] bounds of their errors.
+    Args:
+        upper: [Q, G, GROUP], upper bounds of the similarities; -inf for rows that are not allowed.
+        highest: [Q, G], the largest of a group's upper bounds.
+        lower: [Q, G], lower bounds of the largest similarity in a group.
+        error: [Q], also an upper bound of the difference of two results in fp32 for one row.
     """
-    count = sum(len(shard) for shard in shards)
-    device = shards[0].device
-    blocked = _blocked(shards, queries)
-    low = _matrix_precision() if blocked else torch.float16
-    coarse = torch.empty(len(queries), -(-count // GROUP) * GROUP, dtype=low, device=device)
-    coarse[:, count:] = -torch.inf
-    rounded = queries.to(device, low)
-    blocks, start = [], 0
-    for shard in shards:
-        for rows in shard.split(BLOCK if blocked else len(shard)) if len(shard) else ():
-            blocks.append((rows, coarse[:, start : start + len(rows)]))
-            start += len(rows)
-    if blocked:
-        cores = torch.get_num_threads()
-        slices = [blocks[core * len(blocks) // cores : (core + 1) * len(blocks) // cores] for core in range(cores)]
-        list(_single_threads(cores).map(lambda some: _multiply_blocks(some, rounded), slices))
-    else:
-        for rows, part in blocks:
-            if device.type != "cpu":
-                part.copy_(rounded @ rows.T)
-                continue
-            for query, out in zip(rounded, part, strict=True):
-                torch.mv(rows, query, out=out)
-    # Three errors add up: the query's rounding, whose difference is known; the result's rounding; and, in bf16, the
-    # rounding of fp16 rows, where subnormal numbers become up to 2^-15 too large. 1.1 covers another order of sums.
-    length, rounding = queries.norm(dim=1), ROUNDING[low]
-    rows_off = rounding * row_norm + 2.0**-15 * shards[0].shape[1] ** 0.5 if low is torch.bfloat16 else 0.0
-    query_off = (rounded.float().cpu() - queries.cpu()).norm(dim=1)
-    error = 1.1 * ((rows_off + rounding * row_norm) * length.cpu() + row_norm * query_off) + 1e-6
-    return coarse, error.to(device)
+
+    upper: Tensor
+    highest: Tensor
+    lower: Tensor
+    error: Tensor
 
 
-def _multiply_blocks(blocks: Sequence[tuple[Tensor, Tensor]], queries: Tensor) -> None:
-    """Multiply each block's rows [n, W] with the queries [Q, W] into its part [Q, n], in one thread."""
-    if not blocks:
-        return
+def _compare_rounded(rows: Rows, queries: Tensor, allowed: Tensor | None) -> Compared:
+    """Compare rows in 8 bits, on a CPU."""
+    few = len(queries) <= FEW
+    precision = torch.float32 if few else _matrix_precision()
+    as_multiplied = queries.to("cpu", precision)
+    products = np.empty((len(queries), rows.groups * GROUP), np.float32)
+    products[:, len(rows) :] = 0
+    cores = torch.get_num_threads()
+
+    def run(work: Callable[[int], None]) -> None:
+        list(_single_threads(cores).map(work, range(SLICES * cores)))
+
+    blocks = list(rows.blocks(FEW_BLOCK if few else BLOCK))
+
+    def multiply(number: int) -> None:
+        mine = blocks[number * len(blocks) // (SLICES * cores) : (number + 1) * len(blocks) // (SLICES * cores)]
+        (_multiply_few if few else _multiply_many)(mine, as_multiplied, products)
+
+    run(multiply)
+    may = np.zeros(rows.groups * GROUP, np.bool_)
+    may[: len(rows)] = True if allowed is None else allowed.cpu().numpy()
+    factors = query_bounds(queries.cpu(), as_multiplied, ROUNDING[precision])
+    highest, lower = np.empty((2, len(queries), rows.groups), np.float32)
+    upper = products.reshape(len(queries), rows.groups, GROUP)
+
+    def bound(number: int) -> None:
+        first, last = (n * rows.groups // (SLICES * cores) for n in (number, number + 1))
+        kernels().bound(upper, rows.bounds, may.reshape(-1, GROUP), factors, highest, lower, first, last)
+
+    run(bound)
+    error = torch.from_numpy(rows.bounds[1].max() * factors[0])
+    return Compared(torch.from_numpy(upper), torch.from_numpy(highest), torch.from_numpy(lower), error)
+
+
+Blocks = Sequence[tuple[np.ndarray, int]]  # codes [n, W], and the number of the first row
+
+
+def _multiply_few(blocks: Blocks, queries: Tensor, products: np.ndarray) -> None:
+    """Multiply codes with queries [Q, W], one by one, into products [Q, N]."""
+    for query, out in zip(queries.numpy(), products, strict=True):
+        for codes, start in blocks:
+            kernels().multiply(codes, query, out[start : start + len(codes)])
+
+
+def _multiply_many(blocks: Blocks, queries: Tensor, products: np.ndarray) -> None:
+    """The same with all queries at once, in their precision."""
     converted = torch.empty(BLOCK, queries.shape[1], dtype=queries.dtype)
-    for rows, part in blocks:
-        part.copy_((_convert(rows, converted[: len(rows)]) @ queries.T).T)
+    into = torch.from_numpy(products)
+    for codes, start in blocks:
+        block = converted[: len(codes)].copy_(torch.from_numpy(codes))  # exact: codes have seven bits
+        into[:, start : start + len(codes)] = (block @ queries.T).T
 
 
-def _convert(rows: Tensor, out: Tensor) -> Tensor:
-    """Write fp16 rows into `out` in its precision, and return it."""
-    if out.dtype is not torch.bfloat16:
-        return out.copy_(rows)
-    _bf16()(rows.contiguous().view(torch.int16).numpy().reshape(-1), out.view(torch.int16).numpy().reshape(-1))
-    return out
-
-
-@functools.cache
-def _bf16() -> Callable[[np.ndarray, np.ndarray], None]:
-    """Compile a function that converts fp16 to bf16 on the bits, in one pass.
-
-    torch converts number by number, or through fp32, which takes twice the time.
-    """
-    import numba  # takes a second to import, and only searches of many queries need it
-
-    three, half, kept, offset = np.int16(3), np.int16(4), np.int16(-0x7001), np.int16((127 - 15) << 7)
-
-    @numba.njit(nogil=True)
-    def convert(rows: np.ndarray, out: np.ndarray) -> None:
-        for i in range(rows.size):  # round the mantissa to 7 bits, keep sign and exponent, shift the exponent's bias
-            out[i] = ((np.int16(rows[i] + half) >> three) & kept) + offset
-
-    convert(np.zeros(1, np.int16), np.zeros(1, np.int16))
-    return convert
+def _compare_half(rows: Rows, queries: Tensor, allowed: Tensor | None) -> Compared:
+    """Compare rows in fp16, on a GPU."""
+    device = rows.shards[0].device
+    coarse = torch.full((len(queries), rows.groups * GROUP), -torch.inf, dtype=torch.float16, device=device)
+    rounded = queries.to(device, torch.float16)
+    for shard, start in zip(rows.shards, rows.starts.tolist(), strict=False):
+        coarse[:, start : start + len(shard)] = rounded @ shard.T
+    if allowed is not None:
+        coarse[:, : len(rows)].masked_fill_(~allowed.to(device), -torch.inf)
+    # Two errors add up: the query's rounding, which is known, and the result's. 1.1 covers the order of sums.
+    off = (rounded.float().cpu() - queries.cpu()).norm(dim=1)
+    length = queries.cpu().norm(dim=1)
+    error = (1.1 * rows.norm * (ROUNDING[torch.float16] * length + off) + 1e-6).to(device)
+    groups = coarse.view(len(queries), -1, GROUP)
+    highest = groups.amax(dim=2).float()
+    return Compared(groups, highest, highest - 2 * error[:, None], error)
 
 
 @functools.cache
@@ -173,39 +230,31 @@ def _single_threads(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _rescore(shards: Sequence[Tensor], query: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _rescore(rows: Rows, query: Tensor, numbers: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Compare one query with rows (ascending numbers) in fp32: the best k similarities and rows, [k] each."""
-    query = query.to(rows.device)
-    exact = torch.cat([gather(shards, part).float() @ query for part in rows.split(RESCORED)] or [query.new_empty(0)])
+    query = query.to(numbers.device)
+    exact = torch.cat([rows[part].float() @ query for part in numbers.split(RESCORED)] or [query.new_empty(0)])
     order = torch.sort(exact, descending=True, stable=True).indices[:k]  # stable: ties stay in the order of rows
-    similarity, row = query.new_full((k,), -torch.inf), rows.new_full((k,), -1)
-    similarity[: len(order)], row[: len(order)] = exact[order], rows[order]
+    similarity, row = query.new_full((k,), -torch.inf), numbers.new_full((k,), -1)
+    similarity[: len(order)], row[: len(order)] = exact[order], numbers[order]
     return similarity, row
-
-
-def gather(shards: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """Rows [R, W] by their numbers, which count through all shards and must ascend."""
-    if len(shards) == 1:
-        return shards[0][rows]
-    parts, start = [], 0
-    for shard in shards:
-        inside = rows[(rows >= start) & (rows < start + len(shard))]
-        parts.append(shard[inside - start])
-        start += len(shard)
-    return torch.cat(parts)
 
 
 @functools.cache
 def _matrix_precision() -> torch.dtype:
-    """Measure once in which precision this CPU multiplies matrices faster, including the conversion of fp16 rows."""
-    rows, queries = torch.randn(BLOCK, 1536).half(), torch.randn(64, 1536)
+    """Measure once in which precision a core multiplies matrices faster, including the conversion of codes.
+
+    In the time of the core alone, so that a busy machine does not decide.
+    """
+    codes, queries = torch.randint(-127, 128, (BLOCK, 1536)).to(torch.int8), torch.randn(64, 1536)
 
     def seconds(precision: torch.dtype) -> float:
-        rounded, converted, times = queries.to(precision), torch.empty(rows.shape, dtype=precision), []
+        rounded, converted, times = queries.to(precision), torch.empty(codes.shape, dtype=precision), []
         for _ in range(4):
-            started = time.perf_counter()
-            _convert(rows, converted) @ rounded.T
-            times.append(time.perf_counter() - started)
+            started = time.thread_time()
+            converted.copy_(codes) @ rounded.T
+            times.append(time.thread_time() - started)
         return min(times)
 
-    return min((torch.float32, torch.bfloat16), key=seconds)
+    on_one_core = _single_threads(torch.get_num_threads()).map(seconds, (torch.float32, torch.bfloat16))
+    return torch.float32 if next(on_one_core) <= next(on_one_core) else torch.bfloat16

@@ -212,7 +212,7 @@ def test_index_killed_and_started_again_ends_with_the_same_table(start, run, on_
 def rows_by_id(store: Store) -> dict[str, np.ndarray]:
     """What the current gallery holds of each image, [D + E]."""
     gallery = open_gallery(find_edition(store))
-    return dict(zip(gallery.ids, torch.cat(gallery.shards).float().numpy(), strict=True))
+    return dict(zip(gallery.ids, torch.cat(gallery.rows.shards).float().numpy(), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -142,11 +142,13 @@ def test_a_gallery_opens_from_its_table_and_the_next_time_from_files_of_this_mac
     edition, parts = published(tmp_path / "data", pair)
     for _ in range(2):
         gallery = open_gallery(edition)
-        assert [len(shard) for shard in gallery.shards] == [20, 10]
-        assert torch.equal(torch.cat(gallery.shards), torch.cat(pair, dim=1).half())
+        assert [len(shard) for shard in gallery.rows.shards] == [20, 10]
+        assert torch.equal(torch.cat(gallery.rows.shards), torch.cat(pair, dim=1).half())
         assert gallery.global_dim == 8
         files = sorted((tmp_path / "cache" / "shards").glob("*/*"))
-        assert [file.name for file in files] == sorted(f"{part.sha256}.npy" for part in parts)
+        assert [file.name for file in files] == sorted(
+            f"{part.sha256}{kind}.npy" for part in parts for kind in ("", ".bounds", ".codes")
+        )
 
 
 def test_shards_that_are_old_or_that_nobody_opened_for_a_month_leave_this_machine(tmp_path, monkeypatch):
@@ -156,13 +158,14 @@ def test_shards_that_are_old_or_that_nobody_opened_for_a_month_leave_this_machin
     (folder,) = (tmp_path / "shards").iterdir()
     other = tmp_path / "shards" / "another-dataset"
     other.mkdir()
-    (folder / "of-a-part-written-anew.npy").touch()  # it may hold images that were erased
+    for kind in ("", ".codes", ".bounds"):
+        (folder / f"of-a-part-written-anew{kind}.npy").touch()  # it may hold images that were erased
     for path in (other / "forgotten.npy", folder / f"{parts[0].sha256}.npy"):
         path.touch()
         os.utime(path, (0, 0))
     (other / "used.npy").touch()
     gallery = open_gallery(edition)
-    assert sorted(path.stem for path in folder.iterdir()) == sorted(part.sha256 for part in parts)
+    assert {path.name.partition(".")[0] for path in folder.iterdir()} == {part.sha256 for part in parts}
     assert [path.name for path in other.iterdir()] == ["used.npy"]
     assert len(gallery) == 30
 
@@ -171,6 +174,6 @@ def test_views_agree_in_a_gallery_that_is_opened_so(tmp_path, monkeypatch):
     monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
     pair = random_pairs(30, 0)
     edition, _ = published(tmp_path / "data", pair)
-    (rows,) = open_gallery(edition, neighbours=3).shards
+    (rows,) = open_gallery(edition, neighbours=3).rows.shards
     torch.testing.assert_close(rows.float(), torch.cat(agree_with_neighbours(pair, 3, 0.3), dim=1), rtol=0, atol=2e-3)
-    assert not torch.equal(rows, torch.cat(open_gallery(edition).shards))
+    assert not torch.equal(rows, torch.cat(open_gallery(edition).rows.shards))

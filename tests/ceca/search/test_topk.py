@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceca.search import topk
-from ceca.search.topk import top_k
+from ceca.search.topk import Rows, top_k
 
 
 def by_hand(rows: torch.Tensor, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None):
@@ -40,7 +40,7 @@ def matrix_precision(request, monkeypatch):
 @pytest.mark.parametrize("spread", [1.0, 0.02])  # rows far apart, and so alike that rounding would reorder them
 def test_the_best_rows_are_those_of_fp32(queries: int, spread: float):
     rows, vectors = make_rows(3000, queries, 48, seed=queries, spread=spread)
-    best = top_k([rows[:1000], rows[1000:1001], rows[1001:]], vectors, 10, row_norm=1.001)
+    best = top_k(Rows([rows[:1000], rows[1000:1001], rows[1001:]]), vectors, 10)
     similarity, order = by_hand(rows, vectors, 10)
     torch.testing.assert_close(best.similarity, similarity, rtol=0, atol=1e-6)
     differs = best.row != order  # only where fp32 itself, summed in another order, does not tell two rows apart
@@ -56,7 +56,7 @@ def test_ties_come_in_the_order_of_rows_and_filters_before_the_top_k(seed: int, 
     matrix = torch.randint(-2, 3, (rows, 8), generator=source) / 4
     vectors = torch.randint(-2, 3, (queries, 8), generator=source) / 4
     allowed = torch.rand(rows, generator=source) < 0.5
-    best = top_k([matrix.half()], vectors, k, row_norm=2.0, allowed=allowed)
+    best = top_k(Rows([matrix.half()]), vectors, k, allowed)
     similarity, order = by_hand(matrix, vectors, min(k, rows), allowed)
     assert torch.equal(best.similarity, similarity)
     assert torch.equal(best.row, torch.where(similarity == -torch.inf, -1, order))
@@ -65,24 +65,46 @@ def test_ties_come_in_the_order_of_rows_and_filters_before_the_top_k(seed: int, 
 def test_rows_that_are_all_alike_are_all_compared_again():
     rows = torch.full((40_000, 4), 0.5).half()
     rows[39_999] = torch.tensor([0.5, 0.5, 0.5, 0.50048828125])
-    best = top_k([rows], torch.full((5, 4), 0.5), 2, row_norm=1.01)
+    best = top_k(Rows([rows]), torch.full((5, 4), 0.5), 2)
     assert best.row.tolist() == [[39_999, 0]] * 5
 
 
-def test_fp16_becomes_bf16_within_the_bound_that_is_counted_on():
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    finite = every[every.isfinite() & (every.abs() < 65_280)][None]
-    converted = topk._convert(finite, torch.empty(finite.shape, dtype=torch.bfloat16)).float()
-    normal = finite.abs() >= 2.0**-14
-    relative = (converted - finite.float()).abs() / finite.float().abs().clamp_min(2.0**-14)
-    assert relative[normal].max() <= topk.ROUNDING[torch.bfloat16]
-    assert (converted - finite.float()).abs()[~normal].max() <= 2.0**-15
+def hard_rows(count: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that round badly, and queries between them.
+
+    A third have one large number, a third are a near tie of another row, and the rest are random; some are zero.
+    """
+    rows, queries = make_rows(count, 20, width, seed)
+    source = torch.Generator().manual_seed(seed)
+    third = count // 3
+    rows[torch.arange(third), torch.randint(0, width, (third,), generator=source)] = 1.0
+    rows[third : 2 * third] = rows[2 * third : 3 * third]
+    places = torch.randint(0, width, (third,), generator=source)
+    rows[third + torch.arange(third), places] *= 1 + 2.0**-10  # the next fp16 number, or the one after it
+    rows[-2:] = 0
+    queries[:5] = rows[third : third + 5].float()
+    queries[5:10] = rows[:5].float()
+    queries[10] = 0
+    return rows, queries
+
+
+@pytest.mark.usefixtures("matrix_precision")
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_round_badly_hide_nothing(seed: int):
+    rows, queries = hard_rows(1500, 96, seed)
+    held = Rows(rows.split(400))
+    for some in (queries[:1], queries[9:12], queries):
+        best = top_k(held, some, 7)
+        similarity, _ = by_hand(rows, some, 7)
+        torch.testing.assert_close(best.similarity, similarity, rtol=0, atol=1e-6)
+        itself = (some * rows.float()[best.row[:, 0]]).sum(dim=1)
+        torch.testing.assert_close(itself, similarity[:, 0], rtol=0, atol=1e-6)
 
 
 def test_the_threads_of_a_search_leave_torchs_own_number_alone():
     before = torch.get_num_threads()
     rows, vectors = make_rows(2000, 8, 16, seed=1)
-    top_k([rows], vectors, 3, row_norm=1.001)
+    top_k(Rows([rows]), vectors, 3)
     with ThreadPoolExecutor(1) as other:
         assert other.submit(torch.get_num_threads).result() == before
     assert torch.get_num_threads() == before
