@@ -115,7 +115,7 @@ def ceca_search(folder: Path, queries: list[torch.Tensor], rerank: int = 0) -> C
     from ceca.search.gallery import Gallery
 
     rows = torch.from_numpy(np.load(folder / "rows.npy", mmap_mode="c"))
-    gallery = Gallery([f"{n:08d}" for n in range(len(rows))], range(len(rows)), rows.split(2**18), WIDTHS[0])
+    gallery = Gallery(np.arange(len(rows), dtype=np.uint64), np.arange(len(rows)), rows.split(2**18), WIDTHS[0])
 
     def search(count: int) -> list[list[int]]:
         hits = gallery.search(queries[0][:count], queries[1][:count], omega=OMEGA, top_k=TOP_K, rerank_first=rerank)

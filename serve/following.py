@@ -74,7 +74,7 @@ class Following:
                 await self.replicas.change_model(edition)
             for left in reversed(range(OPENINGS)):
                 try:
-                    snapshot = await asyncio.to_thread(read_snapshot, self.store, self.config.model)
+                    snapshot = await asyncio.to_thread(read_snapshot, self.store, self.config.model, self.snapshot)
                     await self.replicas.prepare(snapshot.edition)
                     if set(self.snapshot.edition.removed) <= set(snapshot.edition.removed):
                         break  # else an image was removed meanwhile, and must not come back
@@ -85,6 +85,18 @@ class Following:
                 return  # the next call tries again
             self._serve(snapshot)
 
+    async def reopen(self) -> None:
+        """Look at the tables again, because something of them is gone: erasing writes parts again.
+
+        Raises:
+            StoreError, FileNotFoundError: they cannot be read; the current snapshot stays.
+        """
+        before = self.snapshot
+        await self.follow()
+        async with self.lock:
+            if self.snapshot is before:
+                self._serve(await asyncio.to_thread(Snapshot, before.edition, before))
+
     async def leave_out(self) -> None:
         """Leave out what has been removed since the current edition, whether or not a newer gallery can be served."""
         while True:
@@ -93,7 +105,8 @@ class Following:
             if set(removed) <= set(before.edition.removed):
                 return
             try:
-                snapshot = await asyncio.to_thread(Snapshot, dataclasses.replace(before.edition, removed=removed))
+                edition = dataclasses.replace(before.edition, removed=removed)
+                snapshot = await asyncio.to_thread(Snapshot, edition, before)
                 await self.replicas.prepare(snapshot.edition)
             except FileNotFoundError:  # an object of `added` was rewritten: that is another edition
                 await self.follow()

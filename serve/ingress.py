@@ -145,11 +145,17 @@ class Ingress:
         """
         try:
             return await self._search(self.snapshot, query)
-        except FileNotFoundError:  # a new replica was asked for an edition whose objects have been rewritten
-            await self.following.follow()
+        except FileNotFoundError:  # objects of this edition, or parts of its tables, have been written again
+            await self.following.reopen()
             return await self._search(self.snapshot, query)
 
     async def _search(self, snapshot: Snapshot, query: Query) -> SearchResult:
+        result = await self._find(snapshot, query)
+        shown = [hit.image_id for hit in result.hits[query.offset :]]
+        summaries = await asyncio.to_thread(snapshot.catalogue.summaries, shown)
+        return dataclasses.replace(result, summaries=summaries)
+
+    async def _find(self, snapshot: Snapshot, query: Query) -> SearchResult:
         snapshot.facets.check(query.where)  # here, so that a wrong condition does not fail a whole batch
         with self.metrics.stage("encode"):
             embeddings = await self._embed(snapshot, query.sample)
@@ -204,11 +210,18 @@ class Ingress:
     @_in_time
     async def explain(self, text: str, image_id: str, omega: float) -> Explanation | None:
         """Explain why a description returns an image; None if the gallery does not have the image."""
-        snapshot = self.snapshot
+        try:
+            return await self._explain(self.snapshot, text, image_id, omega)
+        except FileNotFoundError:  # as in `search`
+            await self.following.reopen()
+            return await self._explain(self.snapshot, text, image_id, omega)
+
+    async def _explain(self, snapshot: Snapshot, text: str, image_id: str, omega: float) -> Explanation | None:
         image = await self._embeddings_of(snapshot, image_id)
         if image is None:
             return None
-        parts = cut(text, snapshot.catalogue.told(image_id))
+        (told,) = await asyncio.to_thread(snapshot.catalogue.told, [image_id])
+        parts = cut(text, told)
         texts = await self.replicas.embed_texts(snapshot.edition, parts.texts)
         return explain(snapshot, parts, texts, image, omega)
 
@@ -222,7 +235,7 @@ class Ingress:
             except StoreError:
                 if last:
                     raise
-                await self.following.follow()  # its part may have been rewritten when another image was erased
+                await self.following.reopen()  # its part may have been written again when another image was erased
         return None
 
     # --- changes ------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Query:
         sample: what to search with: a description, an encoded image, or an image of the gallery.
         omega: ω, the weight of the local similarity, 0 … 1.
         top_k: number of images to return.
+        offset: the first of them that is shown; the texts of those before are not read.
         where: facet → values; an image must have one of the values of every facet.
         answers: facet → the user's answer; None if the user does not know.
         suggest: also return the question whose answer would tell most.
@@ -39,6 +40,7 @@ class Query:
     sample: str | bytes | Like
     omega: float
     top_k: int
+    offset: int = 0
     where: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     answers: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     suggest: bool = False

@@ -13,6 +13,7 @@ import torch
 
 from ceca.config import ServeConfig
 from ceca.data.store import Store
+from ceca.search.columns import Index
 from ceca.search.edition import Edition, find_edition
 from ceca.search.facets import Facets, open_facets
 from ceca.search.gallery import Gallery, open_gallery
@@ -36,16 +37,19 @@ class GalleryShard:
 
     def __init__(self, edition: Edition, gallery: Gallery):
         self.edition, self.gallery = edition, gallery
-        self.rows = {image_id: row for row, image_id in enumerate(gallery.ids)}
         self.mask = functools.lru_cache(MASKS)(lambda where: self.facets.mask(dict(where)) if where else None)
 
     @functools.cached_property
     def facets(self) -> Facets:
         return open_facets(self.edition, self.gallery.ids)
 
+    @functools.cached_property
+    def index(self) -> Index:
+        return Index(self.gallery.ids)
+
     def embeddings(self, image_id: str) -> np.ndarray | None:
         """The embeddings [D + E] of an image; None if this shard does not hold it."""
-        row = self.rows.get(image_id)
+        row = self.index.row(image_id)
         return None if row is None else self.gallery.rows[torch.tensor([row])][0].float().cpu().numpy()
 
 

@@ -19,12 +19,16 @@ if TYPE_CHECKING:  # it imports Ray
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """Hits of one edition. In a conversation also the belief in each hit, and the next question."""
+    """Hits of one edition. In a conversation also the belief in each hit, and the next question.
+
+    `summaries` are those of the hits from the query's offset on.
+    """
 
     snapshot: Snapshot
     hits: list[Hit]
     beliefs: Sequence[float] | None = None
     question: Proposed | None = None
+    summaries: Sequence[str | None] = ()
 
 
 @dataclasses.dataclass(frozen=True)

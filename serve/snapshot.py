@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,18 +13,26 @@ from ceca.search.catalogue import Catalogue
 from ceca.search.edition import Edition, find_edition
 
 OPENINGS = 3  # attempts: objects of `added` can be joined between their listing and their reading
+KEPT = 100_000  # images whose attributes are kept
 UNASKED = ("identity", "split", "camera")  # facets that no dialogue answers
 
 
 class Snapshot:
-    """An edition and its catalogue. A request keeps the one that it began with."""
+    """An edition and its catalogue. A request keeps the one that it began with.
 
-    def __init__(self, edition: Edition):
-        self.edition, self.catalogue = edition, Catalogue(edition)
+    Args:
+        edition: the edition.
+        before: the snapshot of an earlier edition: only what is new is read.
+    """
+
+    catalogue: Catalogue
+
+    def __init__(self, edition: Edition, before: Snapshot | None = None):
+        self.edition, self.catalogue = edition, Catalogue(edition, before.catalogue if before else None)
         self.facets = self.catalogue.facets  # read now, not at the first search
         self.structured = [name for name in self.facets.columns if name not in UNASKED]
         self.vocabulary = read_vocabulary(edition.store, self.catalogue.images)
-        self._attributes_of = functools.lru_cache(100_000)(self._read_attributes)
+        self._attributes_of: dict[str, dict[str, str]] = {}
 
     def possible(self, facet: str) -> Sequence[str]:
         """The values that a facet can have."""
@@ -38,33 +45,41 @@ class Snapshot:
             Codes of each facet [K], -1 if an image has no value; and the values that the codes stand for.
         """
         if self.structured:
-            rows = pa.array([self.catalogue.known.row(image_id) for image_id in ids], pa.int64())
+            rows = pa.array(self.catalogue.positions(ids))
             return _encode({name: self.facets.columns[name].take(rows).to_pylist() for name in self.structured})
-        images = [self._attributes_of(image_id) for image_id in ids]
+        images = self._said(ids)
         names = sorted({name for attributes in images for name in attributes})
         return _encode({name: [attributes.get(name) for attributes in images] for name in names})
 
-    def _read_attributes(self, image_id: str) -> dict[str, str]:
-        dialogue = self.catalogue.told(image_id)
-        return attributes_of(dialogue.turns, self.vocabulary) if dialogue else {}
+    def _said(self, ids: Sequence[str]) -> list[dict[str, str]]:
+        """The attributes that the words of each image's dialogue name. The last ones are kept."""
+        held = {image_id: self._attributes_of.get(image_id) for image_id in ids}
+        new = [image_id for image_id, attributes in held.items() if attributes is None]
+        for image_id, dialogue in zip(new, self.catalogue.told(new), strict=True):
+            held[image_id] = attributes_of(dialogue.turns, self.vocabulary) if dialogue else {}
+        if len(self._attributes_of) > KEPT:
+            self._attributes_of = {}
+        self._attributes_of |= {image_id: held[image_id] or {} for image_id in new}
+        return [held[image_id] or {} for image_id in ids]
 
 
-def read_snapshot(store: Store, model: str) -> Snapshot:
+def read_snapshot(store: Store, model: str, before: Snapshot | None = None) -> Snapshot:
     """Read the newest edition of a dataset.
 
     Args:
         store: the dataset.
         model: name or URI; empty takes the model that made the gallery.
+        before: the snapshot of an earlier edition: only what is new is read.
 
     Raises:
         StoreError: the dataset has no gallery or model, or they do not fit together.
     """
     for _ in range(OPENINGS):
         try:
-            return Snapshot(find_edition(store, model))
+            return Snapshot(find_edition(store, model), before)
         except FileNotFoundError:
             continue
-    return Snapshot(find_edition(store, model))
+    return Snapshot(find_edition(store, model), before)
 
 
 def _encode(columns: Mapping[str, list[str | None]]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:

@@ -1,7 +1,7 @@
 """Catalogue of an edition: pictures, dialogues and facets of its images, looked up by image id.
 
-Ids are kept as 64-bit numbers and texts as Arrow columns, so a million images take hundreds of megabytes instead of
-gigabytes.
+Kept in memory are ids as numbers, the rows that they have in the tables, and facets as codes: tens of megabytes for a
+million images. Texts and pictures are read when they are asked for, and the last ones are kept.
 """
 
 from __future__ import annotations
@@ -11,17 +11,24 @@ import functools
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from ceca.data.changes import read_added
-from ceca.data.store import StoreError
+from ceca.data.store import ROW_GROUP, StoreError
 from ceca.datasets.images import mime_type
+from ceca.search.columns import READERS, Columns, open_columns
 from ceca.search.edition import Edition
-from ceca.search.facets import Facets, open_facets
+from ceca.search.facets import FACETS, Facets, facets_of
+from ceca.search.sources import list_sources
 
 CACHE_BYTES = 64 * 1024 * 1024  # encoded pictures kept in memory per process: a few thousand pedestrian crops
+TEXT_BYTES = 64 * 1024 * 1024  # texts kept in memory per process: those of some 100,000 images
+
+V = TypeVar("V")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,103 +48,157 @@ class Told:
     summary: str
 
 
-class Index:
-    """Finds row numbers by image id.
+class Recent(Generic[V]):
+    """Keeps values up to a number of bytes, and drops the ones that were not used for longest. For several threads.
 
     Args:
-        ids: the image id of each row, 16 hex digits each. If an id is repeated, its first row counts.
+        limit: bytes; the last value is kept in any case.
     """
 
-    def __init__(self, ids: pa.ChunkedArray | list[str]):
-        numbers = np.array([int(image_id, 16) for image_id in _listed(ids)], dtype=np.uint64)
-        self.order = np.argsort(numbers, kind="stable")
-        self.sorted = numbers[self.order]
+    def __init__(self, limit: int):
+        self.limit, self.bytes = limit, 0
+        self.values: OrderedDict[object, tuple[V, int]] = OrderedDict()
+        self.lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self.sorted)
+    def get(self, key: object) -> V | None:
+        with self.lock:
+            if key not in self.values:
+                return None
+            self.values.move_to_end(key)
+            return self.values[key][0]
 
-    def row(self, image_id: str) -> int | None:
-        """Row number of an image; None if it is not there."""
-        number = np.uint64(int(image_id, 16))
-        place = int(np.searchsorted(self.sorted, number))
-        return int(self.order[place]) if place < len(self.sorted) and self.sorted[place] == number else None
+    def keep(self, key: object, value: V, size: int) -> None:
+        with self.lock:
+            if key in self.values:
+                return
+            self.values[key] = value, size
+            self.bytes += size
+            while self.bytes > self.limit and len(self.values) > 1:
+                self.bytes -= self.values.popitem(last=False)[1][1]
 
-
-def _listed(ids: pa.ChunkedArray | list[str]) -> list[str]:
-    return ids if isinstance(ids, list) else ids.to_pylist()
+    def items(self) -> list[tuple[object, V, int]]:
+        with self.lock:
+            return [(key, value, size) for key, (value, size) in self.values.items()]
 
 
 class Catalogue:
     """Pictures, dialogues and facets of exactly the images that an edition can find.
 
-    Methods block, and they may run in threads. `ids` are the images' ids, sorted.
+    Methods block, and they may run in threads. `ids` are the images' ids as numbers, sorted.
+
+    Args:
+        edition: the edition.
+        before: the catalogue of an earlier edition: only what is new is read.
+
+    Raises:
+        StoreError: a table of the edition is gone.
+        FileNotFoundError: an object of `added`, or a part, was replaced in the meantime. Methods raise it too.
     """
 
-    def __init__(self, edition: Edition):
+    columns: dict[str, Columns]
+
+    def __init__(self, edition: Edition, before: Catalogue | None = None):
         self.edition = edition
-        store = self.store = edition.store
         self.images = edition.manifest("images")
-        added = edition.read_added(["image_id"])
-        added_ids = [image_id for table in added for image_id in table["image_id"].to_pylist()]
-        indexed_ids = store.read(edition.manifest("gallery"), ["image_id"])["image_id"].to_pylist()
-        self.ids = sorted({*indexed_ids, *added_ids} - edition.removed_ids)
-        self.known = Index(self.ids)
-        # Pictures are in the rows of the images table, followed by the rows of each object of `added`.
-        stored_ids = store.read(self.images, ["image_id"])["image_id"].to_pylist()
-        sizes = [*(part.rows for part in self.images.parts), *map(len, added)]
-        self.starts = np.cumsum([0, *sizes])  # first row of each part and object
-        self.pictured = Index(stored_ids + added_ids)
-        dialogues = edition.told()
-        columns = ["image_id", "turns", "summary"]
-        tables = [store.read(dialogues, columns)] if dialogues else []
-        self.dialogues = pa.concat_tables([*tables, *edition.read_added(columns)]) if tables or added else None
-        self.described = Index(self.dialogues["image_id"] if self.dialogues else [])
-        self._cache: OrderedDict[str, Picture] = OrderedDict()
-        self._cached_bytes = 0
-        self._lock = threading.Lock()
+        self.sources = {table: list_sources(edition, table) for table in FACETS}
+        self.columns = {
+            table: open_columns(edition, table, names, before.columns[table] if before else None)
+            for table, names in FACETS.items()
+        }
+        ids = np.unique(self.columns["gallery"].ids)
+        self.ids = ids[~edition.is_removed(ids)]
+        self._pictures: Recent[Picture] = Recent(CACHE_BYTES)
+        self._texts: Recent[pa.Table] = Recent(TEXT_BYTES)
+        current = set(self.columns["dialogues"].digests)
+        for key, texts, size in before._texts.items() if before else ():
+            if isinstance(key, tuple) and key[0] in current:  # else it may hold what was erased
+                self._texts.keep(key, texts, size)
 
     @functools.cached_property
     def facets(self) -> Facets:
         """Facets of the images, in the order of `ids`."""
-        return open_facets(self.edition, self.ids)
+        return facets_of(self.ids, list(self.columns.values()))
+
+    def positions(self, ids: Sequence[str]) -> np.ndarray:
+        """Positions of images in `ids`: [N] int64, -1 for an image that the edition does not have."""
+        wanted = np.array([int(image_id, 16) for image_id in ids], np.uint64)
+        places = np.searchsorted(self.ids, wanted)
+        inside = places < len(self.ids)
+        found = inside & (self.ids[np.where(inside, places, 0)] == wanted) if len(self.ids) else inside
+        return np.where(found, places, -1)
 
     def __contains__(self, image_id: str) -> bool:
-        return self.known.row(image_id) is not None
+        return bool(self.positions([image_id])[0] >= 0)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @functools.cached_property
-    def _paths(self) -> pa.ChunkedArray:
-        """Source path of each picture, in the order of `pictured`."""
-        stored = self.store.read(self.images, ["source_path"])
-        return pa.concat_tables([stored, *self.edition.read_added(["source_path"])])["source_path"]
-
     def source_path(self, image_id: str) -> str | None:
         """Path of an image in its source; None if the edition does not have the image."""
-        row = self.pictured.row(image_id) if image_id in self else None
-        return None if row is None else self._paths[row].as_py()
+        row = self._picture_row(image_id)
+        return None if row is None else self._take("images", row, "source_path")
+
+    def _picture_row(self, image_id: str) -> int | None:
+        return self.columns["images"].index.row(image_id) if image_id in self else None
+
+    def _take(self, table: str, row: int, column: str) -> Any:
+        """One value of a table."""
+        source, inside = self.columns[table].place(row)
+        return self.sources[table][source].take([inside], [column])[column][0].as_py()
+
+    # --- texts --------------------------------------------------------------------------------------------
 
     def summary(self, image_id: str) -> str | None:
         """Summary of an image; None if it has no dialogue."""
-        row = self.described.row(image_id)
-        return None if row is None or self.dialogues is None else self.dialogues["summary"][row].as_py()
+        return self.summaries([image_id])[0]
 
-    def told(self, image_id: str) -> Told | None:
-        """Dialogue about an image; None if there is none."""
-        row = self.described.row(image_id)
-        if row is None or self.dialogues is None:
-            return None
-        turns = self.dialogues["turns"][row].as_py() or []
-        return Told([(turn["question"], turn["answer"]) for turn in turns], self.dialogues["summary"][row].as_py())
+    def summaries(self, ids: Sequence[str]) -> list[str | None]:
+        """Summary of each image; None if it has no dialogue."""
+        return [None if row is None else row["summary"] for row in self._read_texts(ids, ("summary",))]
+
+    def told(self, ids: Sequence[str]) -> list[Told | None]:
+        """Dialogue about each image; None if there is none."""
+        return [
+            None
+            if row is None
+            else Told([(turn["question"], turn["answer"]) for turn in row["turns"] or ()], row["summary"])
+            for row in self._read_texts(ids, ("turns", "summary"))
+        ]
+
+    def _read_texts(self, ids: Sequence[str], columns: tuple[str, ...]) -> list[dict[str, Any] | None]:
+        """Columns of the dialogue about each image. Whole row groups are read, side by side, and kept."""
+        dialogues = self.columns["dialogues"]
+        rows = dialogues.index.find(np.array([int(image_id, 16) for image_id in ids], np.uint64)).tolist()
+        places = [None if row < 0 else dialogues.place(row) for row in rows]
+
+        def read(group: tuple[int, int]) -> pa.Table:
+            source, start = group
+            key = dialogues.digests[source], start, columns
+            table = self._texts.get(key)
+            if table is None:
+                end = min(start + ROW_GROUP, int(dialogues.starts[source + 1] - dialogues.starts[source]))
+                table = self.sources["dialogues"][source].take(range(start, end), list(columns))
+                self._texts.keep(key, table, table.nbytes)
+            return table
+
+        wanted = list({(place[0], place[1] // ROW_GROUP * ROW_GROUP): None for place in places if place})
+        if len(wanted) > 1:
+            with ThreadPoolExecutor(READERS) as readers:
+                tables = dict(zip(wanted, readers.map(read, wanted), strict=True))
+        else:
+            tables = {group: read(group) for group in wanted}
+        return [
+            None
+            if place is None
+            else tables[place[0], place[1] // ROW_GROUP * ROW_GROUP].slice(place[1] % ROW_GROUP, 1).to_pylist()[0]
+            for place in places
+        ]
+
+    # --- pictures -----------------------------------------------------------------------------------------
 
     def cached(self, image_id: str) -> Picture | None:
         """Picture of an image if it is in memory, else None. Does not read the store."""
-        with self._lock:
-            picture = self._cache.get(image_id)
-            if picture is not None:
-                self._cache.move_to_end(image_id)
-            return picture
+        return self._pictures.get(image_id)
 
     def picture(self, image_id: str) -> Picture | None:
         """Picture of an image; None if the edition does not have the image.
@@ -146,30 +207,14 @@ class Catalogue:
             StoreError: the picture cannot be read.
         """
         picture = self.cached(image_id)
-        row = self.pictured.row(image_id) if image_id in self else None
+        row = self._picture_row(image_id)
         if picture is not None or row is None:
             return picture
-        part = int(np.searchsorted(self.starts, row, side="right")) - 1
-        row_in_part = row - int(self.starts[part])
         try:
-            if part < len(self.images.parts):
-                content = self.store.take(self.images, [(part, row_in_part)], ["image"])["image"][0].as_py()
-            else:
-                name = self.edition.added[part - len(self.images.parts)]
-                content = read_added(self.store, self.edition.digest, name, ["image"])["image"][row_in_part].as_py()
+            content = self._take("images", row, "image")
         except FileNotFoundError:
-            raise StoreError(f"a part of {self.store.place('images')} that holds {image_id} is gone") from None
+            place = self.edition.store.place("images")
+            raise StoreError(f"a part of {place} that holds {image_id} is gone") from None
         picture = Picture(content, mime_type(content), f'"{hashlib.sha256(content).hexdigest()[:32]}"')
-        self._keep(image_id, picture)
+        self._pictures.keep(image_id, picture, len(content))
         return picture
-
-    def _keep(self, image_id: str, picture: Picture) -> None:
-        """Keep a picture in memory, and drop the ones that were not used for longest."""
-        with self._lock:
-            if image_id in self._cache:
-                return
-            self._cache[image_id] = picture
-            self._cached_bytes += len(picture.content)
-            while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
-                _, oldest = self._cache.popitem(last=False)
-                self._cached_bytes -= len(oldest.content)

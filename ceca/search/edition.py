@@ -14,9 +14,11 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from ceca.data.changes import added_objects, read_added, removed_images
+from ceca.data.keys import numbers
 from ceca.data.names import REMOVED
 from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.model.registry import named_model, require_model
@@ -59,6 +61,10 @@ class Edition:
     def removed_ids(self) -> set[str]:
         """Ids of the removed images."""
         return removed_images(self.store, self.removed)
+
+    def is_removed(self, ids: np.ndarray) -> np.ndarray:
+        """Whether each image was removed: [N] booleans for [N] ids as numbers."""
+        return np.isin(ids, numbers(sorted(self.removed_ids)))
 
     def manifest(self, table: str) -> Manifest:
         """Manifest of this edition's version of `gallery` or `images`.

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from ceca.data.schema import NOBODY
 from ceca.errors import UserError
+from ceca.search.columns import Columns, open_columns
 from ceca.search.edition import Edition
 
+FACETS = {"gallery": ("identity", "split"), "images": ("camera",), "dialogues": ("attributes",)}  # table → columns
 SHOWN = 20  # largest number of values that an error lists
 
 
@@ -107,43 +109,26 @@ def parse_conditions(words: Sequence[str]) -> dict[str, list[str]]:
     return conditions
 
 
-def open_facets(edition: Edition, image_ids: Sequence[str]) -> Facets:
+def open_facets(edition: Edition, ids: np.ndarray) -> Facets:
     """Read the facets of images from an edition's tables.
 
     Args:
         edition: the edition.
-        image_ids: ids of the images.
+        ids: [N] uint64, ids of the images.
 
     Returns:
-        The facets in the order of `image_ids`. A facet for which no image has a value is left out.
+        The facets in the order of `ids`. A facet for which no image has a value is left out.
     """
-    store, ids = edition.store, pa.array(image_ids, pa.string())
-    added = edition.read_added(["image_id", "identity", "split", "camera", "attributes"])
+    return facets_of(ids, [open_columns(edition, table, names) for table, names in FACETS.items()])
 
-    def with_added(table: pa.Table, *columns: str) -> pa.Table:
-        """Columns of a table, followed by the same columns of the images added since."""
-        return pa.concat_tables([part.select(["image_id", *columns]) for part in (table, *added)])
 
-    gallery = store.read(edition.manifest("gallery"), ["image_id", "identity", "split"])
-    indexed = with_added(gallery, "identity", "split")
-    images = with_added(store.read(edition.manifest("images"), ["image_id", "camera"]), "camera")
-    identity = _aligned(ids, indexed, "identity")
-    columns = {
-        "identity": pc.if_else(pc.equal(identity, NOBODY), None, identity).cast(pa.string()),
-        "split": _aligned(ids, indexed, "split"),
-        "camera": _aligned(ids, images, "camera"),
-    }
-    dialogues = edition.told()
-    if dialogues is not None:
-        table = with_added(store.read(dialogues, ["image_id", "attributes"]), "attributes")
-        attributes = _aligned(ids, table, "attributes")
-        for name in sorted(pc.unique(attributes.keys).to_pylist()):
-            columns[name] = pc.map_lookup(attributes, name, "first")
-    known = {name: column.dictionary_encode() for name, column in columns.items() if column.null_count < len(ids)}
+def facets_of(ids: np.ndarray, columns: Sequence[Columns]) -> Facets:
+    """Facets from columns that were read: those of the tables in `FACETS`, in its order."""
+    known = {}
+    for of_table in columns:
+        rows = of_table.index.find(ids)
+        for name in sorted(of_table.values, key=lambda name: (name != "identity", name)):
+            column = of_table.aligned(name, rows)
+            if column.null_count < len(ids):
+                known[name] = column
     return Facets(known, len(ids))
-
-
-def _aligned(ids: pa.Array, table: pa.Table, column: str) -> pa.Array:
-    """A table's column in the order of `ids`; null if the table does not have the image."""
-    rows = pc.index_in(ids, table["image_id"].combine_chunks())
-    return table[column].combine_chunks().take(rows)

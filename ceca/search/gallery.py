@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceca.data.keys import spelled
 from ceca.errors import UserError
 from ceca.search.agreement import agree_with_neighbours
 from ceca.search.edition import Edition
 from ceca.search.ranking import Candidates, Hit, rank
 from ceca.search.rounding import Rounded
-from ceca.search.shards import AddedObject, StoredPart, open_rounded, open_shards, shards_folder, sweep
+from ceca.search.shards import open_names, open_rounded, open_shards, shards_folder, sweep
+from ceca.search.sources import list_sources
 from ceca.search.topk import Rows
 from ceca.search.topk import top_k as find_best
 
@@ -27,8 +29,8 @@ class Gallery:
     """The N rows of a gallery.
 
     Args:
-        ids: the image id of each row.
-        identities: the identity of each row.
+        ids: [N] uint64, the image id of each row as a number (`ceca.data.keys`).
+        identities: [N] int64.
         shards: embeddings of the rows, fp16 [n, D + E] each.
         global_dim: width D of the global embeddings.
         present: [N] booleans, false for rows that were removed; None means that all rows may be found.
@@ -37,14 +39,14 @@ class Gallery:
 
     def __init__(
         self,
-        ids: Sequence[str],
-        identities: Sequence[int],
+        ids: np.ndarray,
+        identities: np.ndarray,
         shards: Sequence[Tensor],
         global_dim: int,
         present: Tensor | None = None,
         rounded: Sequence[Rounded] | None = None,
     ):
-        self.ids, self.identities = list(ids), list(identities)
+        self.ids, self.identities = ids, identities
         self.rows, self.global_dim = Rows(shards, rounded), global_dim
         self.present = present
 
@@ -132,11 +134,11 @@ class Gallery:
                 (part @ query.float().to(part.device)).cpu().numpy()
                 for part, query in zip(parts, (query_global[q], query_local[q]), strict=True)
             )
-            numbers = rows.tolist()
+            numbers = rows.cpu().numpy()
             candidates.append(
                 Candidates(
-                    [self.ids[row] for row in numbers],
-                    [self.identities[row] for row in numbers],
+                    spelled(self.ids[numbers]),
+                    self.identities[numbers].tolist(),
                     similarity.cpu().numpy(),
                     global_similarity,
                     local_similarity,
@@ -174,12 +176,16 @@ def open_gallery(
         FileNotFoundError: an object of `added` was replaced in the meantime.
     """
     number, count = shard
-    sources = _list_sources(edition)
+    sources = list_sources(edition, "gallery")
     if neighbours and count > 1:
         raise UserError("neighbours compares all images with all, so the gallery cannot be split: leave one out")
     held = sources[number::count]
-    ids, identities, present = _read_rows(edition, held)
     folder = shards_folder(edition.store)
+    named = open_names(held, folder)
+    # While objects of `added` are joined into one, an image is in two of them: its first row counts.
+    once = np.zeros(len(named), np.bool_)
+    once[np.unique(named["id"], return_index=True)[1]] = True
+    present = torch.from_numpy(once & ~edition.is_removed(named["id"]))
     on_cpu = torch.device(device).type == "cpu"
     shards = open_shards(held, folder)
     rounded = open_rounded(held, shards, folder) if on_cpu and not neighbours else None
@@ -191,30 +197,6 @@ def open_gallery(
         rows = torch.cat(shards)[present].float()
         pair = rows[:, :global_dim], rows[:, global_dim:]
         shards = [torch.cat(agree_with_neighbours(pair, neighbours, omega), dim=1).half()]
-        ids, identities = ([column[row] for row in present.nonzero()[:, 0].tolist()] for column in (ids, identities))
-        present = torch.ones(len(ids), dtype=torch.bool)
+        named, present = named[present.numpy()], torch.ones(int(present.sum()), dtype=torch.bool)
+    ids, identities = named["id"].copy(), named["identity"].copy()
     return Gallery(ids, identities, shards, global_dim, None if present.all() else present, rounded)
-
-
-def _list_sources(edition: Edition) -> list[StoredPart | AddedObject]:
-    """The stored objects of a gallery: the parts of its table, and objects of images added since."""
-    manifest = edition.manifest("gallery")
-    parts = [StoredPart(edition.store, manifest, part) for part in range(len(manifest.parts))]
-    return [*parts, *(AddedObject(edition, name) for name in edition.added)]
-
-
-def _read_rows(edition: Edition, sources: Sequence[StoredPart | AddedObject]) -> tuple[list[str], list[int], Tensor]:
-    """Image ids and identities of all rows, and [N] booleans that are false for removed and repeated images."""
-    ids: list[str] = []
-    identities: list[int] = []
-    present: list[bool] = []
-    seen: set[str] = set()
-    for source in sources:
-        table = source.describe(["image_id", "identity"])
-        image_ids = table["image_id"].to_pylist()
-        # While objects of `added` are joined into one, an image is in two of them.
-        present += [image_id not in edition.removed_ids and image_id not in seen for image_id in image_ids]
-        seen.update(image_ids)
-        ids += image_ids
-        identities += table["identity"].to_pylist()
-    return ids, identities, torch.tensor(present, dtype=torch.bool)

@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceca.environment import cache_folder
+
 LARGEST = 127  # of a code
 CONVERTED = 2048  # rows converted to fp32 at a time
 UNIT = 2.0**-24  # rounding of one fp32 operation
@@ -102,12 +104,13 @@ class Kernels:
 
 @functools.cache
 def kernels() -> Kernels:
-    """Compile the loops: 2 s, once per process."""
+    """Compile the loops, once per machine: it takes a second or two."""
     import numba
 
+    numba.config.CACHE_DIR = str(cache_folder("compiled"))  # else it lies beside this file, which may not be writable
     any_order = {"reassoc", "contract"}  # sums in any order, and fused with products: (2) allows it
 
-    @numba.njit(nogil=True)
+    @numba.njit(nogil=True, cache=True)
     def round_(rows: np.ndarray, codes: np.ndarray, scale: np.ndarray, exact: np.ndarray) -> None:
         """Codes and scales of fp32 rows [n, W], and in fp64 the norms of what is lost and of the rows, [n, 2]."""
         for i in range(len(rows)):
@@ -124,7 +127,7 @@ def kernels() -> Kernels:
                 length += number**2
             exact[i, 0], exact[i, 1] = np.sqrt(lost), np.sqrt(length)
 
-    @numba.njit(nogil=True, fastmath=any_order)
+    @numba.njit(nogil=True, cache=True, fastmath=any_order)
     def multiply(codes: np.ndarray, query: np.ndarray, out: np.ndarray) -> None:
         """Inner products of codes [n, W] and a query [W]. Four places are read at once: that keeps the memory busy."""
         quarter = len(codes) // 4
@@ -142,7 +145,7 @@ def kernels() -> Kernels:
                 total += np.float32(codes[i, j]) * query[j]
             out[i] = total
 
-    @numba.njit(nogil=True, fastmath={"nnan", "nsz"})
+    @numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
     def bound(
         products: np.ndarray,
         bounds: np.ndarray,

@@ -1,13 +1,12 @@
 """Shards: the embeddings of a gallery as files on this machine, mapped into memory.
 
-A stored object has `<digest>.npy`, its rows in fp16. Where a CPU searches, `<digest>.codes.npy` and
-`<digest>.bounds.npy` are the same rows in 8 bits (`ceca.search.rounding`).
+A stored object has `<digest>.npy`, its rows in fp16, and `<digest>.named.npy`, their image ids and identities. Where a
+CPU searches, `<digest>.codes.npy` and `<digest>.bounds.npy` are the same rows in 8 bits (`ceca.search.rounding`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import time
@@ -20,51 +19,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ceca.data.changes import read_added
-from ceca.data.store import Manifest, Store, StoreError, version_of
+from ceca.data.keys import numbers
+from ceca.data.store import Store, StoreError, version_of
 from ceca.environment import cache_folder
-from ceca.search.edition import Edition
 from ceca.search.rounding import Rounded, round_rows
+from ceca.search.sources import Source
 
+NAMED = np.dtype([("id", np.uint64), ("identity", np.int64)])
 CACHED_DAYS = 30  # a shard that was not opened for this long is removed
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredPart:
-    """A part of the gallery table."""
-
-    store: Store
-    manifest: Manifest
-    number: int
-
-    @property
-    def digest(self) -> str:
-        return self.manifest.parts[self.number].sha256
-
-    def describe(self, columns: list[str]) -> pa.Table:
-        """Small columns, read alone."""
-        return self.store.read_columns(self.manifest, self.number, columns)
-
-    def read(self, columns: list[str]) -> pa.Table:
-        """Columns of the whole part, after its digest was checked."""
-        return self.store.read_part(self.manifest, self.number, columns)
-
-
-@dataclasses.dataclass(frozen=True)
-class AddedObject:
-    """An object of `added`: images that were added one by one."""
-
-    edition: Edition
-    name: str
-
-    @property
-    def digest(self) -> str:
-        return Path(self.name).stem
-
-    def read(self, columns: list[str]) -> pa.Table:
-        return read_added(self.edition.store, self.edition.digest, self.name, columns)
-
-    describe = read
 
 
 def shards_folder(store: Store) -> Path:
@@ -72,7 +34,7 @@ def shards_folder(store: Store) -> Path:
     return cache_folder("shards", version_of(store.uri))
 
 
-def open_shards(sources: Sequence[StoredPart | AddedObject], folder: Path) -> list[Tensor]:
+def open_shards(sources: Sequence[Source], folder: Path) -> list[Tensor]:
     """Map the shard of each source into memory; shards that are not in the folder are made first.
 
     Args:
@@ -90,7 +52,7 @@ def open_shards(sources: Sequence[StoredPart | AddedObject], folder: Path) -> li
         return [torch.from_numpy(_shard(source, folder)) for source in sources]
 
 
-def open_rounded(sources: Sequence[StoredPart | AddedObject], shards: Sequence[Tensor], folder: Path) -> list[Rounded]:
+def open_rounded(sources: Sequence[Source], shards: Sequence[Tensor], folder: Path) -> list[Rounded]:
     """Map each source's rows in 8 bits into memory; what is not in the folder is made first.
 
     Args:
@@ -105,6 +67,23 @@ def open_rounded(sources: Sequence[StoredPart | AddedObject], shards: Sequence[T
         return [_rounded(source.digest, rows, folder) for source, rows in zip(sources, shards, strict=True)]
 
 
+def open_names(sources: Sequence[Source], folder: Path) -> np.ndarray:
+    """Read the image ids and identities of all rows; what is not in the folder is read from the store first.
+
+    Args:
+        sources: stored objects of rows.
+        folder: as in `open_shards`.
+
+    Returns:
+        [N] records of `NAMED`, in the order of the sources.
+
+    Raises:
+        FileNotFoundError, StoreError: as in `open_shards`.
+    """
+    with _writing_in(folder):
+        return np.concatenate([np.empty(0, NAMED), *(_names(source, folder) for source in sources)])
+
+
 @contextlib.contextmanager
 def _writing_in(folder: Path) -> Iterator[None]:
     """Turn errors of the folder into one that says what to do."""
@@ -117,12 +96,12 @@ def _writing_in(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, current: set[str]) -> None:
-    """Remove shards from this machine that no search needs. A process that has one mapped keeps its content.
+    """Remove files from this machine that no search needs. A process that has one mapped keeps its content.
 
     Args:
-        folder: the shards of one dataset. Shards that are not current are removed at once, because they may hold images
-            that were erased. Shards of other datasets are removed when they were not opened for `CACHED_DAYS`.
-        current: digests of the shards to keep.
+        folder: files of one dataset. The ones that are not current are removed at once, because they may hold images
+            that were erased. Those of other datasets are removed when they were not opened for `CACHED_DAYS`.
+        current: digests, which begin the names of the files to keep.
     """
     for file in folder.parent.glob("*/*"):
         if file.parent.is_symlink():  # it leads to files that are no shards
@@ -131,7 +110,7 @@ def sweep(folder: Path, current: set[str]) -> None:
             age = time.time() - file.lstat().st_mtime
             outdated = file.parent == folder and file.name.partition(".")[0] not in current
             abandoned = file.suffix == ".tmp" and age > 3600  # its writer was killed
-            if abandoned or (file.suffix == ".npy" and (outdated or age > CACHED_DAYS * 86_400)):
+            if abandoned or (file.suffix in (".npy", ".npz") and (outdated or age > CACHED_DAYS * 86_400)):
                 file.unlink(missing_ok=True)
         except FileNotFoundError:  # another process was faster
             continue
@@ -139,7 +118,7 @@ def sweep(folder: Path, current: set[str]) -> None:
             raise StoreError(f"cannot remove {file} ({error}); set CECA_CACHE to a folder of your own") from error
 
 
-def _shard(source: StoredPart | AddedObject, folder: Path) -> np.ndarray:
+def _shard(source: Source, folder: Path) -> np.ndarray:
     """Map one shard, made first if it is missing."""
     if not re.fullmatch("[0-9a-f]+", source.digest):  # it comes from the dataset, and names a file here
         raise StoreError(
@@ -150,6 +129,17 @@ def _shard(source: StoredPart | AddedObject, folder: Path) -> np.ndarray:
         table = source.read(["global", "local"])
         _write(path, np.concatenate([matrix(table, "global"), matrix(table, "local")], axis=1))
     return _mapped(path)
+
+
+def _names(source: Source, folder: Path) -> np.ndarray:
+    """Image ids and identities of one stored object."""
+    path = folder / f"{source.digest}.named.npy"
+    if not _used(path):
+        table = source.describe(["image_id", "identity"])
+        named = np.empty(table.num_rows, NAMED)
+        named["id"], named["identity"] = numbers(table["image_id"]), table["identity"].to_numpy()
+        _write(path, named)
+    return np.load(path)
 
 
 def _rounded(digest: str, rows: Tensor, folder: Path) -> Rounded:

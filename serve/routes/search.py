@@ -15,7 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from ceca.config import ServeConfig
 from ceca.data.schema import NOBODY
-from ceca.search.catalogue import Catalogue
 from ceca.search.ranking import Hit
 from serve.audit import hashed, note
 from serve.query import Like, Query
@@ -137,6 +136,7 @@ async def _answer(
         sample,
         omega=config.omega if request.omega is None else request.omega,
         top_k=page.end + 1,  # one more tells whether there is another page
+        offset=page.offset,
         where=request.where,
         answers=request.answers if isinstance(request, SearchRequest) else {},
         suggest=isinstance(request, SearchRequest) and request.suggest,
@@ -164,20 +164,21 @@ def _page(offset: int, top_k: int, limit: int) -> Page:
 def _response(query: Query, result: SearchResult, page: Page, started: float) -> SearchResponse:
     hits = result.hits[page.offset : page.end]
     beliefs = [None] * len(hits) if result.beliefs is None else result.beliefs[page.offset : page.end]
-    edition, catalogue = result.snapshot.edition, result.snapshot.catalogue
+    edition = result.snapshot.edition
+    summaries = result.summaries[: len(hits)]
     return SearchResponse(
         query=query.text,
         omega=query.omega,
         model=edition.model_name,
         gallery=edition.gallery_name,
         took_ms=round((time.perf_counter() - started) * 1000, 2),
-        hits=tuple(_hit(hit, belief, catalogue) for hit, belief in zip(hits, beliefs, strict=True)),
+        hits=tuple(_hit(*shown) for shown in zip(hits, beliefs, summaries, strict=True)),
         next_offset=page.next_offset(len(result.hits)),
         question=result.question,
     )
 
 
-def _hit(hit: Hit, belief: float | None, catalogue: Catalogue) -> SearchHit:
+def _hit(hit: Hit, belief: float | None, summary: str | None) -> SearchHit:
     return SearchHit(
         image_id=hit.image_id,
         identity=None if hit.identity == NOBODY else hit.identity,
@@ -185,7 +186,7 @@ def _hit(hit: Hit, belief: float | None, catalogue: Catalogue) -> SearchHit:
         global_similarity=hit.global_similarity,
         local_similarity=hit.local_similarity,
         belief=belief,
-        summary=catalogue.summary(hit.image_id),
+        summary=summary,
         image=f"/v1/images/{hit.image_id}",
     )
 

@@ -18,6 +18,7 @@ import ray
 import torch
 
 from ceca.config import TrainConfig
+from ceca.data.keys import spelled
 from ceca.data.store import Receipt, Store
 from ceca.data.tables import find_images
 from ceca.errors import UserError
@@ -212,7 +213,7 @@ def test_index_killed_and_started_again_ends_with_the_same_table(start, run, on_
 def rows_by_id(store: Store) -> dict[str, np.ndarray]:
     """What the current gallery holds of each image, [D + E]."""
     gallery = open_gallery(find_edition(store))
-    return dict(zip(gallery.ids, torch.cat(gallery.rows.shards).float().numpy(), strict=True))
+    return dict(zip(spelled(gallery.ids), torch.cat(gallery.rows.shards).float().numpy(), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ceca.data import schema
+from ceca.data.keys import spelled
 from ceca.data.store import Part, Receipt, Store
 from ceca.metrics import PER_QUERY, Matches, rank_embeddings
 from ceca.search.agreement import agree_with_neighbours
@@ -76,7 +77,7 @@ def random_pairs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_query_of_a_batch_has_its_own_omega_and_its_parts_make_its_similarity():
     whole, local = random_pairs(50, 0)
     rows = torch.cat([whole, local], dim=1).half()
-    gallery = Gallery([f"{n:03d}" for n in range(50)], range(50), rows.split(20), 8)
+    gallery = Gallery(np.arange(50, dtype=np.uint64), np.arange(50), rows.split(20), 8)
     queries, omegas = random_pairs(3, 1), [0.0, 0.3, 1.0]
     for q, hits in enumerate(gallery.search(*queries, omega=omegas, top_k=5)):
         parts = [rows[:, :8].float() @ queries[0][q], rows[:, 8:].float() @ queries[1][q]]
@@ -92,7 +93,7 @@ def test_every_query_of_a_batch_has_its_own_omega_and_its_parts_make_its_similar
 
 def test_a_filter_applies_before_the_best_are_taken():
     whole, local = random_pairs(50, 0)
-    gallery = Gallery([f"{n:03d}" for n in range(50)], range(50), [torch.cat([whole, local], dim=1).half()], 8)
+    gallery = Gallery(np.arange(50, dtype=np.uint64), np.arange(50), [torch.cat([whole, local], dim=1).half()], 8)
     allowed = torch.arange(50) % 10 == 3
     (hits,) = gallery.search(*random_pairs(1, 1), omega=0.3, top_k=10, allowed=allowed)
     assert sorted(hit.identity for hit in hits) == [3, 13, 23, 33, 43]  # all that may be found, though 10 were wanted
@@ -102,7 +103,7 @@ def test_a_search_ranks_again_as_an_evaluation_does():
     gallery_pair, queries = random_pairs(60, 0), random_pairs(4, 1)
     rows = torch.cat(gallery_pair, dim=1).half()
     halves = tuple(part.float() for part in rows.split([8, 16], dim=1))
-    gallery = Gallery([f"{n:03d}" for n in range(60)], range(60), rows.split(20), 8)
+    gallery = Gallery(np.arange(60, dtype=np.uint64), np.arange(60), rows.split(20), 8)
     matches = Matches(np.arange(4), np.arange(60))
     firsts = rank_embeddings(queries, halves, matches, [0.3], rerank_first=20)[0.3][:, PER_QUERY.index("first")]
     answers = gallery.search(*queries, omega=0.3, top_k=60, rerank_first=20)
@@ -120,7 +121,7 @@ def published(place: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[Sto
     """A dataset with a gallery of two parts."""
     count = len(pair[0])
     columns = {
-        "image_id": [f"{n:03d}" for n in range(count)],
+        "image_id": spelled(np.arange(count, dtype=np.uint64)),
         "identity": list(range(count)),
         "split": ["test"] * count,
         "global": list(pair[0].numpy().astype(np.float16)),
@@ -147,7 +148,7 @@ def test_a_gallery_opens_from_its_table_and_the_next_time_from_files_of_this_mac
         assert gallery.global_dim == 8
         files = sorted((tmp_path / "cache" / "shards").glob("*/*"))
         assert [file.name for file in files] == sorted(
-            f"{part.sha256}{kind}.npy" for part in parts for kind in ("", ".bounds", ".codes")
+            f"{part.sha256}{kind}.npy" for part in parts for kind in ("", ".bounds", ".codes", ".named")
         )
 
 
@@ -158,7 +159,7 @@ def test_shards_that_are_old_or_that_nobody_opened_for_a_month_leave_this_machin
     (folder,) = (tmp_path / "shards").iterdir()
     other = tmp_path / "shards" / "another-dataset"
     other.mkdir()
-    for kind in ("", ".codes", ".bounds"):
+    for kind in ("", ".codes", ".bounds", ".named"):
         (folder / f"of-a-part-written-anew{kind}.npy").touch()  # it may hold images that were erased
     for path in (other / "forgotten.npy", folder / f"{parts[0].sha256}.npy"):
         path.touch()

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from ceca.data.store import Manifest, Part, Store, StoreError
-from ceca.search.shards import CACHED_DAYS, StoredPart, open_shards, sweep
+from ceca.search.shards import CACHED_DAYS, open_shards, sweep
+from ceca.search.sources import StoredPart
 
 
 def test_sweeping_follows_no_link(tmp_path: Path) -> None:

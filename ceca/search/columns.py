@@ -1,0 +1,265 @@
+"""Small columns of an edition's rows: image ids as numbers, and facets as codes of their values.
+
+A million images take tens of megabytes. Parts are read side by side and once per machine: a file keeps what was read,
+and a new edition reads only parts that are new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ceca.data.keys import numbers
+from ceca.data.schema import NOBODY
+from ceca.data.store import StoreError, version_of
+from ceca.environment import cache_folder
+from ceca.search.edition import Edition
+from ceca.search.shards import sweep
+from ceca.search.sources import Source, list_sources
+
+READERS = 8  # parts read at the same time
+TOGETHER = 64  # parts whose columns are coded together: parts may be small
+FEW = 64  # objects that are rather read again than written with all others to the file of this machine
+NONE = -1  # code of a row without a value
+
+
+class Index:
+    """Finds rows by image id. If an id is repeated, its first row counts.
+
+    Args:
+        ids: [N] uint64, the id of each row.
+    """
+
+    def __init__(self, ids: np.ndarray):
+        self.order = np.argsort(ids, kind="stable").astype(np.int32)
+        self.sorted = ids[self.order]
+
+    def __len__(self) -> int:
+        return len(self.sorted)
+
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """The row of each wanted id, [M] int64; -1 where it is not there."""
+        if not len(self):
+            return np.full(len(wanted), -1)
+        places = np.minimum(np.searchsorted(self.sorted, wanted), len(self) - 1)
+        return np.where(self.sorted[places] == wanted, self.order[places], -1)
+
+    def row(self, image_id: str) -> int | None:
+        """The row of an image; None if it is not there."""
+        (row,) = self.find(np.array([int(image_id, 16)], np.uint64)).tolist()
+        return None if row < 0 else row
+
+
+class Columns:
+    """Image ids and columns of few values, of N rows in the order of their stored objects.
+
+    Args:
+        sources: the stored objects.
+        names: columns to read; of `attributes`, each attribute becomes a column.
+        before: the same of an earlier edition, whose objects are not read again.
+
+    Attributes:
+        ids: [N] uint64.
+        index: finds rows by id.
+        starts: first row of each object, and N.
+        codes: column → [N] int32, numbers of values; -1 for none.
+        values: column → its values, by number.
+    """
+
+    starts: np.ndarray
+    values: dict[str, pa.Array]
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        names: Sequence[str] = (),
+        before: Columns | None = None,
+    ):
+        self.digests = [source.digest for source in sources]
+        kept = {} if before is None else {digest: place for place, digest in enumerate(before.digests)}
+        new = [place for place, digest in enumerate(self.digests) if digest not in kept]
+        held_lengths = np.diff(before.starts).tolist() if before else []
+        lengths = np.array([held_lengths[kept[digest]] if digest in kept else 0 for digest in self.digests], np.int64)
+        read = []  # of several parts together: places, ids, coded columns
+        with ThreadPoolExecutor(READERS) as readers:
+            tables = readers.map(lambda place: sources[place].describe(["image_id", *names]), new)
+            for start in range(0, len(new), TOGETHER):
+                places = new[start : start + TOGETHER]
+                parts = list(itertools.islice(tables, len(places)))
+                lengths[places] = list(map(len, parts))
+                read.append((places, *_coded_table(pa.concat_tables(parts), names)))
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.ids = np.empty(self.starts[-1], np.uint64)
+        self.codes: dict[str, np.ndarray] = {}
+        known: dict[str, dict[str, int]] = {}
+        if before is not None:
+            for name in before.values:
+                known[name] = before._numbered(name)
+                self.codes[name] = np.full(len(self.ids), NONE, np.int32)
+            for place, digest in enumerate(self.digests):
+                if digest in kept:
+                    rows, held = self._rows(place), before._rows(kept[digest])
+                    self.ids[rows] = before.ids[held]
+                    for name, codes in before.codes.items():
+                        self.codes[name][rows] = codes[held]
+        for places, ids, coded in read:
+            numbered = np.concatenate([np.arange(*self.starts[place : place + 2]) for place in places])
+            self.ids[numbered] = ids
+            for name, (codes, values) in coded.items():
+                if name not in self.codes:
+                    self.codes[name] = np.full(len(self.ids), NONE, np.int32)
+                numbers_of = known.setdefault(name, {})
+                translated = [numbers_of.setdefault(value, len(numbers_of)) for value in values]
+                self.codes[name][numbered] = np.array([*translated, NONE], np.int32)[codes]
+        self.values = {name: pa.array(numbers_of, pa.string()) for name, numbers_of in known.items()}
+        self._forget_unused()
+        self.index = Index(self.ids)
+
+    def _numbered(self, name: str) -> dict[str, int]:
+        return {value: number for number, value in enumerate(self.values[name].to_pylist())}
+
+    def _rows(self, place: int) -> slice:
+        """The rows of an object."""
+        return slice(int(self.starts[place]), int(self.starts[place + 1]))
+
+    def _forget_unused(self) -> None:
+        """Leave out values that no row has: they may be of an image that was erased."""
+        for name, values in self.values.items():
+            used = np.zeros(len(values) + 1, np.bool_)
+            used[self.codes[name]] = True
+            if not used[:-1].all():
+                self.codes[name], self.values[name] = self._narrowed(name, self.codes[name])
+
+    def _narrowed(self, name: str, codes: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+        """Codes of some rows [M], numbered anew, and the values that they have."""
+        used = np.zeros(len(self.values[name]) + 1, np.bool_)
+        used[codes] = True
+        narrow = np.cumsum(used, dtype=np.int32) - 1
+        narrow[-1] = NONE
+        return narrow[codes], self.values[name].filter(pa.array(used[:-1]))
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The object of a row, and the row in it."""
+        source = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return source, row - int(self.starts[source])
+
+    def aligned(self, name: str, rows: np.ndarray) -> pa.DictionaryArray:
+        """A column of chosen rows, with the values that they have; null for row -1 and where there is none."""
+        if not len(self.ids):
+            return pa.DictionaryArray.from_arrays(pa.nulls(len(rows), pa.int32()), pa.array([], pa.string()))
+        codes, values = self._narrowed(name, np.where(rows >= 0, self.codes[name][rows], NONE))
+        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), values)
+
+
+def open_columns(edition: Edition, table: str, names: Sequence[str], before: Columns | None = None) -> Columns:
+    """Columns of an edition's rows of a table, from the file of this machine where there is one.
+
+    Args:
+        edition: the edition.
+        table: `gallery`, `images` or `dialogues`.
+        names: as in `Columns`.
+        before: the same of an earlier edition.
+
+    Raises:
+        StoreError: the version of the table is gone.
+        FileNotFoundError: an object was replaced in the meantime.
+    """
+    sources = list_sources(edition, table)
+    digests = [source.digest for source in sources]
+    if before is not None and before.digests == digests:
+        return before
+    folder = cache_folder("columns", f"{version_of(edition.store.uri)}-{table}")
+    path = folder / f"{version_of(digests, names)}.npz"
+    held = before or _load(path) or next(filter(None, map(_load, folder.glob("*.npz"))), None)
+    if held is not None and held.digests == digests:
+        return held
+    columns = Columns(sources, names, held)
+    known = set(held.digests) if held else set()
+    if held and known <= set(digests) and len(digests) - len(known) < FEW:
+        return columns  # single images were added: the next process reads them again
+    with contextlib.suppress(OSError, StoreError):  # without the file, the next process reads the table again
+        _save(columns, path)
+        sweep(folder, {path.stem})  # other files may hold what was erased
+    return columns
+
+
+def _save(columns: Columns, path: Path) -> None:
+    """Write columns as a whole: another process sees nothing or all of them."""
+    arrays = {f"codes{number}": columns.codes[name] for number, name in enumerate(columns.values)}
+    described = {
+        "digests": columns.digests,
+        "values": {name: known.to_pylist() for name, known in columns.values.items()},
+    }
+    aside = path.parent / f"{uuid.uuid4().hex}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            words = np.frombuffer(json.dumps(described).encode(), np.uint8)
+            np.savez(file, allow_pickle=False, ids=columns.ids, starts=columns.starts, described=words, **arrays)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Columns | None:
+    """Columns as `_save` wrote them; None if there is no such file."""
+    try:
+        os.utime(path)  # `sweep` counts days from now
+        with np.load(path) as arrays:
+            described = json.loads(arrays["described"].tobytes())
+            columns = Columns([])
+            columns.digests, columns.ids, columns.starts = described["digests"], arrays["ids"], arrays["starts"]
+            columns.values = {name: pa.array(known, pa.string()) for name, known in described["values"].items()}
+            columns.codes = {name: arrays[f"codes{number}"] for number, name in enumerate(columns.values)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    columns.index = Index(columns.ids)
+    return columns
+
+
+Coded = tuple[np.ndarray, list[str]]  # codes [n], -1 for none, and the values that they number
+
+
+def _coded_table(table: pa.Table, names: Sequence[str]) -> tuple[np.ndarray, dict[str, Coded]]:
+    """Ids and coded columns of a table."""
+    coded: dict[str, Coded] = {}
+    for name in names:
+        column = table[name].combine_chunks()
+        coded |= _attributes(column) if name == "attributes" else {name: _coded(column, NOBODY)}
+    return numbers(table["image_id"]), coded
+
+
+def _coded(column: pa.Array, nothing: int | None = None) -> Coded:
+    """A column of numbers or words; null and `nothing` are no value."""
+    encoded = column.dictionary_encode()
+    values = encoded.dictionary.to_pylist()
+    codes = encoded.indices.fill_null(NONE).to_numpy(zero_copy_only=False)
+    is_none = np.array([*(value is None or value == nothing for value in values), True])
+    return np.where(is_none[codes], NONE, codes), [str(value) for value in values]
+
+
+def _attributes(column: pa.MapArray) -> dict[str, Coded]:
+    """Each attribute of a column of maps; of a repeated one the first value."""
+    offsets = column.offsets.to_numpy()
+    first, last = int(offsets[0]), int(offsets[-1])
+    row_of = np.repeat(np.arange(len(column)), np.diff(offsets))
+    names, name_list = _coded(column.keys.slice(first, last - first))
+    values = column.items.slice(first, last - first)
+    attributes = {}
+    for number, name in enumerate(name_list):
+        mine = np.flatnonzero(names == number)
+        codes, known = _coded(values.take(pa.array(mine)))
+        column_codes = np.full(len(column), NONE, np.int32)
+        column_codes[row_of[mine][::-1]] = codes[::-1]  # so that the first one stays
+        attributes[name] = column_codes, known
+    return attributes
