@@ -29,7 +29,10 @@ CHUNK = 2**20  # similarities that one thread ranks at a time
 NOBODY = -1  # identity of an image whose person nobody named (ceca.data.schema.NOBODY)
 AT = (1, 5, 10)
 AHEAD = 4.0  # added to the similarities of re-ranked images, which puts them before all others
-PER_QUERY = ("rank1", "rank5", "rank10", "average_precision", "inverse_negative_penalty", "first")
+PER_QUERY = (
+    *("rank1", "rank5", "rank10", "average_precision", "inverse_negative_penalty", "first"),
+    *("best_own", "best_other"),  # similarity of the best image of the query's identity, and of another; -inf: no image
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class RetrievalMetrics:
 
     @classmethod
     def of(cls, per_query: np.ndarray) -> RetrievalMetrics:
-        """The means of the figures [Q, 6] that `rank_embeddings` returns for one ω."""
+        """The means of the figures [Q, 8] that `rank_embeddings` returns for one ω."""
         return cls(*(float(value) for value in 100 * per_query[:, :5].mean(axis=0)))
 
 
@@ -138,13 +141,13 @@ def rank_embeddings(
         gallery: normalised embeddings of the images, global [G, D] and local [G, E], fp32.
         matches: of these queries in this gallery.
         omegas: shares of the local similarity.
-        only_first: compute ranks alone; average precision and inverse negative penalty stay 0.
+        only_first: compute ranks alone; the other figures stay 0.
         rerank_first: number of best images per query that are ranked again (`search.feedback`); they stay before the
             others. 0 is off.
         strip: number of queries compared at a time; it bounds memory and changes nothing else.
 
     Returns:
-        For each ω [Q, 6] with the columns `PER_QUERY`: match at rank 1, 5, 10 (0 or 1), average precision, inverse
+        For each ω [Q, 8] with the columns `PER_QUERY`: match at rank 1, 5, 10 (0 or 1), average precision, inverse
         negative penalty, and the position of the first match (0 without a match in the gallery).
 
     Raises:
@@ -183,7 +186,7 @@ def _rerank(similarity: Tensor, gallery: tuple[Tensor, Tensor], omega: float, mo
 def _rank_in_threads(
     threads: ThreadPoolExecutor, similarity: np.ndarray, matches: Matches, rows: slice, only_first: bool
 ) -> np.ndarray:
-    """`rank_strip` of a strip of queries, a chunk per thread: [q, G] similarities, overwritten → [q, 6]."""
+    """`rank_strip` of a strip of queries, a chunk per thread: [q, G] similarities, overwritten → [q, 8]."""
 
     def rank(chunk: slice) -> np.ndarray:
         queries = slice(rows.start + chunk.start, rows.start + chunk.stop)
@@ -200,10 +203,10 @@ def rank_strip(similarity: np.ndarray, matches: Matches, rows: slice, *, only_fi
         similarity: [q, G] of these queries; it is overwritten.
         matches: of all queries.
         rows: which queries these are.
-        only_first: compute ranks alone; average precision and inverse negative penalty stay 0.
+        only_first: compute ranks alone; the other figures stay 0.
 
     Returns:
-        [q, 6].
+        [q, 8].
 
     Raises:
         ValueError: a similarity is not a number.
@@ -235,6 +238,7 @@ def rank_strip(similarity: np.ndarray, matches: Matches, rows: slice, *, only_fi
         precision = np.divide(nth, position, out=np.zeros(position.shape), where=present)
         figures[:, 3] = precision.sum(axis=1) / np.maximum(count, 1)
         figures[:, 4] = count / np.maximum(position.max(axis=1), 1)
+        figures[:, 6], figures[:, 7] = matching[:, 0], similarity[:, -1]
     figures[:, 5] = first
     return figures
 

@@ -19,6 +19,7 @@ from ceca.data.names import MANIFEST
 from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Store
 from ceca.errors import UserError
+from ceca.search.confidence import require_confidence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +114,13 @@ class People:
             return answer
 
     def search(
-        self, query: str, k: int = 5, *, omega: float = 0.3, where: Mapping[str, Sequence[str]] | None = None
+        self,
+        query: str,
+        k: int = 5,
+        *,
+        omega: float = 0.3,
+        where: Mapping[str, Sequence[str]] | None = None,
+        min_confidence: float = 0.0,
     ) -> Hits:
         """Find the images of a person from a description.
 
@@ -124,13 +131,23 @@ class People:
             k: number of hits.
             omega: ω, the share of the local similarity, 0 to 1.
             where: facet → accepted values, such as {"camera": ["c1", "c2"]}.
+            min_confidence: least probability, 0 to 1, that the first hit shows this person; below it nothing is
+                returned, because probably nobody in the gallery does.
 
         Raises:
-            UserError: there is no gallery, or no such facet or value.
+            UserError: there is no gallery, no such facet or value, or no confidence (`ceca.search.confidence`).
         """
-        if not query.strip() or k < 1 or not 0 <= omega <= 1:
-            raise UserError(f"a search needs words, k >= 1 and omega from 0 to 1; found {query!r}, {k} and {omega}")
+        if not query.strip() or k < 1 or not 0 <= omega <= 1 or not 0 <= min_confidence <= 1:
+            raise UserError(
+                "a search needs words, k >= 1, omega and min_confidence from 0 to 1; "
+                f"found {query!r}, {k}, {omega} and {min_confidence}"
+            )
+        if min_confidence:
+            require_confidence(self._searcher.calibration, omega)
         found = self._searcher.search(query, omega=omega, top_k=k, where=where)
+        confidence = self._searcher.confidence(found, omega, where)
+        if confidence is not None and confidence < min_confidence:
+            return Hits(query, (), confidence)
         hits = []
         for hit in found:
             picture = self._catalogue.picture(hit.image_id)
@@ -138,7 +155,7 @@ class People:
             similarities = (hit.similarity, hit.global_similarity, hit.local_similarity)
             path = self._catalogue.source_path(hit.image_id) or ""
             hits.append(Hit(hit.image_id, identity, *similarities, path, picture.content if picture else b""))
-        return Hits(query, tuple(hits))
+        return Hits(query, tuple(hits), confidence)
 
     def _manifest(self, name: str) -> Manifest:
         manifest = self.store.manifest(name)
@@ -184,10 +201,15 @@ class Hit:
 
 @dataclasses.dataclass(frozen=True)
 class Hits(Sequence[Hit]):
-    """The hits of a search, best first. A notebook shows their pictures."""
+    """The hits of a search, best first. A notebook shows their pictures.
+
+    `confidence` is the probability that the first one shows the person asked for; None if the model was not calibrated
+    (`ceca evaluate --split val`).
+    """
 
     query: str
     hits: tuple[Hit, ...]
+    confidence: float | None = None
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -202,7 +224,13 @@ class Hits(Sequence[Hit]):
 
     def __str__(self) -> str:
         lines = [f"{rank:>3} {hit.similarity:.3f} {hit.source_path}" for rank, hit in enumerate(self.hits, 1)]
-        return "\n".join([f"“{self.query}”", *lines])
+        return "\n".join([f"“{self.query}”{self._told}", *lines])
+
+    @property
+    def _told(self) -> str:
+        if self.confidence is None:
+            return ""
+        return f" (confidence {self.confidence:.2f}{'' if self.hits else ': probably nobody'})"
 
     def _repr_html_(self) -> str:
         from ceca.datasets.images import mime_type
@@ -215,7 +243,7 @@ class Hits(Sequence[Hit]):
                 f'<figure style="display:inline-block;margin:4px"><img src="{data}" alt="{path}" title="{path}" '
                 f'style="height:160px"><figcaption>{hit.similarity:.3f}</figcaption></figure>'
             )
-        return f"<p>{html.escape(self.query)}</p>{''.join(shown)}"
+        return f"<p>{html.escape(self.query)}{self._told}</p>{''.join(shown)}"
 
 
 _SHOWN = [field.name for field in dataclasses.fields(Hit) if field.name != "content"]

@@ -17,8 +17,11 @@ from ceca.data.names import EVALUATIONS
 from ceca.data.store import Store
 from ceca.evaluation.names import SIMILARITIES
 from ceca.model.registry import require_model
+from ceca.search.confidence import CALIBRATED_ON, read_calibration
 from ceca.settings import to_mapping
 from jobs.runtime.console import console, entry, print_metrics
+
+USUAL = 0.05  # share of false alarms that is printed
 
 
 def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[str, Any]:
@@ -31,9 +34,12 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
 
     Returns:
         The content of the JSON file. `metrics` has a row for text → image by each similarity and by chance,
-        `image_to_text` the same for the other direction. A table beside the file has the figures of every query.
+        `image_to_text` the same for the other direction, `open_set` the figures of `ceca.evaluation.open_set`. That of
+        the validation split also has the `calibration` that searches read. A table beside the file has the figures of
+        every query.
     """
     from ceca.evaluation.evaluation import embedded_sides, per_query_table, result_name, summarise
+    from ceca.evaluation.open_set import Trials, calibrate, open_set
     from jobs.evaluations.embedding import embed_split
     from jobs.evaluations.ranking import rank
 
@@ -62,6 +68,14 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         "made_from": model.made_from,
         "config": to_mapping(config),
     }
+    if not config.neighbours and not config.rerank:  # these change similarities; a search with them has no confidence
+        trials, total = Trials.of(figures["fused"]), len(images.identities)
+        if config.split == CALIBRATED_ON:
+            calibration = calibrate(trials, omega, total)
+            result |= {"calibration": dataclasses.asdict(calibration), "open_set": open_set(trials, total, calibration)}
+        else:
+            kept = read_calibration(store, model.digest)
+            result["open_set"] = open_set(trials, total, kept if kept is not None and kept.fits(omega) else None)
     name = result_name(config)
     captions = store.read(store.captions(store.current("images", "ingest")), ["caption_id", "text"])
     content = per_query_table(queries, captions, figures)
@@ -71,8 +85,23 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     measured = f"ω {omega:g}, protocol {model.protocol}"
     print_metrics(f"{config.model} on {config.split}, text to image: {size}; {measured}", result["metrics"])
     print_metrics(f"{config.model} on {config.split}, image to text; {measured}", result["image_to_text"])
+    _print_open_set(result)
     console.print(f"evaluate: → {store.place(EVALUATIONS, model.digest, f'{name}.json')}")
     return result
+
+
+def _print_open_set(result: dict[str, Any]) -> None:
+    """Print how many are identified while 5 % of the searches for absent people name somebody."""
+    figures = result.get("open_set", {})
+    for rate in figures.get("rates", []):
+        if rate["false_alarms"] == USUAL and rate["identified"] is not None:
+            console.print(f"evaluate: {USUAL:.0%} false alarms leave {rate['identified']:.1%} identified (open set)")
+    for rate in figures.get("confidence", {}).get("rates", []):
+        if rate["chosen_for"] == USUAL:
+            console.print(
+                f"evaluate: min_confidence {rate['min_confidence']:.3g}, chosen for {USUAL:.0%} on {CALIBRATED_ON}: "
+                f"{rate['false_alarms']:.1%} false alarms, {rate['identified']:.1%} identified"
+            )
 
 
 def main(argv: list[str] | None = None) -> None:

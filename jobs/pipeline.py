@@ -13,8 +13,10 @@ from typing import Annotated, Any
 import tyro
 
 from ceca.commandline import load_recipe
-from ceca.config import STAGES
+from ceca.config import STAGES, EvaluateConfig
 from ceca.data.store import Store
+from ceca.data.tables import list_images
+from ceca.search.confidence import CALIBRATED_ON
 from ceca.settings import from_mapping
 from jobs.dialogue import dialogue
 from jobs.evaluate import evaluate
@@ -32,7 +34,7 @@ def recipe_config(recipe: str, stage: str, **overrides: Any) -> Any:
 
 
 def pipeline(data: str, source: str, recipe: str, name: str = "ceca") -> dict[str, Any]:
-    """Run ingest, dialogue, train, evaluate and index.
+    """Run ingest, dialogue, train, evaluate (of the validation split, too) and index.
 
     Args:
         data: dataset URI.
@@ -58,9 +60,18 @@ def pipeline(data: str, source: str, recipe: str, name: str = "ceca") -> dict[st
         ingest(data, settings["ingest"])
         dialogue(data, settings["dialogue"])
         train(data, settings["train"])
+        _calibrate(data, settings["evaluate"])
         result = evaluate(data, settings["evaluate"])
         index(data, settings["index"])
     return result
+
+
+def _calibrate(data: str, config: EvaluateConfig) -> None:
+    """Evaluate the validation split, where there is one: searches then know their confidence."""
+    store = Store(data)
+    images = store.current("images", "ingest")
+    if config.split != CALIBRATED_ON and list_images(store, images, CALIBRATED_ON):
+        evaluate(data, dataclasses.replace(config, split=CALIBRATED_ON))
 
 
 def main(argv: list[str] | None = None) -> None:

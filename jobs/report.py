@@ -11,6 +11,7 @@ import tyro
 
 from jobs.reports.figures import (
     report_attributes,
+    report_confidence,
     report_dialogues,
     report_omega,
     report_ranked,
@@ -25,6 +26,7 @@ KINDS: dict[str, Any] = {
     "dialogues": report_dialogues,
     "training": report_training,
     "omega": report_omega,
+    "confidence": report_confidence,
     "significance": report_significance,
     "ranked": report_ranked,
     "attributes": report_attributes,

@@ -30,6 +30,9 @@ def search(
     where: Annotated[
         tuple[str, ...], tyro.conf.arg(help="conditions on the images: camera=c1,c2 hat=cap split=test")
     ] = (),
+    min_confidence: Annotated[
+        float, tyro.conf.arg(help="least probability, 0 to 1, that the first hit shows this person; else no hits")
+    ] = 0.0,
     picture: Annotated[Path | None, tyro.conf.arg(help="also write the hits as a picture")] = None,
 ) -> None:
     """Find the images of a person from a description."""
@@ -40,18 +43,31 @@ def search(
             "--top-k must be at least 1, --omega between 0 and 1, --neighbours and --rerank not negative, "
             f"found {top_k}, {omega}, {neighbours} and {rerank}"
         )
+    if not 0 <= min_confidence <= 1:
+        raise UserError(f"--min-confidence must be between 0 and 1, found {min_confidence}")
     from ceca.search.catalogue import Catalogue
+    from ceca.search.confidence import require_confidence
     from ceca.search.facets import parse_conditions
     from ceca.search.searcher import Searcher
     from jobs.reports.hits import ranked_list
 
     searcher = Searcher(Store(data), model, neighbours=neighbours)
-    hits = searcher.search(query, omega=omega, top_k=top_k, where=parse_conditions(where), rerank_first=rerank)
+    if min_confidence:
+        require_confidence(None if rerank else searcher.calibration, omega)
+    conditions = parse_conditions(where)
+    hits = searcher.search(query, omega=omega, top_k=top_k, where=conditions, rerank_first=rerank)
     if not hits:
         console.print("search: no image meets all conditions")
         return
+    confidence = None if rerank else searcher.confidence(hits, omega, conditions)
+    if confidence is not None and confidence < min_confidence:
+        console.print(
+            f"search: probably nobody: the first hit has confidence {confidence:.2f}, below {min_confidence:g}"
+        )
+        return
     catalogue = Catalogue(searcher.edition)
-    table = text_table(query, "", "similarity", "global", "local", "identity", "image", left="image")
+    title = query if confidence is None else f"{query} (confidence {confidence:.2f})"
+    table = text_table(title, "", "similarity", "global", "local", "identity", "image", left="image")
     for rank, hit in enumerate(hits, 1):
         figures = (f"{value:.3f}" for value in (hit.similarity, hit.global_similarity, hit.local_similarity))
         table.add_row(str(rank), *figures, str(hit.identity), catalogue.source_path(hit.image_id) or "")

@@ -120,6 +120,7 @@ class Client:
         where: Conditions | None = None,
         answers: Mapping[str, str | None] | None = None,
         suggest: bool = False,
+        min_confidence: float = 0.0,
         offset: int = 0,
     ) -> Answer:
         """The images that fit a description best.
@@ -131,9 +132,13 @@ class Client:
             where: facets with one or several values; an image must have one of the values of each facet.
             answers: the user's answers by facet; None if the user does not know.
             suggest: also return the question whose answer would tell most.
+            min_confidence: least probability, 0 to 1, that the most similar image shows this person; below it the
+                answer has no hits, because probably nobody in the gallery does.
             offset: number of best images to skip.
         """
-        body = {"query": query, "answers": dict(answers or {}), "suggest": suggest}
+        body: dict[str, Any] = {"query": query, "answers": dict(answers or {}), "suggest": suggest}
+        # Sent only if it is asked for: an older service does not know it.
+        body |= {"min_confidence": min_confidence} if min_confidence else {}
         return self._search("/v1/search", body, top_k, omega, offset, where)
 
     def search_all(
@@ -143,6 +148,7 @@ class Client:
         omega: float | None = None,
         where: Conditions | None = None,
         answers: Mapping[str, str | None] | None = None,
+        min_confidence: float = 0.0,
         page: int = PAGE,
     ) -> Iterator[Hit]:
         """All images that the service returns for a description, best first. Pages are requested as they are read.
@@ -154,12 +160,19 @@ class Client:
             omega: as in `search`.
             where: as in `search`.
             answers: as in `search`.
+            min_confidence: as in `search`.
             page: images per request.
         """
         seen: set[str] = set()
         offset: int | None = 0
         while offset is not None:
-            answer = self.search(query, page, omega=omega, where=where, answers=answers, offset=offset)
+            wanted: dict[str, Any] = {
+                "omega": omega,
+                "where": where,
+                "answers": answers,
+                "min_confidence": min_confidence,
+            }
+            answer = self.search(query, page, offset=offset, **wanted)
             yield from (hit for hit in answer.hits if hit.image_id not in seen)
             seen |= {hit.image_id for hit in answer.hits}
             offset = answer.next_offset

@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from ceca.config import ServeConfig
 from ceca.data.store import Store, StoreError
 from ceca.search.catalogue import Picture
+from ceca.search.confidence import Calibration, require_confidence
 from ceca.search.ranking import Hit, rank
 from serve.access import Gate, Key
 from serve.api import make_api
@@ -138,6 +139,7 @@ class Ingress:
 
         Raises:
             FacetError: a condition names an unknown facet or value.
+            NoConfidence: a least confidence is asked for, and the model was not calibrated for this ω.
             WrongAnswer: an answer is about an unknown facet or is not one of its values.
             ImageError: the sample is an image that cannot be decoded.
             NotFound: the sample is an image that the gallery does not have.
@@ -157,11 +159,16 @@ class Ingress:
 
     async def _find(self, snapshot: Snapshot, query: Query) -> SearchResult:
         snapshot.facets.check(query.where)  # here, so that a wrong condition does not fail a whole batch
+        calibration = self._calibration(snapshot, query)
         with self.metrics.stage("encode"):
             embeddings = await self._embed(snapshot, query.sample)
+        most = max(query.top_k, POOL) if query.in_conversation else query.top_k
+        hits = await self._hits(snapshot, embeddings, dataclasses.replace(query, top_k=most))
+        confidence = calibration.of_hits(hits, query.omega, snapshot.images(query.where)) if calibration else None
+        if confidence is not None and confidence < query.min_confidence:
+            return SearchResult(snapshot, [], confidence=confidence)
         if not query.in_conversation:
-            return SearchResult(snapshot, await self._hits(snapshot, embeddings, query))
-        hits = await self._hits(snapshot, embeddings, dataclasses.replace(query, top_k=max(query.top_k, POOL)))
+            return SearchResult(snapshot, hits, confidence=confidence)
         conditions = agreeing_conditions(snapshot, query)
         if conditions is not None:
             narrowed = dataclasses.replace(query, top_k=POOL, where={**query.where, **conditions})
@@ -170,7 +177,20 @@ class Ingress:
         if not hits:  # no image fulfils the conditions
             return SearchResult(snapshot, [], [])
         with self.metrics.stage("conversation"):
-            return await asyncio.to_thread(converse, snapshot, hits, query)
+            result = await asyncio.to_thread(converse, snapshot, hits, query)
+        return dataclasses.replace(result, confidence=confidence)
+
+    def _calibration(self, snapshot: Snapshot, query: Query) -> Calibration | None:
+        """The calibration that holds for a query; None if there is none.
+
+        Raises:
+            NoConfidence: there is none, and the query asks for a least confidence.
+        """
+        changed = self.config.neighbours or self.config.rerank  # their similarities are others than the calibrated ones
+        calibration = None if changed or query.text is None else snapshot.calibration
+        if query.min_confidence:
+            require_confidence(calibration, query.omega)
+        return calibration
 
     async def _embed(self, snapshot: Snapshot, sample: str | bytes | Like) -> Embeddings:
         """The embeddings [D] and [E] of what is searched for."""

@@ -35,6 +35,7 @@ class Query:
         where: facet → values; an image must have one of the values of every facet.
         answers: facet → the user's answer; None if the user does not know.
         suggest: also return the question whose answer would tell most.
+        min_confidence: least confidence in the most similar image; below it there is no hit.
     """
 
     sample: str | bytes | Like
@@ -44,6 +45,7 @@ class Query:
     where: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     answers: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     suggest: bool = False
+    min_confidence: float = 0.0
 
     @property
     def text(self) -> str | None:

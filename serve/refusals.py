@@ -14,6 +14,7 @@ from starlette.routing import Match
 from ceca.data.store import StoreError
 from ceca.datasets.images import ImageError
 from ceca.errors import UserError
+from ceca.search.confidence import NoConfidence
 from ceca.search.facets import FacetError
 from serve.access import Refusal
 from serve.schema import Refused
@@ -78,6 +79,7 @@ def add_handlers(api: FastAPI) -> None:
     api.add_exception_handler(StoreError, unavailable)
     api.add_exception_handler(Overloaded, unavailable)
     api.add_exception_handler(FacetError, _invalid_facet)
+    api.add_exception_handler(NoConfidence, _invalid_confidence)
     api.add_exception_handler(WrongAnswer, _invalid_answer)
     api.add_exception_handler(ImageError, _invalid_image)
     api.add_exception_handler(UserError, _user_error)
@@ -109,6 +111,10 @@ def _sendable(text: str) -> str:
 
 async def _invalid_facet(request: Request, error: Any) -> JSONResponse:
     return await _invalid_request(request, invalid("where", "value_error", str(error)))
+
+
+async def _invalid_confidence(request: Request, error: Any) -> JSONResponse:
+    return await _invalid_request(request, invalid("min_confidence", "value_error", str(error)))
 
 
 async def _invalid_answer(request: Request, error: Any) -> JSONResponse:

@@ -36,7 +36,7 @@ Text = Annotated[str, AfterValidator(_characters)]
 ImageId = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 TopK = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Offset = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-Omega = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Values = Annotated[list[Text], Field(min_length=1, max_length=100)]
 Conditions = Annotated[dict[Text, Values], Field(max_length=20)]
 
@@ -47,7 +47,8 @@ class SearchRequest(BaseModel):
     `top_k`: number of images. `offset`: number of best images to skip. `omega`: ω, the weight of the local similarity;
     null uses the service's own. `where`: facets and values; an image must have one of the values of each facet.
     `answers`: the user's answers by facet, null if the user does not know; images that agree come first. `suggest`:
-    also return the question whose answer would tell most.
+    also return the question whose answer would tell most. `min_confidence`: least probability that the most similar
+    image shows this person; below it no image is returned, because probably nobody in the gallery does.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -55,10 +56,11 @@ class SearchRequest(BaseModel):
     query: Words
     top_k: TopK = 10
     offset: Offset = 0
-    omega: Omega | None = None
+    omega: Share | None = None
     where: Conditions = {}
     answers: Annotated[dict[Text, Text | None], Field(max_length=40)] = {}
     suggest: bool = False
+    min_confidence: Share = 0.0
 
 
 class LikeRequest(BaseModel):
@@ -69,7 +71,7 @@ class LikeRequest(BaseModel):
     image_id: ImageId
     top_k: TopK = 10
     offset: Offset = 0
-    omega: Omega | None = None
+    omega: Share | None = None
     where: Conditions = {}
 
 
@@ -80,7 +82,7 @@ class ExplainRequest(BaseModel):
 
     query: Words
     image_id: ImageId
-    omega: Omega | None = None
+    omega: Share | None = None
 
 
 class Session(BaseModel):
@@ -132,7 +134,9 @@ class Proposed(Record):
 class SearchResponse(Record):
     """The best images, best first, and what ranked them.
 
-    `query` is null for a search by image. `next_offset` is null after the last page.
+    `query` is null for a search by image. `next_offset` is null after the last page. `confidence` is the probability
+    that the most similar image shows the person described, answers aside; null for a search by image, without images,
+    and where the model was not calibrated for this ω.
     """
 
     query: str | None
@@ -143,6 +147,7 @@ class SearchResponse(Record):
     hits: tuple[SearchHit, ...]
     next_offset: int | None
     question: Proposed | None
+    confidence: float | None = None
 
 
 class Word(Record):
@@ -199,11 +204,12 @@ class Health(Record):
 
 
 class Ready(Record):
-    """What is served."""
+    """What is served. `calibrated_omega`: ω of the searches that have a confidence; null if there are none."""
 
     model: str
     gallery: str
     images: int
+    calibrated_omega: float | None = None
 
 
 class Status(Ready):

@@ -22,6 +22,7 @@ class SearchResult:
     """Hits of one edition. In a conversation also the belief in each hit, and the next question.
 
     `summaries` are those of the hits from the query's offset on.
+    `confidence` in the most similar image; None if there is none (`ceca.search.confidence`).
     """
 
     snapshot: Snapshot
@@ -29,6 +30,7 @@ class SearchResult:
     beliefs: Sequence[float] | None = None
     question: Proposed | None = None
     summaries: Sequence[str | None] = ()
+    confidence: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ceca.data.store import Store
 from ceca.dialogue.attributes import attributes_of, read_vocabulary
 from ceca.search.catalogue import Catalogue
+from ceca.search.confidence import read_calibration
 from ceca.search.edition import Edition, find_edition
 
 OPENINGS = 3  # attempts: objects of `added` can be joined between their listing and their reading
@@ -31,8 +32,13 @@ class Snapshot:
         self.edition, self.catalogue = edition, Catalogue(edition, before.catalogue if before else None)
         self.facets = self.catalogue.facets  # read now, not at the first search
         self.structured = [name for name in self.facets.columns if name not in UNASKED]
+        self.calibration = read_calibration(edition.store, edition.digest)
         self.vocabulary = read_vocabulary(edition.store, self.catalogue.images)
         self._attributes_of: dict[str, dict[str, str]] = {}
+
+    def images(self, where: Mapping[str, Sequence[str]]) -> int:
+        """Number of images that fulfil conditions."""
+        return int(self.facets.mask(where).sum()) if where else len(self.catalogue)
 
     def possible(self, facet: str) -> Sequence[str]:
         """The values that a facet can have."""

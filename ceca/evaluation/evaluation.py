@@ -65,7 +65,7 @@ def summarise(figures: Mapping[str, np.ndarray], queries: Embedded, gallery: Emb
     """Metrics by similarity, and by chance.
 
     Args:
-        figures: similarity → [Q, 6], columns `PER_QUERY`.
+        figures: similarity → [Q, 8], columns `PER_QUERY`.
         queries: the side that asks.
         gallery: the side that is ranked.
     """
@@ -79,7 +79,7 @@ def per_query_table(queries: pa.Table, captions: pa.Table, figures: Mapping[str,
     Args:
         queries: columns caption_id and identity, in the order of the figures.
         captions: columns caption_id and text.
-        figures: similarity → [Q, 6], columns `PER_QUERY`.
+        figures: similarity → [Q, 8], columns `PER_QUERY`.
     """
     texts = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
     columns = {

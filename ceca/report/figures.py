@@ -250,6 +250,31 @@ def draw_omega(curves: Mapping[str, Mapping[float, tuple[float, float]]], out: P
     return _save(figure, out)
 
 
+def draw_reliability(
+    bins: Mapping[str, Sequence[Mapping[str, float]]], alarms: Mapping[str, Sequence[tuple[float, float]]], out: Path
+) -> Path:
+    """Draw whether confidence can be believed, and who is identified at which share of false alarms.
+
+    Args:
+        bins: model → bins of a reliability diagram: `confidence`, and `right`, the share that is right.
+        alarms: model → points (share of false alarms, share identified), ascending.
+        out: the file.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    left.plot([0, 1], [0, 1], color=FAINT, linestyle=":", linewidth=1)
+    for name, rows in bins.items():
+        left.plot([row["confidence"] for row in rows], [row["right"] for row in rows], marker="o", label=name)
+    for name, points in alarms.items():
+        right.plot([100 * x for x, _ in points], [100 * y for _, y in points], linewidth=1.2, label=name)
+    left.set(xlabel="confidence", ylabel="share of first hits that are right", xlim=(0, 1), ylim=(0, 1))
+    right.set(xlabel="false alarms, percent", ylabel="identified, percent", ylim=(0, 100))
+    _open_frame(left, right, grid=True)
+    if bins:
+        left.legend(frameon=False)
+    right.legend(frameon=False, loc="lower right")
+    return _save(figure, out)
+
+
 def draw_statistics(
     images_per_person: Sequence[int], words: Sequence[int], tokens: Sequence[int], limit: int, out: Path
 ) -> Path:

@@ -53,6 +53,12 @@ class Gallery:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def images(self, allowed: Tensor | None = None) -> int:
+        """Number of images that a search can find, all or those of `allowed` [N]."""
+        if self.present is not None:
+            allowed = self.present if allowed is None else allowed & self.present
+        return len(self) if allowed is None else int(allowed.sum())
+
     def search(
         self,
         query_global: Tensor,

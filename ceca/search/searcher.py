@@ -10,6 +10,7 @@ import torch
 from ceca.data.store import Store
 from ceca.model.embed import embed_texts
 from ceca.model.weights import load_weights
+from ceca.search.confidence import read_calibration
 from ceca.search.edition import find_edition
 from ceca.search.facets import Facets, open_facets
 from ceca.search.gallery import open_gallery
@@ -34,6 +35,7 @@ class Searcher:
         self.gallery = open_gallery(self.edition, device, neighbours=neighbours)
         self.model = load_weights(store, self.edition.model, self.edition.digest, device)
         self.device = device
+        self.calibration = None if neighbours else read_calibration(store, self.edition.digest)
 
     def search(
         self,
@@ -60,6 +62,24 @@ class Searcher:
         embeddings = embed_texts(self.model, [query], self.device)
         (hits,) = self.gallery.search(*embeddings, omega=omega, top_k=top_k, allowed=allowed, rerank_first=rerank_first)
         return hits
+
+    def confidence(
+        self, hits: Sequence[Hit], omega: float, where: Mapping[str, Sequence[str]] | None = None
+    ) -> float | None:
+        """Probability that the first hit of a search shows the person asked for.
+
+        Args:
+            hits: of `search`, without re-ranking.
+            omega: ω of the search.
+            where: conditions of the search.
+
+        Returns:
+            None if the model was not calibrated for this ω, or if nothing was found.
+        """
+        if self.calibration is None:
+            return None
+        images = self.gallery.images(self.facets.where(where) if where else None)
+        return self.calibration.of_hits(hits, omega, images)
 
     @functools.cached_property
     def facets(self) -> Facets:

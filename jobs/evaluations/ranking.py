@@ -28,7 +28,7 @@ def rank(queries: Embedded, gallery: Embedded, omegas: list[float], rerank_first
         rerank_first: number of best images of each query that are ranked again; 0 is off.
 
     Returns:
-        ω → [Q, 6], columns `ceca.metrics.PER_QUERY`.
+        ω → [Q, 8], columns `ceca.metrics.PER_QUERY`.
     """
     matches = Matches(queries.identities, gallery.identities)
     count, size = len(queries.identities), len(gallery.identities)

@@ -3,6 +3,7 @@
 ceca report dialogues --data s3://bucket/cuhk s3://bucket/rstp --picture dialogues.png
 ceca report training --data s3://bucket/cuhk --models ceca irra --picture training.png
 ceca report omega --data s3://bucket/cuhk --models ceca --picture omega.svg
+ceca report confidence --data s3://bucket/cuhk --models ceca --picture confidence.svg
 ceca report significance --data s3://bucket/cuhk --models rde ceca
 ceca report ranked --data s3://bucket/cuhk --models rde ceca --picture ranked.png
 ceca report attributes --data demo/data --model ceca --picture attributes.png
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 import tyro
 
@@ -109,6 +111,38 @@ def report_omega(
     draw_omega(curves, picture)
     console.print(f"report: ω curve → {picture}")
     return curves
+
+
+def report_confidence(
+    data: Annotated[str, tyro.conf.arg(help="dataset URI")],
+    models: Annotated[tuple[str, ...], tyro.conf.arg(help="evaluated models")] = ("ceca",),
+    split: Annotated[Split, tyro.conf.arg(help="the split on which they were evaluated")] = "test",
+    picture: Annotated[Path, tyro.conf.arg(help="where to write it; without a suffix PNG and SVG")] = Path(
+        "confidence.png"
+    ),
+) -> dict[str, dict[str, Any]]:
+    """Whether confidence can be believed, and false alarms about people who are not there."""
+    from ceca.evaluation.open_set import Trials, alarm_curve
+    from ceca.metrics import PER_QUERY
+    from ceca.report.figures import draw_reliability
+
+    store = Store(data)
+    found, bins, curves = {}, {}, {}
+    for name in models:
+        model = require_model(store, name)
+        result = store.read_json(EVALUATIONS, model.digest, f"{split}.json") or {}
+        if "open_set" not in result:
+            raise UserError(f"{name} has no open-set figures; run `ceca evaluate --model {name} --split {split}` first")
+        content = store.read_bytes(EVALUATIONS, model.digest, f"{split}.queries.parquet")
+        table = pq.read_table(pa.BufferReader(content), columns=[f"fused_{figure}" for figure in PER_QUERY])
+        trials = Trials.of(np.column_stack([column.to_numpy() for column in table.columns]))
+        label = model.label(name)
+        found[label], curves[label] = result["open_set"], alarm_curve(trials)
+        if "confidence" in result["open_set"]:
+            bins[label] = result["open_set"]["confidence"]["reliability"]
+    draw_reliability(bins, curves, picture)
+    console.print(f"report: {len(models)} models → {picture}")
+    return found
 
 
 def report_significance(

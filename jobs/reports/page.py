@@ -23,6 +23,7 @@ from jobs.evaluate import evaluate
 from jobs.reports.figures import (
     OMEGA_HELP,
     report_attributes,
+    report_confidence,
     report_dialogues,
     report_omega,
     report_ranked,
@@ -80,6 +81,7 @@ def report_page(
     sections: list[Section] = [
         ("Results", _results({require_model(store, name).label(name): result for name, result in results.items()})),
         ("Local and global similarity", _omega(figures, data, names, split)),
+        ("Probably nobody", _confidence(figures, data, names, split)),
         ("Ranked lists", _ranked(figures, data, pair, split, omega, seed)),
         *_attributes(figures, store, best, split, omega),
         ("Training", _training(figures, store, names)),
@@ -175,6 +177,40 @@ def _omega(figures: Figures, data: str, models: tuple[str, ...], split: Split) -
             )
         )
     return [*words, shown]
+
+
+def _confidence(figures: Figures, data: str, models: tuple[str, ...], split: Split) -> list[str]:
+    found: dict[str, dict[str, Any]] = {}
+
+    def draw(out: Path) -> None:
+        found.update(report_confidence(data, models, split, picture=out))
+
+    caption = (
+        "Left: confidence in first hits, and how many are right. Right: people identified, by the share of false alarms"
+    )
+    shown = figures.add("confidence", draw, caption)
+    words = (
+        "Each sentence is asked of the whole gallery, and of the gallery without the images of its person. A false "
+        "alarm is a first hit for somebody who is not there, an identified person is right at rank 1."
+    )
+    parts = [paragraph(words)]
+    rows = [
+        [name, *(f"{100 * value:.1f}" for value in (rate["false_alarms"], rate["identified"]))]
+        for name, figure in found.items()
+        for rate in figure["rates"]
+        if rate["identified"] is not None
+    ]
+    parts.append(table("By similarity, percent", ["", "false alarms", "identified"], rows))
+    rows = [
+        [name, f"{100 * rate['chosen_for']:g}", f"{rate['min_confidence']:.3f}"]
+        + [f"{100 * rate[key]:.1f}" for key in ("false_alarms", "identified")]
+        for name, figure in found.items()
+        for rate in figure.get("confidence", {}).get("rates", [])
+    ]
+    if rows:
+        headings = ["", "chosen for", "min_confidence", "false alarms", "identified"]
+        parts.append(table("By the confidence chosen on the validation split, percent", headings, rows))
+    return [*parts, shown]
 
 
 def _ranked(

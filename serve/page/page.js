@@ -14,8 +14,8 @@ const IMAGE_TYPES = /^image\/(jpeg|png|webp|bmp|x-ms-bmp)$/;
 
 const defaults = document.body.dataset;
 const at = (id) => document.getElementById(id);
-const [form, query, omega, topK, grid, status, notice, chips, talk, filters] =
-  ["form", "query", "omega", "top-k", "grid", "status", "notice", "chips", "talk", "filters"].map(at);
+const [form, query, omega, topK, sure, grid, status, notice, chips, talk, filters] =
+  ["form", "query", "omega", "top-k", "sure", "grid", "status", "notice", "chips", "talk", "filters"].map(at);
 const [talkToggle, filtersToggle, addToggle] = ["talk-toggle", "filters-toggle", "add-toggle"].map(at);
 
 // What the search is besides its words: like which image (`files` or a gallery id), facet → values, facet → answer.
@@ -38,12 +38,13 @@ const percent = (share) =>
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
 const sleep = (milliseconds) => new Promise((wake) => setTimeout(wake, milliseconds));
 
-// --- the address: #q=… or like=…, omega, k, where.FACET=VALUE, answer.FACET=VALUE, unknown=FACET, talk -----------
+// --- the address: #q=… or like=…, omega, k, sure, where.FACET=VALUE, answer.FACET=VALUE, unknown=FACET, talk -----------
 function readAddress() {
   const values = new URLSearchParams(location.hash.slice(1));
   query.value = values.get("q") ?? "";
   omega.value = values.get("omega") ?? defaults.omega;
   topK.value = values.get("k") ?? 10;
+  sure.value = values.get("sure") ?? 0;
   state.like = values.get("like");
   state.talk = values.has("talk");
   state.where = new Map();
@@ -61,6 +62,7 @@ function address() {
   values.append("omega", omega.value);
   values.append("k", topK.value);
   if (state.like) return `#${values}`;
+  if (Number(sure.value)) values.append("sure", sure.value);
   for (const [facet, wanted] of state.where) for (const value of wanted) values.append(`where.${facet}`, value);
   for (const [facet, answer] of state.answers) {
     if (answer === null) values.append("unknown", facet); else values.append(`answer.${facet}`, answer);
@@ -179,6 +181,7 @@ async function search() {
   const asked = {
     like: state.like, query: query.value.trim(), top_k: Number(topK.value), omega: Number(omega.value),
     where: Object.fromEntries(state.where), answers: Object.fromEntries(state.answers), suggest: state.talk,
+    min_confidence: Number(sure.value) / 100,
   };
   if (!asked.like && !asked.query) return showWelcome();
   const problem = findProblem(asked);
@@ -208,13 +211,15 @@ async function more() {
   }
 }
 
-function findProblem({ like, query: text, top_k: count }) {
+function findProblem({ like, query: text, top_k: count, min_confidence: least }) {
   const length = [...text].length;
   if (!like && length > defaults.textLimit) {
     return `The description has ${length} characters; at most ${defaults.textLimit} are read.`;
   }
-  if (Number.isInteger(count) && count >= 1 && count <= defaults.topKLimit) return null;
-  return `Results must be a whole number from 1 to ${defaults.topKLimit}.`;
+  if (!(Number.isInteger(count) && count >= 1 && count <= defaults.topKLimit)) {
+    return `Results must be a whole number from 1 to ${defaults.topKLimit}.`;
+  }
+  return least >= 0 && least <= 1 ? null : "The confidence must be from 0 to 100 %.";
 }
 
 async function ask({ like, ...wanted }, offset, options) {
@@ -275,9 +280,17 @@ function showAnswer(asked, answer) {
   appendAnswer(answer);
   if (answer.hits.length) return;
   status.textContent = "";
+  if (answer.confidence !== null && answer.confidence < asked.min_confidence) return showNobody(answer.confidence);
   notice.replaceChildren(make("div", { className: "notice" }, say(Object.keys(asked.where).length
     ? "No image matches all filters. Remove one of them."
     : "The gallery has no images to show. Index a split that has some, or add an image.")));
+}
+
+function showNobody(confidence) {
+  const anyway = press("Show the best images anyway", () => { sure.value = 0; go(); });
+  notice.replaceChildren(make("div", { className: "notice" },
+    say(`Probably nobody here fits this description: the best image is the person with a confidence of ${
+      percent(confidence)}.`), anyway));
 }
 
 function appendAnswer(answer) {
@@ -289,7 +302,8 @@ function appendAnswer(answer) {
   at("more-line").hidden = answer.next_offset === null;
   const found = grid.children.length;
   const took = Math.max(1, Math.round(answer.took_ms));
-  status.textContent = `${found} ${found === 1 ? "image" : "images"}, best first, in ${took} ms`;
+  status.textContent = `${found} ${found === 1 ? "image" : "images"}, best first, in ${took} ms${
+    answer.confidence === null ? "" : ` · the first is the person with a confidence of ${percent(answer.confidence)}`}`;
   if (before) grid.children[before]?.querySelector("a").focus({ preventScroll: true });
 }
 
@@ -612,6 +626,7 @@ query.addEventListener("keydown", (event) => {
 });
 omega.addEventListener("input", () => { showOmega(); clearTimeout(pause); pause = setTimeout(refine, 200); });
 topK.addEventListener("change", refine);
+sure.addEventListener("change", refine);
 talkToggle.addEventListener("click", () => {
   state.talk = !state.talk;
   if (!state.talk) state.answers.clear();
@@ -662,6 +677,7 @@ async function showServed() {
   at("served").textContent = response.ok
     ? `${served.images.toLocaleString()} images · model ${served.model} · gallery ${served.gallery}`
     : `The service is starting: ${served.detail}`;
+  at("sure-line").hidden = (served.calibrated_omega ?? null) === null;
   if (!response.ok) setTimeout(showServed, 2000);
 }
 showServed();

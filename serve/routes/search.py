@@ -140,6 +140,7 @@ async def _answer(
         where=request.where,
         answers=request.answers if isinstance(request, SearchRequest) else {},
         suggest=isinstance(request, SearchRequest) and request.suggest,
+        min_confidence=request.min_confidence if isinstance(request, SearchRequest) else 0.0,
     )
     note(http, query=query.logged)
     result = await service.search(query)
@@ -175,6 +176,7 @@ def _response(query: Query, result: SearchResult, page: Page, started: float) ->
         hits=tuple(_hit(*shown) for shown in zip(hits, beliefs, summaries, strict=True)),
         next_offset=page.next_offset(len(result.hits)),
         question=result.question,
+        confidence=result.confidence,
     )
 
 

@@ -92,6 +92,7 @@ def test_the_figures_of_a_query_name_the_position_of_its_first_match():
     (figures,) = rank_embeddings(whole, gallery, Matches([7], [1, 7, 7]), [0.0])[0.0]
     expected = {"rank1": 0, "rank5": 1, "rank10": 1, "average_precision": (1 / 2 + 2 / 3) / 2}
     expected |= {"inverse_negative_penalty": 2 / 3, "first": 2}
+    expected |= {"best_own": 0.8, "best_other": 1.0}
     assert dict(zip(PER_QUERY, figures.tolist(), strict=True)) == pytest.approx(expected)
 
 
