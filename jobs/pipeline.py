@@ -15,7 +15,7 @@ import tyro
 from ceca.commandline import load_recipe
 from ceca.config import STAGES, EvaluateConfig
 from ceca.data.store import Store
-from ceca.data.tables import list_images
+from ceca.data.tables import find_images
 from ceca.search.confidence import CALIBRATED_ON
 from ceca.settings import from_mapping
 from jobs.dialogue import dialogue
@@ -70,7 +70,7 @@ def _calibrate(data: str, config: EvaluateConfig) -> None:
     """Evaluate the validation split, where there is one: searches then know their confidence."""
     store = Store(data)
     images = store.current("images", "ingest")
-    if config.split != CALIBRATED_ON and list_images(store, images, CALIBRATED_ON):
+    if config.split != CALIBRATED_ON and len(find_images(store, images, CALIBRATED_ON)):
         evaluate(data, dataclasses.replace(config, split=CALIBRATED_ON))
 
 

@@ -134,7 +134,7 @@ def report_confidence(
         if "open_set" not in result:
             raise UserError(f"{name} has no open-set figures; run `ceca evaluate --model {name} --split {split}` first")
         content = store.read_bytes(EVALUATIONS, model.digest, f"{split}.queries.parquet")
-        table = pq.read_table(pa.BufferReader(content), columns=[f"fused_{figure}" for figure in PER_QUERY])
+        table = decode(pa.BufferReader(content), [f"fused_{figure}" for figure in PER_QUERY])
         trials = Trials.of(np.column_stack([column.to_numpy() for column in table.columns]))
         label = model.label(name)
         found[label], curves[label] = result["open_set"], alarm_curve(trials)
