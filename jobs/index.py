@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -200,7 +200,8 @@ def reuse(
 
 
 def _unchanged(store: Store, earlier: Manifest, images: Images, made_from: dict[str, str]) -> np.ndarray:
-    """Keys of the images that had the same summary when the earlier gallery was made, [N]."""
+    """Keys of the images that had the same picture and summary when the earlier gallery was made, [N]."""
+    images = images.take(_same_pictures(store, earlier, images))
     if earlier.made_from.get("dialogues") == made_from.get("dialogues"):
         return images.keys
     # If that version of the dialogues is gone, the earlier summaries are unknown and no image counts as unchanged.
@@ -214,18 +215,45 @@ def _unchanged(store: Store, earlier: Manifest, images: Images, made_from: dict[
     return images.keys[same & (told_before >= 0)]
 
 
+def _same_pictures(store: Store, earlier: Manifest, images: Images) -> np.ndarray:
+    """Which images had the same bytes when the earlier gallery was made, [N] bool. Reads only parts that differ."""
+    version = earlier.made_from["images"]
+    if version == images.table.version:
+        return np.ones(len(images), bool)
+    before = store.manifest("images", version)
+    if before is None:  # that version is gone, and nobody knows its pictures
+        return np.zeros(len(images), bool)
+    common = {part.sha256 for part in before.parts} & {part.sha256 for part in images.table.parts}
+    then, keys_then = _pictures(store, before, common)
+    now, keys_now = _pictures(store, images.table, common)
+    place = Positions(keys_then).find(keys_now)
+    changed = keys_now[(place < 0) | (then[place] != now)] if len(then) else keys_now
+    return ~np.isin(images.keys, changed)
+
+
+def _pictures(store: Store, images: Manifest, without: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Digests and keys of the pictures of a table, [N] uint64 each, without the parts of these digests."""
+    digests, keys = [], []
+    for number, part in enumerate(images.parts):
+        if part.sha256 not in without:
+            rows = store.read_columns(images, number, ["image_id", "image"])
+            keys.append(numbers(rows["image_id"]))
+            digests += [_digest(picture.as_buffer()) for picture in rows["image"]]
+    return np.frombuffer(b"".join(digests), np.uint64), np.concatenate([np.zeros(0, np.uint64), *keys])
+
+
 def _digests(store: Store, dialogues: Manifest) -> np.ndarray:
     """A number for each summary, [N] uint64: equal ones have the same, and others by one chance in 2⁶⁴."""
     return np.concatenate(
         [
-            np.frombuffer(b"".join(_digest(summary) for summary in part["summary"].to_pylist()), np.uint64)
+            np.frombuffer(b"".join(_digest(summary.encode()) for summary in part["summary"].to_pylist()), np.uint64)
             for part in store.read_each(dialogues, ["summary"])
         ]
     )
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+def _digest(content: bytes | pa.Buffer) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 class IndexWorker:

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from ceca.config import ModelConfig
+from ceca.config import IngestConfig, ModelConfig
 from ceca.data.store import Store
 from ceca.datasets.drawn import draw_dataset
 from ceca.errors import UserError
@@ -24,6 +24,7 @@ from ceca.model.registry import list_models, require_model
 from ceca.model.weights import build_model
 from ceca.search.searcher import Searcher
 from cluster.object_store import free_port
+from jobs.ingest import ingest
 from jobs.open import main, open_pictures, place_beside
 from tests.conftest import REPOSITORY
 
@@ -82,6 +83,12 @@ def test_a_folder_becomes_a_gallery_and_the_same_command_adds_what_is_new(tmp_pa
     assert "1 images are gone from the source" in " ".join(capsys.readouterr().err.split())
     hits = Searcher(store).search("a man in red", omega=0.3, top_k=9)
     assert len(hits) == 4
+
+    Image.new("RGB", (32, 64), "purple").save(folder / "b.png")  # another picture under a name that is known
+    ingest(store.uri, IngestConfig(source=str(folder)), redo=True)
+    capsys.readouterr()
+    main([str(folder), *given])
+    assert "1 images are embedded" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.usefixtures("without_ray")
