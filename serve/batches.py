@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
+
+from opentelemetry.context import Context, get_current
+
+from serve.tracing import continue_trace
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -42,6 +47,15 @@ def by_kind(
     return [answers[place] for place in range(len(requests))]
 
 
+@dataclasses.dataclass(frozen=True)
+class Waiting(Generic[Request, Answer]):
+    """A request that waits for its batch, and the trace that it belongs to."""
+
+    request: Request
+    future: asyncio.Future[Answer]
+    trace: Context
+
+
 class Batches(Generic[Request, Answer]):
     """Collects requests that arrive at the same time, and answers each batch with one call of `work`.
 
@@ -62,7 +76,7 @@ class Batches(Generic[Request, Answer]):
     ):
         self.work, self.size, self.wait_s = work, size, wait_s
         self.free = asyncio.Semaphore(at_once)
-        self.waiting: list[tuple[Request, asyncio.Future[Answer]]] = []
+        self.waiting: list[Waiting[Request, Answer]] = []
         self.forming: asyncio.Task[None] | None = None
         self.working: set[asyncio.Task[None]] = set()
 
@@ -73,7 +87,7 @@ class Batches(Generic[Request, Answer]):
             Exception: what `work` raised for the request's batch.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.waiting.append((request, future))
+        self.waiting.append(Waiting(request, future, get_current()))
         if self.forming is None or self.forming.done():
             # In a context of its own: if the first client disconnects, Ray cancels the calls made in its context.
             self.forming = asyncio.create_task(self._form(), context=contextvars.Context())
@@ -84,23 +98,24 @@ class Batches(Generic[Request, Answer]):
         await asyncio.sleep(self.wait_s)
         while self.waiting:
             await self.free.acquire()
-            self.waiting = [(request, future) for request, future in self.waiting if not future.done()]  # not cancelled
+            self.waiting = [each for each in self.waiting if not each.future.done()]  # not cancelled
             batch, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
             task = asyncio.create_task(self._answer(batch))
             self.working.add(task)
             task.add_done_callback(self.working.discard)
 
-    async def _answer(self, batch: list[tuple[Request, asyncio.Future[Answer]]]) -> None:
+    async def _answer(self, batch: list[Waiting[Request, Answer]]) -> None:
+        continue_trace(each.trace for each in batch)
         try:
-            answers = await self.work([request for request, _ in batch]) if batch else []
+            answers = await self.work([each.request for each in batch]) if batch else []
         except (Exception, asyncio.CancelledError) as error:
             problem = error if isinstance(error, Exception) else RuntimeError("the call was cancelled")
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(problem)
+            for each in batch:
+                if not each.future.done():
+                    each.future.set_exception(problem)
         else:
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():
-                    future.set_result(answer)
+            for each, answer in zip(batch, answers, strict=True):
+                if not each.future.done():
+                    each.future.set_result(answer)
         finally:
             self.free.release()

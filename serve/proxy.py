@@ -33,9 +33,13 @@ BODY_S, BODY_BYTES_PER_S = 10.0, 64 * 1024  # time for a body to arrive, and tha
 # choose a replica. Ray fails at values that are not UTF-8.
 OF_RAY = {
     *(b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id"),
-    *(b"x-session-id", b"traceparent"),
+    b"x-session-id",
 }
-REQUEST_ID, USABLE_ID = b"x-request-id", re.compile(rb"[!-~]{1,100}")
+# Headers that Ray may have in a form that it can read.
+USABLE = {
+    b"x-request-id": re.compile(rb"[!-~]{1,100}"),
+    b"traceparent": re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]"),
+}
 
 
 class Full(Exception):
@@ -189,8 +193,8 @@ class Front:
 
 def _passes(name: bytes, value: bytes) -> bool:
     """Whether a header goes on to Ray."""
-    if name == REQUEST_ID:
-        return USABLE_ID.fullmatch(value) is not None
+    if name in USABLE:
+        return USABLE[name].fullmatch(value) is not None
     return name.replace(b"_", b"-") not in OF_RAY
 
 

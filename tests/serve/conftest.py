@@ -27,6 +27,7 @@ from cluster.object_store import free_port
 from serve.app import QUIET, application
 from serve.environment import ENVIRONMENT
 from tests.endpoint import ChatServer, completion
+from tests.serve.collector import Collector
 from tests.serve.dataset import publish_gallery, publish_people, publish_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,7 @@ class Running:
     keys: dict[str, str]  # of a second application below /closed, which needs them and whose gallery tests change
     audit: Path  # folder of that application's log
     describer: Describer
+    collector: Collector
 
     def search(self, **body: object) -> dict:
         response = self.client.post("/v1/search", json=body)
@@ -133,7 +135,14 @@ def running(people: Store, changing_store: Store, tmp_path_factory: pytest.TempP
     audit = file.parent / "audit"
     port, describer = free_port(), Describer()
     server = ChatServer(describer)
+    collector = Collector()
     os.environ.update(ENVIRONMENT)
+    os.environ.update(
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+        OTEL_BSP_SCHEDULE_DELAY="200",  # ms
+        RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH="serve.tracing:exporters",
+        RAY_SERVE_TRACING_SAMPLING_RATIO="0",  # only requests that come with a trace
+    )
     ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=QUIET)
@@ -154,11 +163,13 @@ def running(people: Store, changing_store: Store, tmp_path_factory: pytest.TempP
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             wait_until_ready(client)
             wait_until_ready(client, "/closed")
-            yield Running(people, f"http://127.0.0.1:{port}", client, Searcher(people), keys, audit, describer)
+            url = f"http://127.0.0.1:{port}"
+            yield Running(people, url, client, Searcher(people), keys, audit, describer, collector)
     finally:
         ray_serve.shutdown()
         ray.shutdown()
         server.close()
+        collector.close()
 
 
 @pytest.fixture(scope="package")

@@ -189,6 +189,9 @@ def test_only_our_requests_are_changed() -> None:
     assert inner.seen[0]["headers"] == [(b"accept", b"*/*")]
     send_to(Front(inner), {b"x-request-id": b"mine-1"}, 1, "/ceca")
     assert inner.seen[0]["headers"] == [(b"x-request-id", b"mine-1")]
+    trace = {b"traceparent": b"00-" + b"ab" * 16 + b"-" + b"cd" * 8 + b"-01"}
+    send_to(Front(inner), trace, 1, "/ceca")
+    assert inner.seen[0]["headers"] == list(trace.items())
     for path in ("/other/v1/facets", "/nowhere"):
         send_to(Front(inner), headers, 1, path)
         assert inner.seen[0]["headers"] == list(headers.items())
