@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                              # 10^5 and 10^6 images
     python benchmarks/scale.py --images 1000000 --keep /data/made --sections index train
+    python benchmarks/scale.py --images 100000 300000 1000000 --picture docs/scale.webp
 
 Each section is measured in a process of its own over a dataset of `benchmarks.made`. Memory is the peak beyond Python,
 its libraries and the dataset's manifests. The second table has the cost per image, and how it grew.
@@ -48,6 +49,8 @@ class Settings:
     """What is measured; by default everything."""
     keep: str = ""
     """Folder in which the datasets are left, and found again by the next run."""
+    picture: str = ""
+    """File of a picture of the cost per image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,27 @@ def main(settings: Settings) -> None:
                     for before, after in ((few.cpu, many.cpu), (few.memory, many.memory))
                 ]
                 print(f"{section:12}" + "".join(f"{times:10.2f}x" for times in growth))
+    if settings.picture:
+        draw(costs, Path(settings.picture))
+
+
+def draw(costs: dict[tuple[str, int], Cost], picture: Path) -> None:
+    """Draw CPU time and memory per image over the number of images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    planned = [section for section in SECTIONS if section not in ("tokens", "receipts")]  # what grows with the images
+    for section in planned:
+        sizes = sorted(images for name, images in costs if name == section)
+        times.plot(sizes, [1e6 * costs[section, images].cpu / images for images in sizes], marker="o", label=section)
+        memory.plot(sizes, [costs[section, images].memory / images for images in sizes], marker="o", label=section)
+    for axes, label in ((times, "CPU time per image in µs"), (memory, "memory of the driver per image in bytes")):
+        axes.set(xscale="log", xlabel="images", title=label)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    times.legend(frameon=False)
+    figure.savefig(picture, dpi=110)
 
 
 # --- sections ---------------------------------------------------------------------------------------------
