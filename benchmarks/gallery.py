@@ -5,7 +5,8 @@
     python benchmarks/gallery.py --images 1000000
 
     reading        reads the fp16 rows once with all threads; no exact search of one query can be faster
-    ceca           `Gallery.search`: fp16 rows mapped from files, top 10, each hit with its global and local similarity
+    ceca           `Gallery.search`: rows in 8 bits, then fp16 rows mapped from files; top 10, each hit with its global
+                   and local similarity
     ceca rerank    the same, and the best 50 are ranked again
     faiss fp16     IndexScalarQuantizer with QT_fp16; each thread searches one part (IndexShards)
     faiss fp32     IndexFlatIP, twice the memory

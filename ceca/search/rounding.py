@@ -65,10 +65,14 @@ def round_rows(rows: Tensor) -> Rounded:
         part = slice(start, start + CONVERTED)
         rounding(rows[part].float().numpy(), codes[part], bounds[part, 0], exact[part])
     residual, norm = exact[:, 0], exact[:, 0] + exact[:, 1]
-    gamma = (width + 4) * UNIT / (1 - (width + 4) * UNIT)
-    bounds[:, 1] = _up((1 + 2.0**-20) * (residual + 2 * gamma * norm))
+    bounds[:, 1] = _up((1 + 2.0**-20) * (residual + 2 * gamma(width + 4) * norm))
     bounds[:, 2] = _up(norm)
     return Rounded(codes, bounds)
+
+
+def gamma(operations: int) -> float:
+    """γ: bound of the relative error of a number of operations in fp32."""
+    return operations * UNIT / (1 - operations * UNIT)
 
 
 def query_bounds(queries: Tensor, rounded: Tensor, rounding: float) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ceca.search.rounding import Rounded, kernels, query_bounds, round_rows
+from ceca.search.rounding import Rounded, gamma, kernels, query_bounds, round_rows
 
 # On GPUs, sums of fp16 products are kept in fp32: their rounding would be beyond the bound that `top_k` relies on.
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -175,7 +175,7 @@ def _compare_rounded(rows: Rows, queries: Tensor, allowed: Tensor | None) -> Com
         kernels().bound(upper, rows.bounds, may.reshape(-1, GROUP), factors, highest, lower, first, last)
 
     run(bound)
-    error = torch.from_numpy(rows.bounds[1].max() * factors[0])
+    error = torch.from_numpy(2 * gamma(rows.width + 4) * rows.bounds[2].max() * factors[0])
     return Compared(torch.from_numpy(upper), torch.from_numpy(highest), torch.from_numpy(lower), error)
 
 
@@ -195,7 +195,7 @@ def _multiply_many(blocks: Blocks, queries: Tensor, products: np.ndarray) -> Non
     into = torch.from_numpy(products)
     for codes, start in blocks:
         block = converted[: len(codes)].copy_(torch.from_numpy(codes))  # exact: codes have seven bits
-        into[:, start : start + len(codes)] = (block @ queries.T).T
+        into[:, start : start + len(codes)] = queries @ block.T  # faster than (block @ queries.T).T
 
 
 def _compare_half(rows: Rows, queries: Tensor, allowed: Tensor | None) -> Compared:

@@ -108,3 +108,17 @@ def test_the_threads_of_a_search_leave_torchs_own_number_alone():
     with ThreadPoolExecutor(1) as other:
         assert other.submit(torch.get_num_threads).result() == before
     assert torch.get_num_threads() == before
+
+
+def test_queries_beside_rows_have_the_hits_of_fp32():
+    rows, near = hard_rows(3000, 64, seed=7)
+    source = torch.Generator().manual_seed(8)
+    chosen = torch.randint(0, len(rows), (600,), generator=source)
+    spread = 10.0 ** torch.randint(-7, 0, (600, 1), generator=source)  # at once a row, a near tie, or anything
+    beside = rows[chosen].float() + spread * torch.randn(600, 64, generator=source)
+    queries = torch.cat([near, beside, torch.randn(380, 64, generator=source)])
+    held = Rows(rows.split(700))
+    batches = [*queries[:60].split(1), *queries[60:].split(235)]
+    similarity = torch.cat([top_k(held, some, 10).similarity for some in batches])
+    wanted, _ = by_hand(rows, queries, 10)
+    assert ((similarity - wanted).abs() <= 1e-6 * queries.norm(dim=1, keepdim=True)).all()
