@@ -122,3 +122,15 @@ def test_queries_beside_rows_have_the_hits_of_fp32():
     similarity = torch.cat([top_k(held, some, 10).similarity for some in batches])
     wanted, _ = by_hand(rows, queries, 10)
     assert ((similarity - wanted).abs() <= 1e-6 * queries.norm(dim=1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("queries", [1, 24])
+def test_the_first_pass_of_a_gpu_hides_nothing_either(queries: int, monkeypatch: pytest.MonkeyPatch):
+    rows, vectors = hard_rows(1500, 96, seed=5)
+    held = Rows(rows.split(400))
+    monkeypatch.setattr(held, "on_cpu", False)  # what it does with fp16 does not depend on the device
+    monkeypatch.setattr(held, "norm", float(rows.float().norm(dim=1).max()), raising=False)
+    allowed = torch.arange(1500) % 3 > 0
+    best = top_k(held, vectors[:queries], 7, allowed)
+    similarity, _ = by_hand(rows, vectors[:queries], 7, allowed)
+    torch.testing.assert_close(best.similarity, similarity, rtol=0, atol=1e-6)
