@@ -22,6 +22,7 @@ COMMANDS = {
     "gc": "versions that nothing names any more: what would go, and with --apply goes",
     "search": "find a person from a description, in this shell",
     "weights": "import checkpoints of other programs, export the CLIP part to open_clip",
+    "push": "a model to the Hugging Face hub, with a model card",
     "export": "evaluations as TREC files, images as WebDataset tar files",
     "report": "figures and tables of a dataset and its models",
     "serve": "the search service with its page",

@@ -81,6 +81,7 @@ RUN_BY = {
     "ceca report page": (PIPELINE, "test_the_report_is_one_page_whose_pictures_a_browser_shows"),
     "ceca weights import": (FOREIGN, "test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip"),
     "ceca weights export": (FOREIGN, "test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip"),
+    "ceca push": ("tests/ceca/model/test_hub.py", "test_a_model_goes_to_the_hub_and_comes_back"),
     "ceca export trec": ("tests/jobs/test_export.py", "test_a_run_and_its_qrels_give_the_figures_of_the_evaluation"),
     "ceca export webdataset": (
         "tests/jobs/test_export.py",
@@ -89,6 +90,7 @@ RUN_BY = {
     "ceca serve": (START, "test_command_serves_until_it_is_interrupted"),
     "make demo": ("tests/jobs/test_demo.py", "test_the_demo_ends_in_a_table_and_answered_searches"),
     "make serve": (START, "test_command_serves_until_it_is_interrupted"),
+    "pip install": ("tests/test_package.py", "test_the_library_searches_embeds_and_asks_a_service_without_ray"),
     "python -m cluster.object_store": (HERE, "test_the_object_store_prints_what_finds_it"),
     "python -m serve.access": ("tests/serve/test_access.py", "test_the_command_makes_a_key_that_its_entry_admits"),
     "python -m pytest": (HERE, "test_every_command_is_run_by_a_test_or_says_what_it_needs"),

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -24,6 +24,8 @@ from ceca.errors import UserError
 from ceca.model.archive import read_weights
 from ceca.model.backbone import WeightsError
 from ceca.model.ceca import CECA
+from ceca.model.clip import describe
+from ceca.model.embed import MEAN, STD
 from ceca.model.registry import find_named, read_stored
 from ceca.settings import from_mapping
 
@@ -321,6 +323,19 @@ def write_checkpoint(model: CECA, out: Path, form: Format, scale: float = 50.0) 
     else:
         torch.save(content if form == "openai" else {"model": content}, out)
     return sorted(own)
+
+
+def open_clip_config(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The content of open_clip_config.json, by which open_clip loads a folder's or the hub's weights.
+
+    Args:
+        name: name of the backbone.
+        image_size: height and width in pixels.
+    """
+    described = describe(name)
+    model = {**described, "vision_cfg": {**described["vision_cfg"], "image_size": list(image_size)}}
+    preprocess = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "squash"}
+    return {"model_cfg": model, "preprocess_cfg": {"size": list(image_size), **preprocess}}
 
 
 def _require_local_branch(model: CECA, form: str) -> None:

@@ -1,7 +1,8 @@
 """The registry of published models: find, list and describe them without loading weights.
 
 Notable: this module imports no torch, so looking a model up is quick. A model is named within a dataset
-(`ceca-vitb16`) or by the URI of its folder; `locate` is the one place that tells the two apart.
+(`ceca-vitb16`), by the URI of its folder, or on the hub (`hf://owner/name`); `locate` is the one place that tells them
+apart.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ceca.config import OMEGA
 from ceca.data.names import MANIFEST, MODELS
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError, filesystem
+from ceca.model.hub import fetch, on_hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def find_model(store: Store, name: str) -> PublishedModel | None:
     if config is None:
         raise StoreError(f"{home.place(*names, digest)} has no config.json; train the model again with --redo")
     return PublishedModel(
-        uri=home.place(*names),
+        uri=name if on_hub(name) else home.place(*names),  # other machines have another cache
         digest=digest,
         global_dim=manifest["global_dim"],
         local_dim=manifest["local_dim"],
@@ -197,6 +199,8 @@ def locate(store: Store, name: str) -> tuple[Store, tuple[str, ...]]:
         store: the dataset in which a plain name is looked up.
         name: the model, by name or URI.
     """
+    if on_hub(name):
+        return Store(fetch(name)), ()
     if _is_place(name):
         filesystem(name)  # raises a clear error for an unknown scheme
         return Store(name), ()

@@ -17,6 +17,7 @@ from jobs.compare import compare
 from jobs.export import export_trec, export_webdataset
 from jobs.gc import gc
 from jobs.open import open_pictures
+from jobs.push import push
 from jobs.remove import remove
 from jobs.report import KINDS
 from jobs.search import search
@@ -42,7 +43,7 @@ print(json.dumps(shown))
 
 def parameters(function: Any) -> list[str]:
     """The options of a command that is a function, without arguments that have no name."""
-    nameless = {(search, "query"), (open_pictures, "source")}
+    nameless = {(search, "query"), (open_pictures, "source"), (push, "model"), (push, "name")}
     return [name for name in inspect.signature(function).parameters if (function, name) not in nameless]
 
 
@@ -69,6 +70,7 @@ OPTIONS: dict[str, list[str]] = {
     "remove": parameters(remove),
     "gc": parameters(gc),
     "search": parameters(search),
+    "push": parameters(push),
     "weights import": parameters(import_weights),
     "weights export": parameters(export_weights),
     "export trec": parameters(export_trec),
