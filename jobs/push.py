@@ -91,7 +91,7 @@ def _evaluations(store: Store, digest: str) -> list[dict[str, Any]]:
 
 def _draw_curve(target: Store, published: PublishedModel, title: str, picture: Path) -> str:
     """Draw the training of a model; return the picture's name, empty if the training was not recorded."""
-    from ceca.data.store import decode
+    from ceca.data.parts import decode
     from ceca.report.figures import draw_training
 
     try:

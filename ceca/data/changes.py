@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ceca.data.names import ADDED, ARRIVALS, FAILED, REMOVED
+from ceca.data.parts import decode
 from ceca.data.schema import image_id
-from ceca.data.store import Store, StoreError, decode, version_of
+from ceca.data.store import Store, StoreError, version_of
 
 READERS = 8  # objects read at the same time
 ERASED = ".erased.json"

@@ -17,14 +17,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,13 +33,13 @@ from ceca.data.filesystems import StoreError
 from ceca.data.filesystems import filesystem as filesystem
 from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
 from ceca.data.objects import Objects, as_json
+from ceca.data.parts import ROW_GROUP, decode, encode
 from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
 
 A = TypeVar("A")
 B = TypeVar("B")
 READERS = 8  # objects read at the same time
-ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,38 +465,3 @@ def in_order(call: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
 def plain(error: BaseException) -> str:
     """An error's kind and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def encode(rows: pa.Table) -> bytes:
-    """Encode rows as a part: Parquet with row groups of ROW_GROUP rows, which `Store.take` relies on."""
-    sink = io.BytesIO()
-    pq.write_table(rows, sink, row_group_size=ROW_GROUP, compression=_compression(rows.schema))
-    return sink.getvalue()
-
-
-def decode(source: BinaryIO | pa.NativeFile, columns: Sequence[str] | None = None) -> pa.Table:
-    """Decode the rows of a part.
-
-    Not by `pq.read_table`: it scans as a data set, and one of Arrow's threads may let go of the last bytes after the
-    table has been returned. If the interpreter is ending by then, the thread ends the process with signal 6.
-
-    Args:
-        source: a file of Parquet.
-        columns: columns to read, in this order; None means all.
-
-    Raises:
-        pyarrow.ArrowInvalid: it is not Parquet, or lacks one of the columns.
-    """
-    table = pq.ParquetFile(source, pre_buffer=True).read(columns, use_threads=False)  # several parts have a thread each
-    if columns is None:
-        return table
-    if missing := sorted(set(columns).difference(table.column_names)):
-        raise pa.ArrowInvalid(f"no column {', '.join(missing)}")
-    return table.select(columns)
-
-
-def _compression(schema: pa.Schema) -> str | dict[str, str]:
-    """Compression of each column: zstd, but none for encoded images and embeddings, which do not get smaller."""
-    if "image" in schema.names:
-        return {name: "NONE" if name == "image" else "ZSTD" for name in schema.names}
-    return "NONE" if "global" in schema.names else "ZSTD"

@@ -18,7 +18,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from ceca.data.store import ROW_GROUP, StoreError
+from ceca.data.parts import ROW_GROUP
+from ceca.data.store import StoreError
 from ceca.datasets.images import mime_type
 from ceca.search.columns import READERS, Columns, open_columns
 from ceca.search.edition import Edition

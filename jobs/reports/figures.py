@@ -27,8 +27,9 @@ import tyro
 from ceca.config import EvaluateConfig, Split
 from ceca.data.keys import spelled
 from ceca.data.names import EVALUATIONS
+from ceca.data.parts import decode
 from ceca.data.schema import image_of
-from ceca.data.store import Store, decode
+from ceca.data.store import Store
 from ceca.data.tables import ImageRow, find_dialogues, find_images, list_images
 from ceca.datasets.images import open_image
 from ceca.errors import UserError

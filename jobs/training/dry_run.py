@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from ceca.config import TrainConfig
-from ceca.data.store import Manifest, Store, decode
+from ceca.data.parts import decode
+from ceca.data.store import Manifest, Store
 from jobs.runtime.console import console
 from jobs.runtime.ray_session import connect
 from jobs.training.run import fit, make_run

@@ -123,8 +123,9 @@ def test_a_lock_has_what_the_image_needs(lock: str) -> None:
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_an_image_holds_every_package_that_the_project_names(lock: str) -> None:
-    kind = "vllm-gpu" if "gpu" in lock else "vllm-cpu"
-    named = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"][kind]]
+    extras = ("cluster", "serve", "watch", "vllm" if "gpu" in lock else "vllm-cpu")
+    optional = PROJECT["project"]["optional-dependencies"]
+    named = [*PROJECT["project"]["dependencies"], *(each for extra in extras for each in optional[extra])]
     held = {canonicalize_name(name): version for name, version in locked(lock).items()}
     for requirement in map(Requirement, named):
         version = held[canonicalize_name(requirement.name)].lstrip("=")

@@ -13,17 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ceca.data.parts import ROW_GROUP, decode, encode
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import (
-    ROW_GROUP,
     Manifest,
     Part,
     Receipt,
     Reject,
     Store,
     StoreError,
-    decode,
-    encode,
     filesystem,
     in_order,
     version_of,
@@ -245,5 +243,5 @@ def test_columns_of_parts_come_in_the_order_that_was_asked_for(store: Store):
     parts = list(store.read_each(published, ["text", "number"]))
     assert [part.schema.names for part in parts] == [["text", "number"]] * 2
     assert [part["number"].to_pylist() for part in parts] == [[1, 2], [3]]
-    with pytest.raises(KeyError, match="colour"):
+    with pytest.raises(StoreError, match="no column colour"):
         list(store.read_each(published, ["colour"]))
