@@ -22,7 +22,7 @@ from ceca.commandline import parse_arguments
 from ceca.config import IndexConfig
 from ceca.data import schema
 from ceca.data.changes import removed_images
-from ceca.data.keys import Positions, numbers, spelled
+from ceca.data.keys import Positions, known_numbers, numbers, spelled
 from ceca.data.store import Manifest, Part, Receipt, Store, StoreError, version_of
 from ceca.data.tables import Images, read_keys
 from ceca.environment import usable_gpus
@@ -82,7 +82,7 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
 
 def _searchable(store: Store, images: ImagePlan) -> ImagePlan:
     """Leave out the images that were removed from search."""
-    hidden = np.isin(images.images.keys, numbers(removed_images(store)))
+    hidden = np.isin(images.images.keys, known_numbers(removed_images(store)))
     if not hidden.any():
         return images
     removed = sorted(set(spelled(images.images.keys[hidden])))

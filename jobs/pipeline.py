@@ -14,8 +14,10 @@ import tyro
 
 from ceca.commandline import load_recipe
 from ceca.config import STAGES, EvaluateConfig
+from ceca.data.names import EVALUATIONS
 from ceca.data.store import Store
 from ceca.data.tables import find_images
+from ceca.model.registry import require_model
 from ceca.search.confidence import CALIBRATED_ON
 from ceca.settings import from_mapping
 from jobs.dialogue import dialogue
@@ -67,8 +69,14 @@ def pipeline(data: str, source: str, recipe: str, name: str = "ceca") -> dict[st
 
 
 def _calibrate(data: str, config: EvaluateConfig) -> None:
-    """Evaluate the validation split, where there is one: searches then know their confidence."""
+    """Evaluate the validation split, where there is one: searches then know their confidence.
+
+    Where the asked split has been evaluated already, nothing is done.
+    """
     store = Store(data)
+    evaluated = store.path(EVALUATIONS, require_model(store, config.model).digest, f"{config.split}.json")
+    if store.fs.exists(evaluated):
+        return
     images = store.current("images", "ingest")
     if config.split != CALIBRATED_ON and len(find_images(store, images, CALIBRATED_ON)):
         evaluate(data, dataclasses.replace(config, split=CALIBRATED_ON))

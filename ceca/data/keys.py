@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -34,6 +35,11 @@ def numbers(ids: pa.Array | pa.ChunkedArray | Iterable[str]) -> np.ndarray:
     if values.max(initial=0) > 15:
         raise ValueError(f"keys of images have {DIGITS} hex digits, and some of these do not")
     return (values[..., 0] << 4 | values[..., 1]).view(">u8").ravel().astype(np.uint64)
+
+
+def known_numbers(ids: Iterable[str]) -> np.ndarray:
+    """Keys as numbers, [N] uint64, without ids that no image of a table can have: records of removals may name any."""
+    return numbers([image_id for image_id in ids if re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", image_id)])
 
 
 def spelled(keys: np.ndarray) -> list[str]:

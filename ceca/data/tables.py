@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ceca.data.changes import erased_images
-from ceca.data.keys import Positions, numbers
+from ceca.data.keys import Positions, known_numbers, numbers
 from ceca.data.store import Manifest, Reject, Store, StoreError, in_order
 
 PARTS_AT_ONCE = 64  # whose keys become numbers together: parts may be small
@@ -105,7 +105,7 @@ def find_images(store: Store, images: Manifest, split: str | None = None) -> Ima
         columns.append((rows, _keys(store, images, part), part["identity"].to_numpy()))
     whole = [np.concatenate(column) for column in zip(*columns, strict=True)]
     found = Images(images, whole[0], whole[1], whole[2])
-    return found.take(~np.isin(found.keys, numbers(erased))) if erased else found
+    return found.take(~np.isin(found.keys, known_numbers(erased))) if erased else found
 
 
 def find_dialogues(store: Store, images: Images, dialogues: Manifest) -> tuple[Images, list[Reject]]:

@@ -7,6 +7,7 @@ CLIP part as open_clip reads it, and a model card.
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 
 from ceca.data.store import StoreError
@@ -33,7 +34,6 @@ def fetch(name: str) -> str:
         StoreError: there is no such model, or it cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
     if repository.count("/") != 1:
@@ -42,7 +42,7 @@ def fetch(name: str) -> str:
         return huggingface_hub.snapshot_download(
             repository, revision=revision or None, ignore_patterns=["open_clip*", "*.png"], endpoint=ENDPOINT
         )
-    except (OSError, HFValidationError) as error:  # errors of its requests are OSErrors
+    except _failures() as error:
         raise StoreError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from None
 
 
@@ -58,12 +58,20 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
         StoreError: the hub refuses, or cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
 
     hub = huggingface_hub.HfApi(endpoint=ENDPOINT)
     try:
         made = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model of CECA")
-    except (OSError, HFValidationError) as error:
+    except _failures() as error:
         raise StoreError(f"{repository} cannot be uploaded: {' '.join(str(error).split())}") from None
     return str(made)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Errors of the client library, and of the HTTP library that it uses (httpx or httpx2)."""
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HFValidationError
+
+    http = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return OSError, HFValidationError, http.HTTPError

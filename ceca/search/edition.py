@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ceca.data.changes import added_objects, read_added, removed_images
-from ceca.data.keys import numbers
+from ceca.data.keys import known_numbers
 from ceca.data.names import REMOVED
 from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.model.registry import named_model, require_model
@@ -64,7 +64,7 @@ class Edition:
 
     def is_removed(self, ids: np.ndarray) -> np.ndarray:
         """Whether each image was removed: [N] booleans for [N] ids as numbers."""
-        return np.isin(ids, numbers(sorted(self.removed_ids)))
+        return np.isin(ids, known_numbers(self.removed_ids))
 
     def manifest(self, table: str) -> Manifest:
         """Manifest of this edition's version of `gallery` or `images`.

@@ -152,7 +152,7 @@ def test_the_report_is_one_page_whose_pictures_a_browser_shows(on_disk, browser,
     assert [url for url in asked if not url.startswith("data:")] == [f"file://{folder}/index.html"]
     pictures = page.evaluate("[...document.images].map(i => [i.alt, i.complete && i.naturalWidth])")
     assert [name for name, width in pictures if width >= 400] == [name for name, _ in pictures]
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     headings = page.locator("h2").all_inner_texts()
     assert {"Results", "Ranked lists", "Errors by attribute", "Training", "Dataset"} <= set(headings)
     assert page.get_by_role("cell", name="<other>", exact=True).count() == 2  # escaped, in both directions

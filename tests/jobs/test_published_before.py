@@ -11,6 +11,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from ceca.data.keys import spelled
@@ -33,8 +34,9 @@ def before(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digests of all files but the figures' JSON, which an evaluation writes each time."""
+    """Digests of all files but the figures, which an evaluation writes each time."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".json"]
+    files = [path for path in files if not path.name.endswith(".queries.parquet")]
     manifests = sorted(folder.rglob("manifest.json"))
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files + manifests}
 
@@ -45,9 +47,12 @@ def test_every_stage_finds_its_result_published_and_does_nothing(before: Path) -
     model = require_model(store, "ceca")
     evaluation = data / "evaluations" / model.digest / "test.json"
     figures = json.loads(evaluation.read_text())["metrics"]
+    of_queries = pq.read_table(evaluation.with_suffix(".queries.parquet"))
     pipeline(str(data), str(before / "drawn"), str(before / "recipe.yaml"))
     assert contents(data) == was
     assert json.loads(evaluation.read_text())["metrics"] == figures
+    again = pq.read_table(evaluation.with_suffix(".queries.parquet"))  # with further columns since
+    assert again.select(of_queries.column_names).equals(of_queries)
 
 
 def test_its_tables_and_gallery_are_read_as_they_are(before: Path) -> None:

@@ -104,14 +104,16 @@ def fuzz(description: BaseSchema, *, erase: bool) -> Counter[int | None]:
             return case
         body = case.body if isinstance(case.body, dict) else {}
         for part in (case.path_parameters, body):
-            found = part.get("image_id") if part else None
-            # a part of the path may be the word `null`, which is a valid one to Schemathesis
-            number = int(found, 16) if isinstance(found, str) and re.fullmatch("[0-9a-f]{16}", found) else 0
+            if part and part.get("image_id") == "null":  # from another answer; Schemathesis takes it for a valid one
+                part["image_id"] = "0" * 16
+            number = int(part["image_id"], 16) if part and "image_id" in part else 0
             if number % 3 and (erase or case.method != "DELETE"):
                 part["image_id"] = IDS[number % len(IDS)]
         for name, known in (("where", {"camera": ["c1"]}), ("answers", {"upper_colour": "red"})):
             if body.get(name):  # the description cannot say which there are
                 body[name] = known
+        for given in (body, case.query or {}):
+            given.pop("min_confidence", None)  # needs a model whose validation split was evaluated
         if (case.query or {}).get("where"):
             case.query["where"] = json.dumps({"camera": ["c1"]})
         return case

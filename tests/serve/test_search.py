@@ -161,6 +161,7 @@ def test_health_is_the_process_and_readiness_what_it_serves(running: Running) ->
         "model": f"tiny@{running.searcher.edition.digest}",
         "gallery": "gallery-1",
         "images": 16,
+        "calibrated_omega": None,
     }
 
 
