@@ -148,7 +148,8 @@ def rank_embeddings(
 
     Returns:
         For each ω [Q, 8] with the columns `PER_QUERY`: match at rank 1, 5, 10 (0 or 1), average precision, inverse
-        negative penalty, and the position of the first match (0 without a match in the gallery).
+        negative penalty, the position of the first match (0 without a match in the gallery), and the similarities of
+        the best match and of the best other image (-inf where there is none).
 
     Raises:
         ValueError: shapes do not fit, there is no query or no image, or a similarity is not a number.

@@ -58,11 +58,11 @@ def _run(name: str, arguments: list[str]) -> None:
     try:
         importlib.import_module(f"jobs.{name}").main(arguments)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in BROUGHT:
+        extra = BROUGHT.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
         from ceca.errors import UserError
 
-        extra = BROUGHT[error.name.partition(".")[0]]  # type: ignore[union-attr]
         raise UserError(f"`ceca {name}` needs {error.name}: pip install 'ceca[{extra}]'") from None
 
 

@@ -71,7 +71,6 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         config.replicas,
         cpus=1,
         gpus=gpus,
-        pool="dialogue" if gpus else "cpu",
         accelerator_type=kind,
         units_at_once=_units_at_once(config),
         may_be_lost=config.engine == "vllm",

@@ -76,7 +76,7 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
             "are embedded"
         )
     plan = _plan(store, config, model, images, earlier, reused)
-    workers = Workers(config.replicas, cpus=1, gpus=config.gpus, pool="dialogue" if config.gpus else "cpu")
+    workers = Workers(config.replicas, cpus=1, gpus=config.gpus)
     return run_plan(store, plan, workers, redo=redo)
 
 

@@ -6,7 +6,6 @@ ceca push ceca-vitb16 --data s3://bucket/cuhk --folder out     # look at it firs
 
 from __future__ import annotations
 
-import io
 import re
 import tempfile
 from pathlib import Path
@@ -91,17 +90,15 @@ def _evaluations(store: Store, digest: str) -> list[dict[str, Any]]:
 
 def _draw_curve(target: Store, published: PublishedModel, title: str, picture: Path) -> str:
     """Draw the training of a model; return the picture's name, empty if the training was not recorded."""
-    from ceca.data.parts import decode
     from ceca.report.figures import draw_training
+    from jobs.reports.figures import training_curve
 
     try:
         content = target.read_bytes(published.digest, "curve.parquet")
     except (FileNotFoundError, StoreError):
         return ""
-    validated = [record for record in published.training.get("history", []) if "val_rank1" in record]
-    validation = [record["epoch"] for record in validated], [record["val_rank1"] for record in validated]
-    table = decode(io.BytesIO(content))
-    draw_training({title: table.to_pydict()}, {title: validation}, picture)
+    curve, validation = training_curve(published, content)
+    draw_training({title: curve}, {title: validation}, picture)
     return picture.name
 
 

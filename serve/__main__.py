@@ -17,6 +17,7 @@ import time
 
 from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
+from ceca.config.evaluate import REPLICATED
 from ceca.environment import cannot_join, hand_token_to_ray, ray_address, ray_folder, started_here
 from ceca.errors import UserError
 from serve.audit import audit_folder
@@ -105,10 +106,8 @@ def _connect(config: ServeConfig, address: str) -> ServeConfig:
     _check_replicas(config)
     cores = os.cpu_count() or 1
     cpus = config.cpus or min(cores, CORES)
-    encoders = config.encoder_replicas_max or config.encoder_replicas
-    searchers = config.shards * (config.search_replicas_max or config.search_replicas)
-    waiting = math.ceil(WAITING * (1 + (config.ingress_replicas_max or config.ingress_replicas)))
-    cores = max(cpus * (encoders + searchers) + waiting, cores)
+    waiting = math.ceil(WAITING * (1 + config.most("ingress")))
+    cores = max(cpus * (config.most("encoder") + config.shards * config.most("search")) + waiting, cores)
     hand_token_to_ray()
     ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=ray_folder(), **quiet)
     return dataclasses.replace(config, cpus=cpus)
@@ -120,8 +119,8 @@ def _check_replicas(config: ServeConfig) -> None:
     Raises:
         UserError: the settings allow fewer replicas of a kind on a node.
     """
-    for kind in ("ingress", "encoder", "search"):
-        replicas = getattr(config, f"{kind}_replicas_max") or getattr(config, f"{kind}_replicas")
+    for kind in REPLICATED:
+        replicas = config.most(kind)
         if config.replicas_per_node is not None and replicas > config.replicas_per_node:
             raise UserError(
                 f"{replicas} {kind} replicas with --replicas-per-node {config.replicas_per_node} need a cluster of "

@@ -90,9 +90,8 @@ class Ingress:
         issuer: Issuer | None = None,
     ):
         self.config, self.metrics = config, Metrics()
-        most = config.ingress_replicas_max or config.ingress_replicas
         self.tokens = Tokens(issuer) if issuer is not None else None
-        self.gate = Gate(keys, most, secret=secret, tokens=self.tokens)
+        self.gate = Gate(keys, config.most("ingress"), secret=secret, tokens=self.tokens)
         store = Store(data)
         self.replicas = Replicas(config, encoder, shards, intake)
         self.following = Following(store, config, self.replicas, self.metrics)
@@ -186,8 +185,7 @@ class Ingress:
         Raises:
             NoConfidence: there is none, and the query asks for a least confidence.
         """
-        changed = self.config.neighbours or self.config.rerank  # their similarities are others than the calibrated ones
-        calibration = None if changed or query.text is None else snapshot.calibration
+        calibration = None if query.text is None else snapshot.calibration_for(self.config)
         if query.min_confidence:
             require_confidence(calibration, query.omega)
         return calibration

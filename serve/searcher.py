@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ceca.config import ServeConfig
+from ceca.data.keys import Positions
 from ceca.data.store import Store
-from ceca.search.columns import Index
 from ceca.search.edition import Edition, find_edition
 from ceca.search.facets import Facets, open_facets
 from ceca.search.gallery import Gallery, open_gallery
@@ -44,12 +44,12 @@ class GalleryShard:
         return open_facets(self.edition, self.gallery.ids)
 
     @functools.cached_property
-    def index(self) -> Index:
-        return Index(self.gallery.ids)
+    def index(self) -> Positions:
+        return Positions(self.gallery.ids, first=True)
 
     def embeddings(self, image_id: str) -> np.ndarray | None:
         """The embeddings [D + E] of an image; None if this shard does not hold it."""
-        row = self.index.row(image_id)
+        row = self.index.of(image_id)
         return None if row is None else self.gallery.rows[torch.tensor([row])][0].float().cpu().numpy()
 
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from ceca.config import ServeConfig
 from ceca.data.store import Store
 from ceca.dialogue.attributes import attributes_of, read_vocabulary
 from ceca.search.catalogue import Catalogue
-from ceca.search.confidence import read_calibration
+from ceca.search.confidence import Calibration, read_calibration
 from ceca.search.edition import Edition, find_edition
 
 OPENINGS = 3  # attempts: objects of `added` can be joined between their listing and their reading
@@ -35,6 +36,10 @@ class Snapshot:
         self.calibration = read_calibration(edition.store, edition.digest)
         self.vocabulary = read_vocabulary(edition.store, self.catalogue.images)
         self._attributes_of: dict[str, dict[str, str]] = {}
+
+    def calibration_for(self, config: ServeConfig) -> Calibration | None:
+        """The calibration of searches; None if there is none, or if the settings change similarities."""
+        return None if config.neighbours or config.rerank else self.calibration
 
     def images(self, where: Mapping[str, Sequence[str]]) -> int:
         """Number of images that fulfil conditions."""

@@ -56,6 +56,9 @@ class IndexConfig:
     """GPUs per process; 0 embeds on CPUs."""
 
 
+REPLICATED = ("ingress", "encoder", "search")  # parts of the service that have several replicas
+
+
 @config
 class ServeConfig:
     """Run the search service."""
@@ -133,8 +136,13 @@ class ServeConfig:
     """GPUs that the `vllm` engine of added images takes when needed, with its model split across them; 0 uses the CPU
     build."""
 
+    def most(self, kind: str) -> int:
+        """Largest number of replicas of a kind of `REPLICATED`; of search, per shard."""
+        most: int = getattr(self, f"{kind}_replicas_max") or getattr(self, f"{kind}_replicas")
+        return most
+
     def __post_init__(self) -> None:
-        for name in ("ingress", "encoder", "search"):
+        for name in REPLICATED:
             least, most = getattr(self, f"{name}_replicas"), getattr(self, f"{name}_replicas_max")
             if most is not None and most < least:
                 raise ValueError(f"{name}_replicas_max {most} must be at least {name}_replicas {least}")

@@ -30,9 +30,8 @@ import pyarrow.parquet as pq
 from ceca.data.names import ADDED, ARRIVALS, FAILED, REMOVED
 from ceca.data.parts import decode
 from ceca.data.schema import image_id
-from ceca.data.store import Store, StoreError, version_of
+from ceca.data.store import READERS, Store, StoreError, version_of
 
-READERS = 8  # objects read at the same time
 ERASED = ".erased.json"
 
 

@@ -32,14 +32,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from ceca.data.changes import READERS, erased_images, mark_erased, removal, reopen, waiting_image, write_added
+from ceca.data.changes import erased_images, mark_erased, removal, reopen, waiting_image, write_added
 from ceca.data.lease import Holders, Lease, holding
 from ceca.data.names import ADDED, ARRIVALS, FAILED, LISTING, MANIFEST, PART, REMOVED, WORK, rewritten_part_name
 from ceca.data.objects import as_json
 from ceca.data.parts import decode, encode
 from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import image_id, image_of
-from ceca.data.store import Part, Receipt, Store, StoreError
+from ceca.data.store import READERS, Part, Receipt, Store, StoreError
 from ceca.errors import UserError
 
 ERASING, COLLECTING = "erase", "gc"  # names that stages wait for: of an erasure, of `ceca.data.garbage`

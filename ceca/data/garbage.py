@@ -23,10 +23,9 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from ceca.data.changes import READERS
 from ceca.data.names import ADDED, EVALUATIONS, MANIFEST, MODELS, PART, TURNS, WORK
 from ceca.data.replacing import Check, unchecked
-from ceca.data.store import Store, StoreError
+from ceca.data.store import READERS, Store, StoreError
 
 BELONGING = ("captions", "attributes")  # tables whose version is that of their images
 MODEL = {"config.json", "training.json", "model.safetensors", "curve.parquet"}  # objects of a published model

@@ -48,15 +48,17 @@ def spelled(keys: np.ndarray) -> list[str]:
 
 
 class Positions:
-    """Finds positions of keys. If a key is repeated, its last position counts.
+    """Finds positions of keys.
 
     Args:
         keys: [N] uint64 in any order.
+        first: the first position of a repeated key counts, and not the last.
     """
 
-    def __init__(self, keys: np.ndarray):
-        self.order = np.argsort(keys, kind="stable")
+    def __init__(self, keys: np.ndarray, *, first: bool = False):
+        self.order = np.argsort(keys, kind="stable").astype(np.int32)
         self.sorted = keys[self.order]
+        self.first = first
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
         """The position of each wanted key, [M] int64; -1 where it is not among the keys."""
@@ -65,6 +67,14 @@ class Positions:
             some = wanted[start : start + AT_ONCE]
             by_size = np.argsort(some)  # neighbours are then found in memory that was just read: ten times as fast
             asked = some[by_size]
-            place = np.maximum(np.searchsorted(self.sorted, asked, side="right") - 1, 0)
+            if self.first:
+                place = np.minimum(np.searchsorted(self.sorted, asked), len(self.sorted) - 1)
+            else:
+                place = np.maximum(np.searchsorted(self.sorted, asked, side="right") - 1, 0)
             found[start + by_size] = np.where(self.sorted[place] == asked, self.order[place], -1)
         return found
+
+    def of(self, key: str) -> int | None:
+        """The position of one key, given by its hex digits; None if it is not among the keys."""
+        (position,) = self.find(np.array([int(key, 16)], np.uint64)).tolist()
+        return None if position < 0 else position

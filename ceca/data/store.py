@@ -446,8 +446,11 @@ class Store(Objects):
         return [part for part in parts if sizes.get(f"{table}/{part.path}") != part.bytes]
 
 
-def in_order(call: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
+def in_order(call: Callable[[A], B], arguments: Collection[A]) -> Iterator[B]:
     """Results of calls that wait for a store, in order. READERS threads call; few results wait to be taken."""
+    if len(arguments) == 1:  # a picture, a text: no thread is worth it
+        yield from map(call, arguments)
+        return
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(READERS) as readers:
         try:

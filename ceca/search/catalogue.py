@@ -12,16 +12,15 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from ceca.data.parts import ROW_GROUP
-from ceca.data.store import StoreError
+from ceca.data.store import StoreError, in_order
 from ceca.datasets.images import mime_type
-from ceca.search.columns import READERS, Columns, open_columns
+from ceca.search.columns import Columns, open_columns
 from ceca.search.edition import Edition
 from ceca.search.facets import FACETS, Facets, facets_of
 from ceca.search.sources import list_sources
@@ -103,7 +102,7 @@ class Catalogue:
         self.images = edition.manifest("images")
         self.sources = {table: list_sources(edition, table) for table in FACETS}
         self.columns = {
-            table: open_columns(edition, table, names, before.columns[table] if before else None)
+            table: open_columns(edition, table, self.sources[table], names, before.columns[table] if before else None)
             for table, names in FACETS.items()
         }
         ids = np.unique(self.columns["gallery"].ids)
@@ -140,7 +139,7 @@ class Catalogue:
         return None if row is None else self._take("images", row, "source_path")
 
     def _picture_row(self, image_id: str) -> int | None:
-        return self.columns["images"].index.row(image_id) if image_id in self else None
+        return self.columns["images"].index.of(image_id) if image_id in self else None
 
     def _take(self, table: str, row: int, column: str) -> Any:
         """One value of a table."""
@@ -183,11 +182,7 @@ class Catalogue:
             return table
 
         wanted = list({(place[0], place[1] // ROW_GROUP * ROW_GROUP): None for place in places if place})
-        if len(wanted) > 1:
-            with ThreadPoolExecutor(READERS) as readers:
-                tables = dict(zip(wanted, readers.map(read, wanted), strict=True))
-        else:
-            tables = {group: read(group) for group in wanted}
+        tables = dict(zip(wanted, in_order(read, wanted), strict=True))
         return [
             None
             if place is None

@@ -10,54 +10,24 @@ import contextlib
 import itertools
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from ceca.data.keys import numbers
+from ceca.data.keys import Positions, numbers
 from ceca.data.schema import NOBODY
-from ceca.data.store import StoreError, version_of
+from ceca.data.store import StoreError, in_order, version_of
 from ceca.environment import cache_folder
 from ceca.search.edition import Edition
-from ceca.search.shards import sweep
-from ceca.search.sources import Source, list_sources
+from ceca.search.shards import sweep, writing
+from ceca.search.sources import Source
 
-READERS = 8  # parts read at the same time
 TOGETHER = 64  # parts whose columns are coded together: parts may be small
 FEW = 64  # objects that are rather read again than written with all others to the file of this machine
 NONE = -1  # code of a row without a value
-
-
-class Index:
-    """Finds rows by image id. If an id is repeated, its first row counts.
-
-    Args:
-        ids: [N] uint64, the id of each row.
-    """
-
-    def __init__(self, ids: np.ndarray):
-        self.order = np.argsort(ids, kind="stable").astype(np.int32)
-        self.sorted = ids[self.order]
-
-    def __len__(self) -> int:
-        return len(self.sorted)
-
-    def find(self, wanted: np.ndarray) -> np.ndarray:
-        """The row of each wanted id, [M] int64; -1 where it is not there."""
-        if not len(self):
-            return np.full(len(wanted), -1)
-        places = np.minimum(np.searchsorted(self.sorted, wanted), len(self) - 1)
-        return np.where(self.sorted[places] == wanted, self.order[places], -1)
-
-    def row(self, image_id: str) -> int | None:
-        """The row of an image; None if it is not there."""
-        (row,) = self.find(np.array([int(image_id, 16)], np.uint64)).tolist()
-        return None if row < 0 else row
 
 
 class Columns:
@@ -91,13 +61,12 @@ class Columns:
         held_lengths = np.diff(before.starts).tolist() if before else []
         lengths = np.array([held_lengths[kept[digest]] if digest in kept else 0 for digest in self.digests], np.int64)
         read = []  # of several parts together: places, ids, coded columns
-        with ThreadPoolExecutor(READERS) as readers:
-            tables = readers.map(lambda place: sources[place].describe(["image_id", *names]), new)
-            for start in range(0, len(new), TOGETHER):
-                places = new[start : start + TOGETHER]
-                parts = list(itertools.islice(tables, len(places)))
-                lengths[places] = list(map(len, parts))
-                read.append((places, *_coded_table(pa.concat_tables(parts), names)))
+        tables = in_order(lambda place: sources[place].describe(["image_id", *names]), new)
+        for start in range(0, len(new), TOGETHER):
+            places = new[start : start + TOGETHER]
+            parts = list(itertools.islice(tables, len(places)))
+            lengths[places] = list(map(len, parts))
+            read.append((places, *_coded_table(pa.concat_tables(parts), names)))
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         self.ids = np.empty(self.starts[-1], np.uint64)
         self.codes: dict[str, np.ndarray] = {}
@@ -123,7 +92,7 @@ class Columns:
                 self.codes[name][numbered] = np.array([*translated, NONE], np.int32)[codes]
         self.values = {name: pa.array(numbers_of, pa.string()) for name, numbers_of in known.items()}
         self._forget_unused()
-        self.index = Index(self.ids)
+        self.index = Positions(self.ids, first=True)
 
     def _numbered(self, name: str) -> dict[str, int]:
         return {value: number for number, value in enumerate(self.values[name].to_pylist())}
@@ -161,20 +130,21 @@ class Columns:
         return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), values)
 
 
-def open_columns(edition: Edition, table: str, names: Sequence[str], before: Columns | None = None) -> Columns:
+def open_columns(
+    edition: Edition, table: str, sources: Sequence[Source], names: Sequence[str], before: Columns | None = None
+) -> Columns:
     """Columns of an edition's rows of a table, from the file of this machine where there is one.
 
     Args:
         edition: the edition.
         table: `gallery`, `images` or `dialogues`.
+        sources: the stored objects of its rows, as `list_sources` gives them.
         names: as in `Columns`.
         before: the same of an earlier edition.
 
     Raises:
-        StoreError: the version of the table is gone.
         FileNotFoundError: an object was replaced in the meantime.
     """
-    sources = list_sources(edition, table)
     digests = [source.digest for source in sources]
     if before is not None and before.digests == digests:
         return before
@@ -194,21 +164,15 @@ def open_columns(edition: Edition, table: str, names: Sequence[str], before: Col
 
 
 def _save(columns: Columns, path: Path) -> None:
-    """Write columns as a whole: another process sees nothing or all of them."""
+    """Write columns to a file."""
     arrays = {f"codes{number}": columns.codes[name] for number, name in enumerate(columns.values)}
     described = {
         "digests": columns.digests,
         "values": {name: known.to_pylist() for name, known in columns.values.items()},
     }
-    aside = path.parent / f"{uuid.uuid4().hex}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            words = np.frombuffer(json.dumps(described).encode(), np.uint8)
-            np.savez(file, allow_pickle=False, ids=columns.ids, starts=columns.starts, described=words, **arrays)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    words = np.frombuffer(json.dumps(described).encode(), np.uint8)
+    with writing(path) as file:
+        np.savez(file, allow_pickle=False, ids=columns.ids, starts=columns.starts, described=words, **arrays)
 
 
 def _load(path: Path) -> Columns | None:
@@ -223,7 +187,7 @@ def _load(path: Path) -> Columns | None:
             columns.codes = {name: arrays[f"codes{number}"] for number, name in enumerate(columns.values)}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    columns.index = Index(columns.ids)
+    columns.index = Positions(columns.ids, first=True)
     return columns
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ceca.errors import UserError
 from ceca.search.columns import Columns, open_columns
 from ceca.search.edition import Edition
+from ceca.search.sources import list_sources
 
 FACETS = {"gallery": ("identity", "split"), "images": ("camera",), "dialogues": ("attributes",)}  # table → columns
 SHOWN = 20  # largest number of values that an error lists
@@ -119,7 +120,8 @@ def open_facets(edition: Edition, ids: np.ndarray) -> Facets:
     Returns:
         The facets in the order of `ids`. A facet for which no image has a value is left out.
     """
-    return facets_of(ids, [open_columns(edition, table, names) for table, names in FACETS.items()])
+    columns = [open_columns(edition, table, list_sources(edition, table), names) for table, names in FACETS.items()]
+    return facets_of(ids, columns)
 
 
 def facets_of(ids: np.ndarray, columns: Sequence[Columns]) -> Facets:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -161,16 +162,22 @@ def _used(path: Path) -> bool:
     return True
 
 
-def _write(path: Path, content: np.ndarray) -> None:
-    """Write a file as a whole: another process sees nothing or all of it."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file of this machine as a whole: another process sees nothing or all of it."""
     aside = path.parent / f"{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
-            np.save(file, content)
+            yield file
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: np.ndarray) -> None:
+    with writing(path) as file:
+        np.save(file, content)
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -69,7 +69,7 @@ def embed_split(store: Store, config: EvaluateConfig, *, redo: bool = False) -> 
         rejects=plan.rejects,
         notes={"model": config.model},
     )
-    workers = Workers(config.replicas, cpus=1, gpus=config.gpus, pool="dialogue" if config.gpus else "cpu")
+    workers = Workers(config.replicas, cpus=1, gpus=config.gpus)
     manifests = run_plan(store, work, workers, redo=redo)
     return read_mapped(store, manifests[query_table]), read_mapped(store, manifests[image_table])
 

@@ -34,7 +34,7 @@ from ceca.data.tables import ImageRow, find_dialogues, find_images, list_images
 from ceca.datasets.images import open_image
 from ceca.errors import UserError
 from ceca.evaluation.significance import COMPARED, Difference, compare_runs
-from ceca.model.registry import model_file, require_model
+from ceca.model.registry import PublishedModel, model_file, require_model
 from ceca.model.tokens import CONTEXT
 from ceca.report.records import Described, RankedList
 from jobs.runtime.console import console, text_table
@@ -74,13 +74,25 @@ def report_training(
         model = require_model(store, name)
         if "history" not in model.training:
             raise UserError(f"model {name!r} was imported and not trained here, so it has no curve; name others")
-        table = decode(pa.BufferReader(model_file(store, name, "curve.parquet")))
         label = model.label(name)
-        curves[label] = table.to_pydict()
-        validated = [record for record in model.training["history"] if "val_rank1" in record]
-        validation[label] = ([record["epoch"] for record in validated], [record["val_rank1"] for record in validated])
+        curves[label], validation[label] = training_curve(model, model_file(store, name, "curve.parquet"))
     draw_training(curves, validation, picture)
     console.print(f"report: {len(curves)} models → {picture}")
+
+
+def training_curve(model: PublishedModel, content: bytes) -> tuple[dict[str, Any], tuple[list[int], list[float]]]:
+    """What `draw_training` draws of a model.
+
+    Args:
+        model: the model.
+        content: its object curve.parquet.
+
+    Returns:
+        Columns of the curve; epochs and Rank-1 on the validation split.
+    """
+    validated = [record for record in model.training.get("history", []) if "val_rank1" in record]
+    validation = [record["epoch"] for record in validated], [record["val_rank1"] for record in validated]
+    return decode(pa.BufferReader(content)).to_pydict(), validation
 
 
 def report_omega(

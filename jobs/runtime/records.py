@@ -78,7 +78,7 @@ def ranges(rows: np.ndarray) -> list[list[int]]:
 
 
 def rows_in(spans: Iterable[Sequence[int]]) -> np.ndarray:
-    """The row numbers [N] of which `ranges` made these."""
+    """Row numbers [N] from the ranges that `ranges` made of them."""
     return np.concatenate([np.arange(0), *(np.arange(first, after) for first, after in spans)])
 
 

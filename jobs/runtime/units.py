@@ -81,7 +81,6 @@ class Workers:
         replicas: workers at most.
         cpus: CPUs of one worker.
         gpus: GPUs of one worker.
-        pool: machines that the workers use.
         accelerator_type: Ray's name of the kind of GPU; None takes any.
         units_at_once: units that one worker does at the same time, each called from a thread of its own.
         may_be_lost: a worker may raise WorkerLost.
@@ -90,7 +89,6 @@ class Workers:
     replicas: int
     cpus: float
     gpus: float = 0
-    pool: Pool = "cpu"
     accelerator_type: str | None = None
     units_at_once: int = 1
     may_be_lost: bool = False
@@ -274,7 +272,8 @@ def _round(
         **({"accelerator_type": workers.accelerator_type} if workers.accelerator_type else {}),
     )
     # As an option of the execution and not of the workers alone: Ray Data also asks for machines before it needs them.
-    units.context.execution_options.label_selector = machines_for(workers.pool)
+    pool: Pool = "dialogue" if workers.gpus else "cpu"
+    units.context.execution_options.label_selector = machines_for(pool)
     yield from units.iter_rows()
 
 

@@ -35,7 +35,7 @@ def about_routes(service: Service, config: ServeConfig, closed: bool) -> APIRout
             raise Overloaded("the replicas load the gallery")
         edition = service.snapshot.edition
         images = len(service.snapshot.catalogue)
-        calibration = None if config.neighbours or config.rerank else service.snapshot.calibration
+        calibration = service.snapshot.calibration_for(config)
         omega = calibration.omega if calibration else None
         return Ready(model=edition.model_name, gallery=edition.gallery_name, images=images, calibrated_omega=omega)
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from ceca.data.changes import hide, write_added
-from ceca.data.keys import numbers
+from ceca.data.keys import Positions, numbers
 from ceca.data.store import Receipt, Store
 from ceca.search.catalogue import Catalogue, Recent
-from ceca.search.columns import Columns, Index
+from ceca.search.columns import Columns
 from ceca.search.edition import Edition
 from ceca.search.sources import StoredPart
 from tests.ceca.data.dataset import IDS, table_of, word, write
@@ -44,11 +44,11 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def test_an_index_finds_the_first_row_of_an_id_and_nothing_else():
-    index = Index(np.array([5, 2**64 - 1, 3, 5], np.uint64))
+    index = Positions(np.array([5, 2**64 - 1, 3, 5], np.uint64), first=True)
     assert index.find(np.array([5, 4, 3, 2**64 - 1, 0], np.uint64)).tolist() == [0, -1, 2, 1, -1]
-    assert index.row("0000000000000003") == 2
-    assert index.row("0000000000000006") is None
-    assert Index(np.empty(0, np.uint64)).find(np.array([1], np.uint64)).tolist() == [-1]
+    assert index.of("0000000000000003") == 2
+    assert index.of("0000000000000006") is None
+    assert Positions(np.empty(0, np.uint64), first=True).find(np.array([1], np.uint64)).tolist() == [-1]
 
 
 def test_every_image_has_its_own_words_and_facets(edition: Edition):
