@@ -87,7 +87,7 @@ def main(settings: Settings) -> None:
                 print(f"{section:12}{spent}{each}  {cost.said}", flush=True)
     smallest, largest = min(settings.images), max(settings.images)
     if smallest < largest:
-        print(f"\nCPU time and memory per image at {largest:,}, as multiples of those at {smallest:,}")
+        print(f"\nCPU time and memory per image at {largest:,} images, divided by those at {smallest:,} images")
         for section in settings.sections or SECTIONS:
             if (section, smallest) in costs and (section, largest) in costs:
                 few, many = costs[section, smallest], costs[section, largest]

@@ -164,8 +164,9 @@ def open_gallery(
 ) -> Gallery:
     """Open the gallery of an edition, or one shard of it.
 
-    On a CPU the embeddings are files on this machine, mapped into memory: made once, used by all processes. An image
-    takes 2 bytes a number in fp16, of which a search reads few, and 1 byte a number in 8 bits.
+    On a CPU the embeddings are files on this machine, mapped into memory: made once, used by all processes. A
+    number takes 1 byte in the 8-bit file, which a search reads whole, and 2 bytes in the fp16 file. It
+    reads only a few rows of that file.
 
     Args:
         edition: the edition.

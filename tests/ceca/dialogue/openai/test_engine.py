@@ -3,104 +3,21 @@
 import asyncio
 import base64
 import email.utils
-import http.server
 import io
 import json
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from PIL import Image
 
 from ceca.config import OpenAIConfig
 from ceca.dialogue.conversation import QUESTIONS, SUMMARY_REQUEST, Answer, DialogueError, EngineError, Subject, converse
 from ceca.dialogue.openai import LONGEST_WAIT_S, OpenAIEngine, _retry_after
-from tests.endpoint import ChatServer, completion
-
-KEY = "sk-test-1234567890"
-
-
-def encode(form: str) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (8, 16), "red").save(content, form)
-    return content.getvalue()
-
-
-SUBJECT = Subject("one", encode("JPEG"))
-
-
-def refusal(status: int, message: str = "no", **headers: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message}}, status, headers)
-
-
-class Endpoint(ChatServer):
-    """Server that gives `replies` in order and repeats the last one. It records bodies and keys."""
-
-    def __init__(self) -> None:
-        self.replies: list[Response | Callable[[dict[str, Any]], Any]] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        super().__init__(self.next_reply)
-
-    async def next_reply(self, body: dict[str, Any], request: Request) -> Response:
-        self.bodies.append(body)
-        self.keys.append(request.headers.get("authorization"))
-        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        return await reply(body) if callable(reply) and not isinstance(reply, Response) else reply
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Endpoint]:
-    served = Endpoint()
-    yield served
-    served.close()
-
-
-@pytest.fixture
-def endpoint(server: Endpoint) -> Endpoint:
-    server.replies, server.bodies, server.keys = [completion()], [], []
-    return server
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Waits between the attempts in seconds. The engine does not really wait."""
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        await asyncio.sleep(0)
-
-    monkeypatch.setattr("ceca.dialogue.openai.asyncio", SimpleNamespace(sleep=sleep))
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    return slept
-
-
-def make(endpoint: Endpoint, **settings: Any) -> OpenAIEngine:
-    return OpenAIEngine(OpenAIConfig(base_url=endpoint.url, model="tiny", **settings), temperature=0.0, seed=7)
-
-
-def use(engine: OpenAIEngine, act: Callable[[OpenAIEngine], Any]) -> Any:
-    async def run() -> Any:
-        await engine.start()
-        try:
-            return await act(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(run())
-
-
-def ask(engine: OpenAIEngine, subject: Subject = SUBJECT) -> Answer:
-    return use(engine, lambda engine: engine.answer(subject, (), "Who?", 48))
-
+from tests.ceca.dialogue.openai.conftest import SUBJECT, ask, encode, make, refusal, use
+from tests.endpoint import completion
 
 # --- requests ---------------------------------------------------------------------------------------------
 
@@ -436,94 +353,3 @@ def test_a_missing_endpoint_is_an_error_at_the_start(url):
     engine = OpenAIEngine(OpenAIConfig(base_url=url, model="tiny"), temperature=0.0, seed=0)
     with pytest.raises(EngineError, match=r"nothing answers at .*--openai\.base-url"):
         asyncio.run(engine.start())
-
-
-# --- the key ----------------------------------------------------------------------------------------------
-
-
-def test_the_key_comes_from_the_named_variable(endpoint, monkeypatch):
-    monkeypatch.setenv("MY_KEY", f"{KEY}-mine\n")
-    ask(make(endpoint, api_key_variable="MY_KEY"))
-    assert endpoint.keys == [f"Bearer {KEY}-mine"]
-
-
-def test_a_key_is_optional(endpoint, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    ask(make(endpoint))
-    assert endpoint.keys == [None]
-
-
-@pytest.mark.parametrize("status", [400, 401, 500])
-def test_the_key_is_in_no_message_even_if_the_endpoint_repeats_it(endpoint, caplog, status):
-    endpoint.replies = [refusal(status, f"bad key {KEY}")]
-    with caplog.at_level(logging.DEBUG), pytest.raises((DialogueError, EngineError)) as caught:
-        ask(make(endpoint, retries=0))
-    assert "bad key ***" in str(caught.value)
-    assert KEY not in str(caught.value) + caplog.text
-    assert caught.value.__cause__ is None
-
-
-def test_an_invalid_key_is_refused_without_repeating_it(endpoint, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}…")
-    with pytest.raises(EngineError, match=r"\$OPENAI_API_KEY") as caught:
-        ask(make(endpoint))
-    assert KEY not in str(caught.value)
-
-
-# --- proxies ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Targets of the requests that reach the proxy of this environment."""
-    reached: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            reached.append(self.path)
-            self.send_error(502)
-
-        do_GET = do_POST
-        do_CONNECT = do_POST
-
-        def log_message(self, *_: object) -> None: ...
-
-    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, f"http://me:secret@127.0.0.1:{listening.server_port}")
-    yield reached
-    listening.shutdown()
-
-
-def test_an_endpoint_on_this_machine_is_asked_past_the_proxy(endpoint, proxy, monkeypatch):
-    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
-    port = endpoint.url.split(":")[-1]
-    for host in ("127.0.0.1", "localhost", "127.0.0.2"):
-        endpoint.url = f"http://{host}:{port}"
-        if host != "127.0.0.2":  # nothing listens there
-            assert ask(make(endpoint)).text == "a man"
-        else:
-            with pytest.raises(EngineError, match="nothing answers"):
-                ask(make(endpoint))
-    endpoint.url = f"http://127.0.0.1:{port}"
-    assert proxy == []
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_an_error_names_the_proxy_without_its_password(proxy, caplog, scheme):
-    engine = OpenAIEngine(OpenAIConfig(base_url=f"{scheme}://models.example/v1", model="m", retries=0), 0.0, 0)
-    with pytest.raises(
-        EngineError, match=rf"through the proxy http://\*\*\*@127\.0\.0\.1:\d+ of \${scheme}_proxy"
-    ) as caught:
-        ask(engine)
-    assert proxy
-    assert "pictures go to" in caplog.text
-    assert "secret" not in str(caught.value) + caplog.text
-
-
-def test_a_proxy_that_cannot_be_used_is_one_error(monkeypatch):
-    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
-    engine = OpenAIEngine(OpenAIConfig(base_url="http://models.example/v1", model="m"), 0.0, 0)
-    with pytest.raises(EngineError, match=r"through the proxy socks5://127\.0\.0\.1:9 of \$all_proxy"):
-        ask(engine)
