@@ -64,6 +64,25 @@ def s3_environment(s3: S3Server) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def lone_group() -> Iterator[None]:
+    """A process group of this process alone, kept to the end: DeepSpeed remembers the first one that it sees."""
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_worker(lone_group: None) -> Iterator[None]:
+    """This process is the only worker, as DeepSpeed needs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("DS_ACCELERATOR", "cpu"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture
 def browser() -> Iterator[Browser]:
     """Chromium without a window. For one test each: Playwright's loop and another's asyncio do not mix."""

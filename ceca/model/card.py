@@ -40,7 +40,7 @@ tags:
 ---
 """
 
-_USE = """With [CECA](https://pypi.org/project/ceca/), both similarities:
+_USE = """With the Python package `ceca`, both similarities:
 
 ```python
 import ceca

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ def told(run, ingested) -> Path:
     return ingested
 
 
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def in_this_process() -> Iterator[None]:
     """Units are done in this process, by the same workers: for tests of what a stage plans and publishes."""
 
     def run(store, plan, version, todo, workers):
@@ -40,8 +41,17 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             result = worker({"unit": unit, "work": json.dumps(plan.units[unit])})
             assert not result["fatal"], result["fatal"]
 
-    monkeypatch.setattr(units, "_run_units", run)
-    monkeypatch.setattr(units, "connect", lambda store: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "_run_units", run)
+        patch.setattr(units, "connect", lambda store: None)
+        yield
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    """As `in_this_process`."""
+    with in_this_process():
+        yield
 
 
 @pytest.fixture

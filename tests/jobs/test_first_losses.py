@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from ceca.model.backbone import tokenize
 from ceca.model.ceca import CECA
 from ceca.model.embed import normalize
 from ceca.training.division import divide
-from ceca.training.engine import import_deepspeed, make_engine
+from ceca.training.engine import make_engine
 from ceca.training.order import Batches
 from ceca.training.step import train_step
 
@@ -81,21 +79,10 @@ def plain_losses(model: CECA, count: int) -> list[float]:
     return losses
 
 
-@pytest.fixture(scope="module")
-def process_group() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setitem(os.environ, name, value)
-        import_deepspeed()
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
-
-
 PLAIN = AugmentationConfig(flip=0, pad=0, erase=0, word_mask=0)
 
 
-def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) -> None:
+def test_the_first_five_losses_are_those_of_a_plain_loop(one_worker: None) -> None:
     config = TrainConfig(
         model=ModelConfig(
             backbone="ceca-tiny", image_height=32, image_width=32, mixer_heads=4, local_dim=32, mixer_order="released"
@@ -121,7 +108,7 @@ def test_the_first_five_losses_are_those_of_a_plain_loop(process_group: None) ->
     assert len({round(loss, 2) for loss in found}) == 5
 
 
-def test_a_divided_epoch_learns_from_the_pairs_that_its_model_calls_clean(process_group: None) -> None:
+def test_a_divided_epoch_learns_from_the_pairs_that_its_model_calls_clean(one_worker: None) -> None:
     """Two batches of eight and a last one of four; the division compares all pairs before the first step."""
     from jobs.training.worker import _divide, _of_step
 

@@ -28,22 +28,25 @@ from ceca.model.weights import load_model
 from ceca.search.edition import find_edition
 from ceca.search.gallery import open_gallery
 from ceca.search.searcher import Searcher
+from jobs.dialogue import dialogue
 from jobs.evaluations import ranking
 from jobs.index import SMALL_PARTS, CopiedRows, reuse
+from jobs.ingest import ingest
+from jobs.pipeline import recipe_config
 from jobs.remove import remove
 from jobs.reports.figures import report_attributes, report_omega, report_ranked, report_significance
 from jobs.reports.page import report_page
 from jobs.train import train
 from tests.conftest import REPOSITORY
-from tests.jobs.conftest import SMALL
+from tests.jobs.conftest import SMALL, in_this_process
 from tests.jobs.test_stages import digests, kill_after_some_units
 
 pytestmark = pytest.mark.timeout(600)
 
 
 def prepare(run, drawn: Path, data: str, environment: dict[str, str] | None = None) -> None:
-    run("ingest", *SMALL, "--source", drawn, "--data", data, environment=environment)
-    run("dialogue", *SMALL, "--data", data, environment=environment)
+    run("ingest", "--recipe", "tiny", "--source", drawn, "--data", data, environment=environment)
+    run("dialogue", "--recipe", "tiny", "--data", data, environment=environment)
 
 
 def metrics(store: Store) -> dict[str, dict[str, float]]:
@@ -53,9 +56,12 @@ def metrics(store: Store) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def on_disk(run, told, tmp_path_factory) -> Store:
-    """The whole pipeline on disk, undisturbed."""
-    data = shutil.copytree(told, tmp_path_factory.mktemp("data"), dirs_exist_ok=True)
+def on_disk(run, drawn, tmp_path_factory) -> Store:
+    """The whole pipeline on disk, undisturbed. In few parts: Ray starts a process for each that training reads."""
+    data = tmp_path_factory.mktemp("data")
+    with in_this_process():
+        ingest(str(data), recipe_config("tiny", "ingest", source=str(drawn)))
+        dialogue(str(data), recipe_config("tiny", "dialogue"))
     run("train", *SMALL, "--data", data)
     run("evaluate", *SMALL, "--data", data)
     run("index", *SMALL, "--data", data)

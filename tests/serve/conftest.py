@@ -106,10 +106,12 @@ class Changing:
 
     def finished(self, job: str, seconds: float = 30) -> dict:
         deadline = time.monotonic() + seconds
-        while (answer := self.client.get(f"/v1/jobs/{job}").json())["status"] == "waiting":
-            assert time.monotonic() < deadline, answer
+        while True:
+            answer = self.client.get(f"/v1/jobs/{job}")
+            if answer.status_code != 503 and answer.json()["status"] != "waiting":  # 503 while the intake starts again
+                return answer.json()
+            assert time.monotonic() < deadline, answer.text
             time.sleep(0.1)
-        return answer
 
     def until(self, condition: Callable[[], bool], seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -218,17 +217,6 @@ def test_deepspeed_knows_every_setting_and_checks_gradients_only_where_it_must(s
 def test_no_bucket_is_larger_than_the_largest():
     zero = deepspeed_config(TrainConfig(), parameters=10**12)["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == MOST_IN_A_BUCKET
-
-
-@pytest.fixture(scope="module")
-def one_worker() -> Iterator[None]:
-    """A process group of this process alone, as DeepSpeed needs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("DS_ACCELERATOR", "cpu"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-            patch.setenv(name, value)
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
 
 
 SMALL = ModelConfig(
