@@ -54,6 +54,7 @@ EXACT = {
 }
 BF16 = [("ceca", "bf16", stage, None) for stage in (1, 2, 3)]  # on two workers
 CASES = {size: [(size, mode) for mode in EXACT[size]] for size in EXACT}
+SOME = [*CASES[2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[3])]  # three workers: in the drills
 
 
 def name_of(mode: tuple[Any, ...]) -> str:
@@ -190,7 +191,7 @@ def of(found: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(f"{kind} "): value for name, value in found.items() if name.startswith(f"{kind} ")}
 
 
-@pytest.mark.parametrize("case", [*CASES[2], *CASES[3]], ids=case_name)
+@pytest.mark.parametrize("case", SOME, ids=case_name)
 def test_many_workers_compute_what_one_computes(results, reference, case):
     found, mode = results(*case), case[1]
     expected = reference[mode[0]]
@@ -212,7 +213,7 @@ def test_many_workers_compute_what_one_computes(results, reference, case):
         torch.testing.assert_close(of(found, "statistic")[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("case", [*CASES[2], *CASES[3]], ids=case_name)
+@pytest.mark.parametrize("case", SOME, ids=case_name)
 def test_every_zero_stage_takes_the_steps_of_one_process(results, reference, case):
     after, expected = of(results(*case), "after"), reference[case[1][0]]
     wanted, before = of(expected, "after"), of(expected, "before")

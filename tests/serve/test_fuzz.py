@@ -175,6 +175,7 @@ def fuzz_over_http(running: Running, changing: Changing, examples: int, *prefixe
     return total
 
 
+@pytest.mark.slow
 def test_hundreds_of_cases_over_http_are_answered_as_described(running: Running, changing: Changing) -> None:
     assert fuzz_over_http(running, changing, 1, "/closed") > 250
 
@@ -444,6 +445,7 @@ def processes() -> dict[str, list[psutil.Process]]:
     return found
 
 
+@pytest.mark.slow
 def test_hostile_requests_leave_no_memory_behind(running: Running) -> None:
     requests = [request for name, request in (REFUSED | NO_HTTP).items() if name != "10 MB of text"]
 
