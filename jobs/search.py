@@ -68,9 +68,10 @@ def search(
     catalogue = Catalogue(searcher.edition)
     title = query if confidence is None else f"{query} (confidence {confidence:.2f})"
     table = text_table(title, "", "similarity", "global", "local", "identity", "image", left="image")
-    for rank, hit in enumerate(hits, 1):
+    paths = catalogue.source_paths([hit.image_id for hit in hits])
+    for rank, (hit, path) in enumerate(zip(hits, paths, strict=True), 1):
         figures = (f"{value:.3f}" for value in (hit.similarity, hit.global_similarity, hit.local_similarity))
-        table.add_row(str(rank), *figures, str(hit.identity), catalogue.source_path(hit.image_id) or "")
+        table.add_row(str(rank), *figures, str(hit.identity), path or "")
     console.print(table)
     if picture is not None:
         from ceca.report.figures import draw_ranked_lists

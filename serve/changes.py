@@ -51,6 +51,7 @@ class Changes:
         details = {
             "identity": image.identity,
             "camera": image.camera,
+            "time": image.time,
             "source_path": image.name,
             "summary": image.summary,
         }

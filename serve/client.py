@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -224,6 +225,7 @@ class Client:
         *,
         identity: int | None = None,
         camera: str | None = None,
+        time: datetime | None = None,
         name: str = "",
         summary: str = "",
         wait: bool = True,
@@ -234,11 +236,13 @@ class Client:
             image: a file, or its bytes.
             identity: number of the person in the image.
             camera: the camera that took it.
+            time: when it was taken; in UTC without a zone.
             name: where the image came from.
             summary: description of the person; if empty, the service asks its multimodal model, if it has one.
             wait: return when the image is searchable; else as soon as it is acknowledged.
         """
-        about = {"identity": identity, "camera": camera, "name": name, "summary": summary}
+        taken = None if time is None else time.isoformat()
+        about = {"identity": identity, "camera": camera, "time": taken, "name": name, "summary": summary}
         params = {name: value for name, value in about.items() if value not in (None, "")}
         return self._finished(self._record(Job, "POST", "/v1/images", params=params, content=_content(image)), wait)
 

@@ -154,7 +154,8 @@ class Ingress:
         result = await self._find(snapshot, query)
         shown = [hit.image_id for hit in result.hits[query.offset :]]
         summaries = await asyncio.to_thread(snapshot.catalogue.summaries, shown)
-        return dataclasses.replace(result, summaries=summaries)
+        paths = await asyncio.to_thread(snapshot.catalogue.source_paths, shown)
+        return dataclasses.replace(result, summaries=summaries, paths=paths)
 
     async def _find(self, snapshot: Snapshot, query: Query) -> SearchResult:
         snapshot.facets.check(query.where)  # here, so that a wrong condition does not fail a whole batch

@@ -18,6 +18,7 @@ import base64
 import dataclasses
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,9 @@ class Intake:
             if self.questioner and not record["summary"] and not self.questioner.ready():
                 self.unasked.add(name)
             elif record["image_id"] not in (earlier["image_id"] for earlier in records):
-                records.append({**record, "arrival": name, "image": base64.b64decode(record["image"])})
+                time = datetime.fromisoformat(record["time"]) if record.get("time") else None
+                image = base64.b64decode(record["image"])
+                records.append({**record, "arrival": name, "image": image, "time": time})
         await self._add(edition, records)
         await asyncio.to_thread(_join_small, edition)
 
@@ -269,7 +272,8 @@ def _join_small(edition: Edition) -> None:
     small = [name for name in names if _rows(store, digest, name) < WHOLE] if len(names) > SMALL else []
     if len(small) <= SMALL:
         return
-    whole = pa.concat_tables([read_added(store, digest, name) for name in small])
+    tables = [read_added(store, digest, name) for name in small]
+    whole = pa.concat_tables(tables, promote_options="default")  # older ones have no times
     left_out = set(removed_images(store))
     kept: list[int] = []
     for row, image_id in enumerate(whole["image_id"].to_pylist()):

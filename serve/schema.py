@@ -5,9 +5,13 @@ The Python client (`serve.client`) returns these records too, so this module imp
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from ceca.datasets.records import in_utc
 
 # --- requests ---------------------------------------------------------------------------------------------
 
@@ -25,6 +29,12 @@ def _characters(text: str) -> str:
     return text
 
 
+def _moment(text: str) -> str:
+    if not re.match(r"\d{4}-\d\d-\d\d", text, re.ASCII):
+        raise ValueError("a time is written 2026-01-31 or 2026-01-31T12:30, and may have seconds and a zone")
+    return in_utc(datetime.fromisoformat(text)).isoformat()
+
+
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value  # 3.0 is an integer in JSON
 
@@ -33,6 +43,7 @@ def _whole(value: Any) -> Any:
 PATTERN = r"[^\s\u0085\u001c-\u001f]"
 Words = Annotated[str, AfterValidator(_words), Field(json_schema_extra={"pattern": PATTERN})]
 Text = Annotated[str, AfterValidator(_characters)]
+Moment = Annotated[str, AfterValidator(_moment), Field(json_schema_extra={"format": "date-time"})]
 ImageId = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 TopK = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Offset = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
@@ -45,7 +56,8 @@ class SearchRequest(BaseModel):
     """A description of a person, and which of the best images to return.
 
     `top_k`: number of images. `offset`: number of best images to skip. `omega`: ω, the weight of the local similarity;
-    null uses the service's own. `where`: facets and values; an image must have one of the values of each facet.
+    null uses the service's own. `where`: facets and values; an image must have one of the values of each facet, and a
+    time in one of the ranges of `time`, which are written 2026-01-31, 2026-01-01..2026-02-15, 2026-01.. or ..2026.
     `answers`: the user's answers by facet, null if the user does not know; images that agree come first. `suggest`:
     also return the question whose answer would tell most. `min_confidence`: least probability that the most similar
     image shows this person; below it no image is returned, because probably nobody in the gallery does.
@@ -107,7 +119,8 @@ class SearchHit(Record):
     """One image of the gallery.
 
     `identity` is null if nobody has said whose image it is, `belief` (0 … 1) is null outside a conversation, `summary`
-    is null if the image has no dialogue. `image` is a path on this service.
+    is null if the image has no dialogue. `source_path` is the image's path in its source, or the name that it was added
+    with; empty if nobody said. `image` is a path on this service.
     """
 
     image_id: str
@@ -117,6 +130,7 @@ class SearchHit(Record):
     local_similarity: float
     belief: float | None
     summary: str | None
+    source_path: str = ""
     image: str
 
 

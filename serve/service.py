@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it imports Ray
 class SearchResult:
     """Hits of one edition. In a conversation also the belief in each hit, and the next question.
 
-    `summaries` are those of the hits from the query's offset on.
+    `summaries` and `paths` are those of the hits from the query's offset on.
     `confidence` in the most similar image; None if there is none (`ceca.search.confidence`).
     """
 
@@ -30,6 +30,7 @@ class SearchResult:
     beliefs: Sequence[float] | None = None
     question: Proposed | None = None
     summaries: Sequence[str | None] = ()
+    paths: Sequence[str | None] = ()
     confidence: float | None = None
 
 
@@ -54,6 +55,7 @@ class NewImage:
         size: its width and height in pixels.
         identity: number of the person, if known.
         camera: the camera that took it, if known.
+        time: when it was taken, ISO 8601, if known.
         name: where the image came from.
         summary: description of the person; if empty, the dialogue engine is asked.
     """
@@ -62,6 +64,7 @@ class NewImage:
     size: Size
     identity: int | None = None
     camera: str | None = None
+    time: str | None = None
     name: str = ""
     summary: str = ""
 

@@ -146,7 +146,7 @@ def write_arrival(store: Store, content: bytes, size: tuple[int, int], said: Map
         store: the dataset.
         content: the encoded image.
         size: its width and height in pixels.
-        said: `identity`, `camera`, `source_path` and `summary`, if known.
+        said: `identity`, `camera`, `time` (ISO 8601), `source_path` and `summary`, if known.
 
     Returns:
         The image's id.

@@ -9,6 +9,8 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ceca.data.schema import TIME
+
 ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
 
 
@@ -27,7 +29,7 @@ def decode(source: BinaryIO | pa.NativeFile, columns: Sequence[str] | None = Non
 
     Args:
         source: a file of Parquet.
-        columns: columns to read, in this order; None means all.
+        columns: columns to read, in this order; None means all. Without the column `time`, nobody said the times.
 
     Raises:
         pyarrow.ArrowInvalid: it is not Parquet, or lacks one of the columns.
@@ -35,6 +37,8 @@ def decode(source: BinaryIO | pa.NativeFile, columns: Sequence[str] | None = Non
     table = pq.ParquetFile(source, pre_buffer=True).read(columns, use_threads=False)  # several parts have a thread each
     if columns is None:
         return table
+    if TIME.name in columns and TIME.name not in table.column_names:
+        table = table.append_column(TIME, pa.nulls(len(table), TIME.type))
     if missing := sorted(set(columns).difference(table.column_names)):
         raise pa.ArrowInvalid(f"no column {', '.join(missing)}")
     return table.select(columns)

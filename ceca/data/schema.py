@@ -25,7 +25,7 @@ IMAGES = pa.schema(
     ]
 )
 
-# A further column of IMAGES where the source says when a picture was taken; other tables do not have it.
+# A further column of IMAGES where the source says when a picture was taken. Where it is missing, it is read as null.
 TIME = pa.field("time", pa.timestamp("us", tz="UTC"))
 
 CAPTIONS = pa.schema(
@@ -106,7 +106,7 @@ def added(global_dim: int, local_dim: int) -> pa.Schema:
     """
     dialogue = [DIALOGUES.field(name) for name in ("turns", "summary", "attributes", "flags")]
     embedded = [gallery(global_dim, local_dim).field(name) for name in ("global", "local")]
-    return pa.schema([*IMAGES, *dialogue, pa.field("dialogue_model", pa.string(), nullable=False), *embedded])
+    return pa.schema([*IMAGES, *dialogue, pa.field("dialogue_model", pa.string(), nullable=False), *embedded, TIME])
 
 
 def queries(global_dim: int, local_dim: int, precision: pa.DataType = _FP16) -> pa.Schema:

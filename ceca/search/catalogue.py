@@ -109,7 +109,7 @@ class Catalogue:
         self.ids = ids[~edition.is_removed(ids)]
         self._pictures: Recent[Picture] = Recent(CACHE_BYTES)
         self._texts: Recent[pa.Table] = Recent(TEXT_BYTES)
-        current = set(self.columns["dialogues"].digests)
+        current = {*self.columns["dialogues"].digests, *self.columns["images"].digests}
         for key, texts, size in before._texts.items() if before else ():
             if isinstance(key, tuple) and key[0] in current:  # else it may hold what was erased
                 self._texts.keep(key, texts, size)
@@ -133,11 +133,6 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def source_path(self, image_id: str) -> str | None:
-        """Path of an image in its source; None if the edition does not have the image."""
-        row = self._picture_row(image_id)
-        return None if row is None else self._take("images", row, "source_path")
-
     def _picture_row(self, image_id: str) -> int | None:
         return self.columns["images"].index.of(image_id) if image_id in self else None
 
@@ -148,13 +143,19 @@ class Catalogue:
 
     # --- texts --------------------------------------------------------------------------------------------
 
+    def source_paths(self, ids: Sequence[str]) -> list[str | None]:
+        """Path of each image in its source; None if the edition does not have the image."""
+        known = [image_id in self for image_id in ids]
+        rows = self._read_texts("images", ids, ("source_path",))
+        return [row["source_path"] if row and is_known else None for row, is_known in zip(rows, known, strict=True)]
+
     def summary(self, image_id: str) -> str | None:
         """Summary of an image; None if it has no dialogue."""
         return self.summaries([image_id])[0]
 
     def summaries(self, ids: Sequence[str]) -> list[str | None]:
         """Summary of each image; None if it has no dialogue."""
-        return [None if row is None else row["summary"] for row in self._read_texts(ids, ("summary",))]
+        return [None if row is None else row["summary"] for row in self._read_texts("dialogues", ids, ("summary",))]
 
     def told(self, ids: Sequence[str]) -> list[Told | None]:
         """Dialogue about each image; None if there is none."""
@@ -162,24 +163,24 @@ class Catalogue:
             None
             if row is None
             else Told([(turn["question"], turn["answer"]) for turn in row["turns"] or ()], row["summary"])
-            for row in self._read_texts(ids, ("turns", "summary"))
+            for row in self._read_texts("dialogues", ids, ("turns", "summary"))
         ]
 
-    def _read_texts(self, ids: Sequence[str], columns: tuple[str, ...]) -> list[dict[str, Any] | None]:
-        """Columns of the dialogue about each image. Whole row groups are read, side by side, and kept."""
-        dialogues = self.columns["dialogues"]
-        rows = dialogues.index.find(np.array([int(image_id, 16) for image_id in ids], np.uint64)).tolist()
-        places = [None if row < 0 else dialogues.place(row) for row in rows]
+    def _read_texts(self, table: str, ids: Sequence[str], columns: tuple[str, ...]) -> list[dict[str, Any] | None]:
+        """Columns of each image's row of a table. Whole row groups are read, side by side, and kept."""
+        held, sources = self.columns[table], self.sources[table]
+        rows = held.index.find(np.array([int(image_id, 16) for image_id in ids], np.uint64)).tolist()
+        places = [None if row < 0 else held.place(row) for row in rows]
 
         def read(group: tuple[int, int]) -> pa.Table:
             source, start = group
-            key = dialogues.digests[source], start, columns
-            table = self._texts.get(key)
-            if table is None:
-                end = min(start + ROW_GROUP, int(dialogues.starts[source + 1] - dialogues.starts[source]))
-                table = self.sources["dialogues"][source].take(range(start, end), list(columns))
-                self._texts.keep(key, table, table.nbytes)
-            return table
+            key = held.digests[source], start, columns
+            texts = self._texts.get(key)
+            if texts is None:
+                end = min(start + ROW_GROUP, int(held.starts[source + 1] - held.starts[source]))
+                texts = sources[source].take(range(start, end), list(columns))
+                self._texts.keep(key, texts, texts.nbytes)
+            return texts
 
         wanted = list({(place[0], place[1] // ROW_GROUP * ROW_GROUP): None for place in places if place})
         tables = dict(zip(wanted, in_order(read, wanted), strict=True))

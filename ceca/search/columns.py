@@ -1,4 +1,4 @@
-"""Small columns of an edition's rows: image ids as numbers, and facets as codes of their values.
+"""Small columns of an edition's rows: image ids as numbers, facets as codes of their values, and times.
 
 A million images take tens of megabytes. Parts are read side by side and once per machine: a file keeps what was read,
 and a new edition reads only parts that are new.
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ceca.data.keys import Positions, numbers
-from ceca.data.schema import NOBODY
+from ceca.data.schema import NOBODY, TIME
 from ceca.data.store import StoreError, in_order, version_of
 from ceca.environment import cache_folder
 from ceca.search.edition import Edition
@@ -28,14 +28,15 @@ from ceca.search.sources import Source
 TOGETHER = 64  # parts whose columns are coded together: parts may be small
 FEW = 64  # objects that are rather read again than written with all others to the file of this machine
 NONE = -1  # code of a row without a value
+NEVER = np.iinfo(np.int64).min  # time of a row without one
 
 
 class Columns:
-    """Image ids and columns of few values, of N rows in the order of their stored objects.
+    """Image ids, columns of few values, and times, of N rows in the order of their stored objects.
 
     Args:
         sources: the stored objects.
-        names: columns to read; of `attributes`, each attribute becomes a column.
+        names: columns to read; of `attributes`, each attribute becomes a column; `time` becomes `times`.
         before: the same of an earlier edition, whose objects are not read again.
 
     Attributes:
@@ -44,10 +45,12 @@ class Columns:
         starts: first row of each object, and N.
         codes: column → [N] int32, numbers of values; -1 for none.
         values: column → its values, by number.
+        times: [N] int64, microseconds since 1970; NEVER for none. None if no row has a time.
     """
 
     starts: np.ndarray
     values: dict[str, pa.Array]
+    times: np.ndarray | None
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class Columns:
         new = [place for place, digest in enumerate(self.digests) if digest not in kept]
         held_lengths = np.diff(before.starts).tolist() if before else []
         lengths = np.array([held_lengths[kept[digest]] if digest in kept else 0 for digest in self.digests], np.int64)
-        read = []  # of several parts together: places, ids, coded columns
+        read = []  # of several parts together: places, ids, coded columns, times
         tables = in_order(lambda place: sources[place].describe(["image_id", *names]), new)
         for start in range(0, len(new), TOGETHER):
             places = new[start : start + TOGETHER]
@@ -71,6 +74,7 @@ class Columns:
         self.ids = np.empty(self.starts[-1], np.uint64)
         self.codes: dict[str, np.ndarray] = {}
         known: dict[str, dict[str, int]] = {}
+        times = np.full(len(self.ids) if TIME.name in names else 0, NEVER)
         if before is not None:
             for name in before.values:
                 known[name] = before._numbered(name)
@@ -81,9 +85,13 @@ class Columns:
                     self.ids[rows] = before.ids[held]
                     for name, codes in before.codes.items():
                         self.codes[name][rows] = codes[held]
-        for places, ids, coded in read:
+                    if before.times is not None:
+                        times[rows] = before.times[held]
+        for places, ids, coded, moments in read:
             numbered = np.concatenate([np.arange(*self.starts[place : place + 2]) for place in places])
             self.ids[numbered] = ids
+            if moments is not None:
+                times[numbered] = moments
             for name, (codes, values) in coded.items():
                 if name not in self.codes:
                     self.codes[name] = np.full(len(self.ids), NONE, np.int32)
@@ -91,6 +99,7 @@ class Columns:
                 translated = [numbers_of.setdefault(value, len(numbers_of)) for value in values]
                 self.codes[name][numbered] = np.array([*translated, NONE], np.int32)[codes]
         self.values = {name: pa.array(numbers_of, pa.string()) for name, numbers_of in known.items()}
+        self.times = times if (times != NEVER).any() else None
         self._forget_unused()
         self.index = Positions(self.ids, first=True)
 
@@ -129,6 +138,13 @@ class Columns:
         codes, values = self._narrowed(name, np.where(rows >= 0, self.codes[name][rows], NONE))
         return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), values)
 
+    def times_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """Times of chosen rows [M]; NEVER for row -1 and where there is none. None if none has a time."""
+        if self.times is None:
+            return None
+        times = np.where(rows >= 0, self.times[rows], NEVER)
+        return times if (times != NEVER).any() else None
+
 
 def open_columns(
     edition: Edition, table: str, sources: Sequence[Source], names: Sequence[str], before: Columns | None = None
@@ -150,7 +166,8 @@ def open_columns(
         return before
     folder = cache_folder("columns", f"{version_of(edition.store.uri)}-{table}")
     path = folder / f"{version_of(digests, names)}.npz"
-    held = before or _load(path) or next(filter(None, map(_load, folder.glob("*.npz"))), None)
+    files = (_load(file, names) for file in (path, *folder.glob("*.npz")))
+    held = before or next(filter(None, files), None)
     if held is not None and held.digests == digests:
         return held
     columns = Columns(sources, names, held)
@@ -158,15 +175,18 @@ def open_columns(
     if held and known <= set(digests) and len(digests) - len(known) < FEW:
         return columns  # single images were added: the next process reads them again
     with contextlib.suppress(OSError, StoreError):  # without the file, the next process reads the table again
-        _save(columns, path)
+        _save(columns, names, path)
         sweep(folder, {path.stem})  # other files may hold what was erased
     return columns
 
 
-def _save(columns: Columns, path: Path) -> None:
+def _save(columns: Columns, names: Sequence[str], path: Path) -> None:
     """Write columns to a file."""
     arrays = {f"codes{number}": columns.codes[name] for number, name in enumerate(columns.values)}
+    if columns.times is not None:
+        arrays["times"] = columns.times
     described = {
+        "names": list(names),
         "digests": columns.digests,
         "values": {name: known.to_pylist() for name, known in columns.values.items()},
     }
@@ -175,16 +195,19 @@ def _save(columns: Columns, path: Path) -> None:
         np.savez(file, allow_pickle=False, ids=columns.ids, starts=columns.starts, described=words, **arrays)
 
 
-def _load(path: Path) -> Columns | None:
-    """Columns as `_save` wrote them; None if there is no such file."""
+def _load(path: Path, names: Sequence[str]) -> Columns | None:
+    """Columns as `_save` wrote them; None if there is no such file, or if it has other columns."""
     try:
         os.utime(path)  # `sweep` counts days from now
         with np.load(path) as arrays:
             described = json.loads(arrays["described"].tobytes())
+            if described["names"] != list(names):
+                return None
             columns = Columns([])
             columns.digests, columns.ids, columns.starts = described["digests"], arrays["ids"], arrays["starts"]
             columns.values = {name: pa.array(known, pa.string()) for name, known in described["values"].items()}
             columns.codes = {name: arrays[f"codes{number}"] for number, name in enumerate(columns.values)}
+            columns.times = arrays.get("times")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     columns.index = Positions(columns.ids, first=True)
@@ -194,13 +217,17 @@ def _load(path: Path) -> Columns | None:
 Coded = tuple[np.ndarray, list[str]]  # codes [n], -1 for none, and the values that they number
 
 
-def _coded_table(table: pa.Table, names: Sequence[str]) -> tuple[np.ndarray, dict[str, Coded]]:
-    """Ids and coded columns of a table."""
+def _coded_table(table: pa.Table, names: Sequence[str]) -> tuple[np.ndarray, dict[str, Coded], np.ndarray | None]:
+    """Ids, coded columns and times of a table."""
     coded: dict[str, Coded] = {}
+    times = None
     for name in names:
         column = table[name].combine_chunks()
-        coded |= _attributes(column) if name == "attributes" else {name: _coded(column, NOBODY)}
-    return numbers(table["image_id"]), coded
+        if name == TIME.name:
+            times = column.cast(pa.int64()).fill_null(NEVER).to_numpy()
+        else:
+            coded |= _attributes(column) if name == "attributes" else {name: _coded(column, NOBODY)}
+    return numbers(table["image_id"]), coded, times
 
 
 def _coded(column: pa.Array, nothing: int | None = None) -> Coded:

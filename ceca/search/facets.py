@@ -1,7 +1,8 @@
 """Facets: properties of a gallery's images that a search can filter by before it takes the best.
 
-Identity and split come from the gallery, the camera from the images table, and attributes from the dialogues if they
-were asked for. A facet is a dictionary-encoded column: small integer codes for few values.
+Identity and split come from the gallery, camera and time from the images table, and attributes from the dialogues if
+they were asked for. A facet is a dictionary-encoded column, small integer codes for few values; `time` is numbers, and
+its conditions are ranges (`ceca.search.times`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from ceca.data.schema import TIME
 from ceca.errors import UserError
-from ceca.search.columns import Columns, open_columns
+from ceca.search.columns import NEVER, Columns, open_columns
 from ceca.search.edition import Edition
 from ceca.search.sources import list_sources
+from ceca.search.times import in_ranges, read_range, spell
 
-FACETS = {"gallery": ("identity", "split"), "images": ("camera",), "dialogues": ("attributes",)}  # table → columns
+# Table → columns.
+FACETS = {"gallery": ("identity", "split"), "images": ("camera", TIME.name), "dialogues": ("attributes",)}
 SHOWN = 20  # largest number of values that an error lists
 
 
@@ -33,13 +37,22 @@ class Facets:
     Args:
         columns: facet → column of N values; null if an image has no value.
         count: N.
+        times: [N] int64, microseconds since 1970, as in `Columns`; None if no image has a time.
     """
 
-    def __init__(self, columns: Mapping[str, pa.DictionaryArray], count: int):
-        self.columns, self.count = dict(columns), count
+    def __init__(self, columns: Mapping[str, pa.DictionaryArray], count: int, times: np.ndarray | None = None):
+        self.columns, self.count, self.times = dict(columns), count, times
+
+    @property
+    def names(self) -> list[str]:
+        """The facets that a condition can name."""
+        return [*self.columns, *([] if self.times is None else [TIME.name])]
 
     def values(self, name: str) -> list[str]:
-        """Sorted values of a facet."""
+        """Sorted values of a facet; of `time`, the earliest and the latest."""
+        if name == TIME.name and self.times is not None:
+            known = self.times[self.times != NEVER]
+            return [spell(int(known.min())), spell(int(known.max()))]
         return sorted(value for value in self.columns[name].dictionary.to_pylist() if value is not None)
 
     def check(self, conditions: Mapping[str, Sequence[str]]) -> None:
@@ -52,8 +65,11 @@ class Facets:
             FacetError: one does not exist; the message lists the ones that do.
         """
         for name, wanted in conditions.items():
-            if name not in self.columns:
-                raise FacetError(f"no facet {name!r} to filter by; there are {', '.join(self.columns) or 'none'}")
+            if name not in self.names:
+                raise FacetError(f"no facet {name!r} to filter by; there are {', '.join(self.names) or 'none'}")
+            if name == TIME.name and self.times is not None:
+                _check_times(wanted)
+                continue
             known = set(self.columns[name].dictionary.to_pylist())
             unknown = [value for value in wanted if value not in known]
             if unknown or not wanted:
@@ -83,6 +99,9 @@ class Facets:
         """The same as `where` without the check, for a shard: no image of it may have a value that the gallery has."""
         allowed = torch.ones(self.count, dtype=torch.bool)
         for name, wanted in conditions.items():
+            if name == TIME.name and self.times is not None:
+                allowed &= torch.from_numpy(in_ranges(self.times, wanted))
+                continue
             column = self.columns.get(name)
             if column is None:
                 return torch.zeros(self.count, dtype=torch.bool)
@@ -90,6 +109,15 @@ class Facets:
             fitting = pc.is_in(column.indices, pa.array(codes, column.indices.type))  # false for null
             allowed &= torch.from_numpy(fitting.to_numpy(zero_copy_only=False))
         return allowed
+
+
+def _check_times(wanted: Sequence[str]) -> None:
+    try:
+        ranges = [read_range(text) for text in wanted]
+    except ValueError as error:
+        raise FacetError(str(error)) from None
+    if not ranges:
+        raise FacetError("no range of time was given")
 
 
 def parse_conditions(words: Sequence[str]) -> dict[str, list[str]]:
@@ -126,11 +154,13 @@ def open_facets(edition: Edition, ids: np.ndarray) -> Facets:
 
 def facets_of(ids: np.ndarray, columns: Sequence[Columns]) -> Facets:
     """Facets from columns that were read: those of the tables in `FACETS`, in its order."""
-    known = {}
+    known, times = {}, None
     for of_table in columns:
         rows = of_table.index.find(ids)
+        if of_table.times is not None:
+            times = of_table.times_of(rows)
         for name in sorted(of_table.values, key=lambda name: (name != "identity", name)):
             column = of_table.aligned(name, rows)
             if column.null_count < len(ids):
                 known[name] = column
-    return Facets(known, len(ids))
+    return Facets(known, len(ids), times)

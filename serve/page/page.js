@@ -309,7 +309,7 @@ function appendAnswer(answer) {
 
 function card(hit, rank) {
   const image = make("img", { src: hit.image.slice(1), alt: `Result ${rank}`, loading: "lazy", decoding: "async" });
-  const picture = make("a", { className: "picture", href: hit.image.slice(1), target: "_blank", title: hit.image_id },
+  const picture = make("a", { className: "picture", href: hit.image.slice(1), target: "_blank", title: hit.source_path || hit.image_id },
     image, make("span", { className: "rank", textContent: rank }));
   image.onerror = () => picture.classList.add("gone");
   const identity = hit.identity === null
@@ -436,7 +436,8 @@ async function loadFacets() {
   if (!response?.ok) return; // without a key, or away: the search says so
   const { compare } = new Intl.Collator(undefined, { numeric: true });
   // A split is nothing that a person shows.
-  const named = Object.entries(await response.json()).filter(([facet]) => facet !== "split");
+  const { time, ...all } = await response.json();
+  const named = Object.entries(all).filter(([facet]) => facet !== "split");
   const several = named.filter(([, values]) => values.length > 1);
   facets = new Map(several.map(([facet, values]) => [facet, values.sort(compare)]));
   filters.replaceChildren(...[...facets].map(([facet, values]) => make("fieldset", {},
@@ -445,8 +446,22 @@ async function loadFacets() {
       const box = make("input", { type: "checkbox", value, onchange: () => filter(facet, value, box.checked) });
       box.dataset.facet = facet;
       return make("label", { className: "option" }, box, value);
-    })))));
+    })))), ...(time && time[0] !== time[1] ? [timeFields(time)] : []));
   showState();
+}
+
+// Two fields for a range of time, which is written first..last and is in UTC.
+function timeFields([earliest, latest]) {
+  const toMinute = (time) => time.slice(0, 16);
+  const fields = ["From", "To"].map((word) => make("input", { type: "datetime-local", ariaLabel: `${word} (UTC)`,
+    min: toMinute(earliest), max: toMinute(latest), onchange: () => {
+      const range = fields.map((field) => field.value).join("..");
+      if (range === "..") state.where.delete("time"); else state.where.set("time", [range]);
+      go();
+    } }));
+  fields.forEach((field, end) => { field.dataset.end = end; });
+  return make("fieldset", {}, make("legend", { textContent: "time, from and to (UTC)" }),
+    make("div", { className: "options" }, ...fields));
 }
 
 function filter(facet, value, wanted) {
@@ -462,9 +477,12 @@ function showState() {
   talkToggle.hidden = byImage;
   talkToggle.ariaPressed = String(state.talk);
   talk.hidden = byImage || !state.talk;
-  filtersToggle.hidden = !facets.size;
+  filtersToggle.hidden = !filters.childElementCount;
   filters.hidden = filtersToggle.hidden || filtersToggle.ariaExpanded !== "true";
-  for (const box of filters.querySelectorAll("input")) {
+  const [range = ""] = state.where.get("time") ?? [];
+  const ends = range.includes("..") ? range.split("..") : [range, range];
+  for (const field of filters.querySelectorAll("input[data-end]")) field.value = ends[field.dataset.end];
+  for (const box of filters.querySelectorAll("input[data-facet]")) {
     box.checked = Boolean(state.where.get(box.dataset.facet)?.includes(box.value));
   }
   const focused = chips.contains(document.activeElement);
@@ -554,13 +572,14 @@ async function add(file, fields, line, done) {
 
 function submitImage(event) {
   event.preventDefault();
-  const { file: chooser, summary, identity, camera } = event.target.elements;
+  const { file: chooser, summary, identity, camera, time } = event.target.elements;
   const file = chooser.files[0];
   const line = make("li");
   at("added").prepend(line);
   const problem = findFileProblem(file);
   if (problem) return line.append(sayProblem(new Error(problem)));
-  const given = { summary: summary.value.trim(), identity: identity.value, camera: camera.value.trim() };
+  const given =
+    { summary: summary.value.trim(), identity: identity.value, camera: camera.value.trim(), time: time.value };
   const named = Object.entries(given).filter(([, value]) => value);
   const fields = new URLSearchParams([["name", file.name.slice(0, 300)], ...named]);
   add(file, fields, line, () => { if (chooser.files[0] === file) event.target.reset(); });

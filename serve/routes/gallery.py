@@ -10,7 +10,7 @@ from fastapi import Query as Parameter
 from serve.audit import note
 from serve.refusals import NotFound, documented
 from serve.routes.images import IMAGE_BODY, ImageIdInPath, ImageInBody
-from serve.schema import Job, Text
+from serve.schema import Job, Moment, Text
 from serve.service import NewImage, Service
 
 
@@ -23,12 +23,14 @@ def gallery_routes(service: Service) -> APIRouter:
         sent: ImageInBody,
         identity: Annotated[int | None, Parameter(ge=0, lt=2**53)] = None,
         camera: Annotated[Text | None, Parameter(min_length=1, max_length=100)] = None,
+        time: Moment | None = None,
         name: Annotated[Text, Parameter(max_length=300)] = "",
         summary: Annotated[Text, Parameter(max_length=2000)] = "",
     ) -> Job:
         """Add the image in the body (JPEG, PNG, WebP or BMP) to the gallery. The returned job says when searches find
-        it. With `summary`, a description of the person, no multimodal model is asked about the image."""
-        image = NewImage(sent.content, sent.size, identity, camera, name, " ".join(summary.split()))
+        it. With `summary`, a description of the person, no multimodal model is asked about the image. `time` is in UTC
+        unless it says otherwise."""
+        image = NewImage(sent.content, sent.size, identity, camera, time, name, " ".join(summary.split()))
         job = await service.add(image)
         note(http, images=[job.image_id])
         return job

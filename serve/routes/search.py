@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Annotated
@@ -102,9 +103,10 @@ def search_routes(service: Service, config: ServeConfig) -> APIRouter:
 
     @v1.get("/facets")
     async def facets() -> dict[str, list[str]]:
-        """The facets and values that `where` can name. Identities are left out: there are too many."""
+        """The facets and values that `where` can name. Identities are left out: there are too many. Of `time`, the
+        earliest and the latest."""
         known = service.snapshot.catalogue.facets
-        return {name: known.values(name) for name in known.columns if name != "identity"}
+        return {name: known.values(name) for name in known.names if name != "identity"}
 
     @v1.get("/images/{image_id}", response_class=Response, responses=documented(404) | IMAGE_RESPONSES)
     async def image(
@@ -166,21 +168,21 @@ def _response(query: Query, result: SearchResult, page: Page, started: float) ->
     hits = result.hits[page.offset : page.end]
     beliefs = [None] * len(hits) if result.beliefs is None else result.beliefs[page.offset : page.end]
     edition = result.snapshot.edition
-    summaries = result.summaries[: len(hits)]
+    shown = zip(hits, beliefs, result.summaries[: len(hits)], result.paths[: len(hits)], strict=True)
     return SearchResponse(
         query=query.text,
         omega=query.omega,
         model=edition.model_name,
         gallery=edition.gallery_name,
         took_ms=round((time.perf_counter() - started) * 1000, 2),
-        hits=tuple(_hit(*shown) for shown in zip(hits, beliefs, summaries, strict=True)),
+        hits=tuple(itertools.starmap(_hit, shown)),
         next_offset=page.next_offset(len(result.hits)),
         question=result.question,
         confidence=result.confidence,
     )
 
 
-def _hit(hit: Hit, belief: float | None, summary: str | None) -> SearchHit:
+def _hit(hit: Hit, belief: float | None, summary: str | None, source_path: str | None) -> SearchHit:
     return SearchHit(
         image_id=hit.image_id,
         identity=None if hit.identity == NOBODY else hit.identity,
@@ -189,6 +191,7 @@ def _hit(hit: Hit, belief: float | None, summary: str | None) -> SearchHit:
         local_similarity=hit.local_similarity,
         belief=belief,
         summary=summary,
+        source_path=source_path or "",
         image=f"/v1/images/{hit.image_id}",
     )
 

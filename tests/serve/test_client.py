@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -153,13 +154,16 @@ def test_a_key_that_does_not_open_is_said_and_not_shown(running: Running) -> Non
 
 def test_an_image_is_added_found_and_removed(writer: Client) -> None:
     content = picture("darkorchid")
-    job = writer.add(content, identity=91, camera="c7", name="desk/1.jpg", summary="A person in orchid.")
+    taken = datetime(2031, 5, 1, 12, tzinfo=timezone(timedelta(hours=2)))
+    job = writer.add(content, identity=91, camera="c7", time=taken, name="desk/1.jpg", summary="A person in orchid.")
     assert isinstance(job, Job)
     assert (job.status, job.job) == ("done", f"add-{job.image_id}")
     assert job.image_id is not None
     (hit,) = writer.search(QUERY, where={"camera": "c7"}).hits
     assert isinstance(hit, Hit)
     assert (hit.image_id, hit.identity, hit.summary) == (job.image_id, 91, "A person in orchid.")
+    assert hit.source_path == "desk/1.jpg"
+    assert writer.search(QUERY, where={"time": "2031-05-01T10"}).hits[0].image_id == job.image_id
     assert writer.image(job.image_id) == content
     gone = writer.remove(job.image_id)
     assert (gone.status, gone.image_id) == ("done", job.image_id)

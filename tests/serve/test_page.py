@@ -106,6 +106,16 @@ def test_the_page_explains_filters_and_holds_a_conversation(running: Running, br
     page.get_by_role("button", name="Remove camera: c1").click()
     expect(page.locator("#grid .card")).to_have_count(10)
 
+    page.get_by_label("From (UTC)").fill("2026-03-02T09:00")
+    page.get_by_label("From (UTC)").dispatch_event("change")
+    where = {"time": ["2026-03-02T09:00.."]}
+    later = {hit["image_id"] for hit in running.search(query=QUERY, top_k=TOP_K_LIMIT, where=where)["hits"]}
+    wait_until(page, "document.querySelectorAll('#grid .picture').length", min(len(later), 10))
+    assert page.evaluate("location.hash").endswith("where.time=2026-03-02T09%3A00..")
+    page.get_by_role("button", name="Remove time: 2026-03-02T09:00..").click()
+    assert page.get_by_label("From (UTC)").input_value() == ""
+    expect(page.locator("#grid .card")).to_have_count(10)
+
     page.get_by_role("button", name="Help me narrow it down").click()
     answer = page.locator("#talk .answers button").first
     expect(page.locator("#talk .question")).to_contain_text("What colour are the clothes on the upper body?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import re
 import time
 
@@ -75,7 +76,17 @@ def test_conditions_apply_before_the_best_are_taken(running: Running) -> None:
     expected = running.searcher.search(QUERY, omega=0.3, top_k=12, where={"camera": ["c1"], "upper_colour": colours})
     assert [hit["image_id"] for hit in hits] == [hit.image_id for hit in expected]
     facets = running.client.get("/v1/facets").json()
-    assert facets == {"split": ["test"], "camera": ["c0", "c1", "c2"], "upper_colour": sorted(COLOURS)}
+    times = ["2026-03-01T08:30:00Z", "2026-03-09T08:30:00Z"]
+    assert facets == {"split": ["test"], "camera": ["c0", "c1", "c2"], "upper_colour": sorted(COLOURS), "time": times}
+
+
+def test_a_search_is_limited_to_ranges_of_time(running: Running) -> None:
+    where = {"time": ["2026-03-02..2026-03-03", "2026-03-05T09"], "camera": ["c0", "c1"]}
+    hits = running.search(query=QUERY, top_k=12, where=where)["hits"]
+    assert {hit["source_path"] for hit in hits} == {f"{number:04d}.jpg" for number in (3, 4, 9)}
+    parameters = {"where": json.dumps(where)}
+    by_image = running.client.post("/v1/search/image", params=parameters, content=draw_person(3)).json()
+    assert {hit["image_id"] for hit in by_image["hits"]} == {hit["image_id"] for hit in hits}
 
 
 def test_images_are_the_bytes_that_came(running: Running) -> None:
@@ -116,7 +127,12 @@ def test_only_images_of_the_gallery_are_reachable(running: Running) -> None:
         ('{"query": "a man", "omega": Infinity}', "omega", ""),
         ('{"query": "a man", "omega": 1.01}', "omega", "less than or equal to 1"),
         ('{"query": "a man", "weight": 1}', "weight", "not permitted"),
-        ('{"query": "a man", "where": {"hat": ["cap"]}}', "where", "there are identity, split, camera, upper_colour"),
+        (
+            '{"query": "a man", "where": {"hat": ["cap"]}}',
+            "where",
+            "there are identity, split, camera, upper_colour, time",
+        ),
+        ('{"query": "a man", "where": {"time": ["noon"]}}', "where", "a range of time is written"),
         ('{"query": "a man", "where": {"camera": ["c9"]}}', "where", "there are c0, c1, c2"),
         ('{"query": "a man", "answers": {"hat": "cap"}}', "answers", "the candidates differ in upper_colour"),
         ('{"query": "a man"', None, "JSON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import pyarrow as pa
 import pytest
 
 from ceca.data.changes import hide, write_added
-from ceca.data.keys import Positions, numbers
+from ceca.data.keys import Positions, numbers, spelled
+from ceca.data.schema import TIME
 from ceca.data.store import Receipt, Store
 from ceca.search.catalogue import Catalogue, Recent
-from ceca.search.columns import Columns
+from ceca.search.columns import Columns, open_columns
 from ceca.search.edition import Edition
-from ceca.search.sources import StoredPart
+from ceca.search.sources import StoredPart, list_sources
 from tests.ceca.data.dataset import IDS, table_of, word, write
 
 
@@ -60,7 +62,7 @@ def test_every_image_has_its_own_words_and_facets(edition: Edition):
     assert told.turns == [("what?", word(IDS[7]))]
     assert catalogue.summary(IDS[11]) is None
     assert IDS[11] not in catalogue
-    assert catalogue.source_path(IDS[8]) == "8.jpg"
+    assert catalogue.source_paths([IDS[8], IDS[11], IDS[0]]) == ["8.jpg", None, "0.jpg"]
     place = catalogue.positions([IDS[3]])[0]
     columns = catalogue.facets.columns
     assert [columns[name][place].as_py() for name in ("identity", "split", "camera", "hat")] == [
@@ -133,6 +135,35 @@ def test_the_next_process_of_a_machine_reads_no_part(edition: Edition, read: lis
     for facet, column in before.facets.columns.items():
         assert after.facets.columns[facet].to_pylist() == column.to_pylist()
     assert after.summaries(IDS) == before.summaries(IDS)
+
+
+def test_times_are_kept_by_this_machine_and_for_the_next_edition(edition: Edition, read: list[tuple[str, int]]):
+    store, first = edition.store, datetime(2026, 1, 31, 12, tzinfo=UTC)
+    times = [None, *(first + timedelta(days=day) for day in range(5))]
+    timed = table_of("images", IDS[:6]).append_column(TIME, pa.array(times, TIME.type))
+    parts = [store.write_part("images", "t", 0, timed), *write(store, "images", "u", IDS[6:10])]
+    store.publish("images", "t", ("images",), [Receipt({"images": part}) for part in parts], made_from={}, config={})
+    edition = dataclasses.replace(edition, images="t")
+    added = table_of("added", [IDS[10]])
+    place = added.schema.get_field_index("time")
+    new = added.set_column(place, TIME, pa.array([first], TIME.type))
+    later = dataclasses.replace(edition, added=tuple(write_added(store, "d", table) for table in (added, new)))
+    before = Catalogue(edition)
+    read.clear()
+    for catalogue in (before, Catalogue(edition), Catalogue(later, before), Catalogue(later)):
+        assert catalogue.facets.values("time") == ["2026-01-31T12:00:00Z", "2026-02-04T12:00:00Z"]
+        found = catalogue.facets.where({"time": ["2026-01-31T12..2026-02-02"]})
+        expected = {*IDS[1:4]}
+        assert {spelled(catalogue.ids)[row] for row in found.nonzero()[:, 0]} == expected
+    assert read == []
+
+
+def test_files_of_an_earlier_version_without_times_are_not_used(edition: Edition, read: list[tuple[str, int]]):
+    images = list_sources(edition, "images")
+    open_columns(edition, "images", images, ("camera",))
+    read.clear()
+    open_columns(edition, "images", images, ("camera", "time"))
+    assert len(read) == 2
 
 
 def test_a_damaged_file_of_this_machine_is_made_again(edition: Edition, tmp_path: Path, read: list[tuple[str, int]]):
