@@ -149,13 +149,26 @@ class People:
         if confidence is not None and confidence < min_confidence:
             return Hits(query, (), confidence)
         hits = []
-        for hit in found:
+        paths = self._catalogue.source_paths([hit.image_id for hit in found])
+        for hit, path in zip(found, paths, strict=True):
             picture = self._catalogue.picture(hit.image_id)
             identity = None if hit.identity == NOBODY else hit.identity
             similarities = (hit.similarity, hit.global_similarity, hit.local_similarity)
-            path = self._catalogue.source_path(hit.image_id) or ""
-            hits.append(Hit(hit.image_id, identity, *similarities, path, picture.content if picture else b""))
+            hits.append(Hit(hit.image_id, identity, *similarities, path or "", picture.content if picture else b""))
         return Hits(query, tuple(hits), confidence)
+
+    def model(self, device: str = "cpu") -> Model:
+        """The model that made the gallery.
+
+        Args:
+            device: where it computes.
+
+        Raises:
+            UserError: there is no gallery, or its model is gone.
+        """
+        from ceca.search.edition import find_edition
+
+        return Model(find_edition(self.store).model, self.store.uri, device)
 
     def _manifest(self, name: str) -> Manifest:
         manifest = self.store.manifest(name)

@@ -94,7 +94,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.mark.slow
 def test_the_library_searches_embeds_and_asks_a_service_without_ray(run: Run, store: Store):
     code = f"""
-import importlib.util, sys
+import importlib.util, os, pathlib, sys
 import ceca
 from serve.client import Client, ClientError
 people = ceca.open({store.uri!r})
@@ -107,6 +107,9 @@ try:
     Client("http://127.0.0.1:9", timeout_s=0.1).search("a man in red")
 except ClientError as error:
     assert "was not answered" in str(error)
+exec({(REPOSITORY / "tests/notebook.py").read_text()!r})
+os.environ["DATA"] = {store.uri!r}
+assert run_notebook(pathlib.Path({str(REPOSITORY / "docs/people.ipynb")!r}))[1].count("<img") == 5
 heavy = ("ray", "vllm", "deepspeed", "transformers", "fastapi", "boto3", "tensorboard", "pytest")
 print([name for name in heavy if importlib.util.find_spec(name)], ceca.__file__)
 """

@@ -22,6 +22,7 @@ from ceca.data.store import Receipt, Store, StoreError
 from ceca.errors import UserError
 from ceca.people import similarity
 from tests.conftest import REPOSITORY
+from tests.notebook import run_notebook
 from tests.serve.dataset import QUERY, draw_person, publish_gallery, publish_people, publish_tiny, summarize
 
 
@@ -161,6 +162,14 @@ def test_sql_needs_duckdb_and_says_so(store: Store):
         return
     answer = people.sql("SELECT split, count(*) AS n FROM images JOIN captions USING (image_id, split) GROUP BY split")
     assert {row["split"]: row["n"] for row in answer.to_pylist()} == {"test": 8, "train": 1}
+
+
+def test_the_notebook_runs_and_shows_pictures(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DATA", store.uri)
+    shown = run_notebook(REPOSITORY / "docs" / "people.ipynb")
+    assert shown[1].count("<img") == 5
+    assert "0.0" in shown[-1]
+    assert shown[-1].count("[") == 3  # two queries
 
 
 def test_the_examples_of_the_guide_run_as_they_are_written(store: Store, capsys: pytest.CaptureFixture):
