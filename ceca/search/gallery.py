@@ -7,7 +7,7 @@ they are also held in 8 bits, which a search reads first (`ceca.search.rounding`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from ceca.search.ranking import Candidates, Hit, rank
 from ceca.search.rounding import Rounded
 from ceca.search.shards import open_names, open_rounded, open_shards, shards_folder, sweep
 from ceca.search.sources import list_sources
-from ceca.search.topk import Rows
+from ceca.search.topk import Best, Rows
 from ceca.search.topk import top_k as find_best
+
+TOGETHER = 16_384  # rows whose similarities are taken apart at a time
 
 
 class Gallery:
@@ -129,29 +131,38 @@ class Gallery:
         omegas = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
         scaled = torch.cat([(1 - omegas) * query_global.float(), omegas * query_local.float()], dim=1)
         best = find_best(self.rows, scaled, top_k, allowed)
-        candidates = []
-        for q in range(len(query_global)):
-            valid = best.row[q] >= 0  # -1 fills up where fewer than top_k rows are allowed
-            rows, similarity = best.row[q][valid], best.similarity[q][valid]
-            ascending, back = rows.sort()
-            chosen = self.rows[ascending][back.argsort()]
-            parts = chosen.float().split([self.global_dim, chosen.shape[1] - self.global_dim], dim=1)
-            global_similarity, local_similarity = (
-                (part @ query.float().to(part.device)).cpu().numpy()
-                for part, query in zip(parts, (query_global[q], query_local[q]), strict=True)
-            )
-            numbers = rows.cpu().numpy()
-            candidates.append(
-                Candidates(
-                    spelled(self.ids[numbers]),
-                    self.identities[numbers].tolist(),
-                    similarity.cpu().numpy(),
-                    global_similarity,
-                    local_similarity,
-                    chosen.cpu().numpy() if with_rows else None,
-                )
-            )
+        step = max(1, TOGETHER // top_k)
+        candidates: list[Candidates] = []
+        for start in range(0, len(scaled), step):
+            some = slice(start, start + step)
+            found = Best(best.similarity[some], best.row[some])
+            candidates += self._candidates(query_global[some], query_local[some], found, with_rows)
         return candidates
+
+    def _candidates(
+        self, query_global: Tensor, query_local: Tensor, best: Best, with_rows: bool
+    ) -> Iterator[Candidates]:
+        """The candidates of queries whose best rows are known."""
+        chosen = self.rows.gather(best.row.clamp(min=0))
+        parts = chosen.split([self.global_dim, chosen.shape[2] - self.global_dim], dim=2)
+        similarities = [
+            (part.float() @ query.float().to(part.device)[:, :, None]).squeeze(2)
+            for part, query in zip(parts, (query_global, query_local), strict=True)
+        ]
+        similarity, global_similarity, local_similarity = (
+            part.cpu().numpy() for part in (best.similarity, *similarities)
+        )
+        rows = chosen.cpu().numpy() if with_rows else None
+        for q, numbers in enumerate(best.row.cpu().numpy()):
+            valid = numbers >= 0  # -1 fills up where fewer than k rows are allowed
+            yield Candidates(
+                spelled(self.ids[numbers[valid]]),
+                self.identities[numbers[valid]].tolist(),
+                similarity[q][valid],
+                global_similarity[q][valid],
+                local_similarity[q][valid],
+                None if rows is None else rows[q][valid],
+            )
 
 
 def open_gallery(

@@ -4,6 +4,8 @@ Notable:
 - On a CPU, rows are first compared in 8 bits, which are half the bytes (`ceca.search.rounding`). On a GPU, rows are
   first compared in half precision. Rows that could be among the best k, given the largest rounding error, are then
   compared in fp32. The result equals fp32 over all rows, for any query.
+- On a GPU, a fixed number of the best-looking rows of all queries is compared in fp32 together. The host waits once, to
+  see whether a row that was left out could be among the best.
 - A few queries are matrix-vector products, at the speed of memory. Many queries are matrix products over blocks of rows
   that stay in one core's cache, in bf16 if this CPU multiplies that faster, else in fp32.
 """
@@ -32,6 +34,7 @@ FEW_BLOCK = 16_384  # rows that a few queries are compared with by one call
 BLOCK = 512  # rows in a block that many queries share: 3 MB in fp32 if a row has 1,536 numbers
 GROUP = 64  # rows in a group; the largest similarity of each group is examined first
 RESCORED = 16_384  # rows compared in fp32 at a time
+LOOKED_AT = 256  # rows of each query that a GPU compares in fp32, besides four for each one that is asked for
 SLICES = 8  # pieces of work for each thread, so that one that is held up leaves work to the others
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # largest relative rounding error
 
@@ -87,6 +90,13 @@ class Rows:
         ]
         return torch.cat(parts) if parts else self.shards[0][:0]
 
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Rows [..., W] by their numbers [...], in any order."""
+        if len(self.shards) == 1:
+            return self.shards[0][numbers]
+        ascending, back = numbers.flatten().sort()
+        return self[ascending][back.argsort()].view(*numbers.shape, self.width)
+
     def blocks(self, size: int) -> Iterator[tuple[np.ndarray, int]]:
         """Codes [n, W] of at most `size` rows each, and the number of the first of them."""
         for codes, start in zip(self.codes, self.starts.tolist(), strict=False):
@@ -104,7 +114,13 @@ def top_k(rows: Rows, queries: Tensor, k: int, allowed: Tensor | None = None) ->
         allowed: [N] booleans, rows that may be found; None means all.
     """
     k = min(k, len(rows))
-    compared = _compare_rounded(rows, queries, allowed) if rows.on_cpu else _compare_half(rows, queries, allowed)
+    if not rows.on_cpu:
+        return _best_at_once(rows, queries, _compare_half(rows, queries, allowed), k)
+    return _best_one_by_one(rows, queries, _compare_rounded(rows, queries, allowed), k)
+
+
+def _best_one_by_one(rows: Rows, queries: Tensor, compared: Compared, k: int) -> Best:
+    """The k best rows of each query: all that could be among them, in the light of a first pass, are compared again."""
     # The k-th largest of the groups' lower bounds is at most the k-th largest of all rows.
     least = torch.full((len(queries),), -torch.inf, device=compared.lower.device)
     if rows.groups >= k:
@@ -126,6 +142,37 @@ def top_k(rows: Rows, queries: Tensor, k: int, allowed: Tensor | None = None) ->
     return Best(*(torch.stack(parts) for parts in zip(*per_query, strict=True)))
 
 
+def _best_at_once(rows: Rows, queries: Tensor, compared: Compared, k: int) -> Best:
+    """The same for all queries together, without waiting for the device before the end."""
+    count = min(LOOKED_AT + 4 * k, len(rows))
+    # The best-looking rows are in as many of the best-looking groups.
+    groups = compared.highest.topk(min(count, rows.groups), dim=1).indices
+    inside = compared.upper.gather(1, groups[:, :, None].expand(-1, -1, GROUP)).flatten(1)
+    looked_at = inside.topk(count, dim=1)
+    numbers = groups.gather(1, looked_at.indices // GROUP) * GROUP + looked_at.indices % GROUP
+    numbers, order = numbers.sort(dim=1)  # so that ties stay in the order of rows
+    absent = looked_at.values.gather(1, order) == -torch.inf
+    vectors = queries.to(numbers.device)
+    together = max(1, RESCORED // count)
+    held = numbers.clamp(max=len(rows) - 1)  # the last group may be longer than what it holds
+    exact = torch.cat(
+        [
+            (rows.gather(some).float() @ vector[:, :, None]).squeeze(2)
+            for some, vector in zip(held.split(together), vectors.split(together), strict=True)
+        ]
+    ).masked_fill(absent, -torch.inf)
+    best = exact.sort(dim=1, descending=True, stable=True)
+    similarity, row = best.values[:, :k], numbers.gather(1, best.indices[:, :k])
+    row = row.masked_fill(similarity == -torch.inf, -1)
+    left_out = looked_at.values[:, -1].float()
+    unsure = (similarity[:, -1] <= left_out + compared.error) & (left_out > -torch.inf)
+    again = unsure.nonzero()[:, 0] if count < len(rows) else numbers[:0, 0]
+    if len(again):
+        alone = _best_one_by_one(rows, vectors[again], compared.of(again), k)
+        similarity[again], row[again] = alone.similarity, alone.row
+    return Best(similarity, row)
+
+
 @dataclasses.dataclass(frozen=True)
 class Compared:
     """What a first pass says of the similarities of N rows in G groups.
@@ -143,6 +190,10 @@ class Compared:
     highest: Tensor
     lower: Tensor
     error: Tensor
+
+    def of(self, queries: Tensor) -> Compared:
+        """The same of some queries alone, given by their numbers."""
+        return Compared(self.upper[queries], self.highest[queries], self.lower[queries], self.error[queries])
 
 
 def _compare_rounded(rows: Rows, queries: Tensor, allowed: Tensor | None) -> Compared:

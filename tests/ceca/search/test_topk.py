@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ceca.search import topk
@@ -124,13 +125,59 @@ def test_queries_beside_rows_have_the_hits_of_fp32():
     assert ((similarity - wanted).abs() <= 1e-6 * queries.norm(dim=1, keepdim=True)).all()
 
 
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], Rows]:
+    """Rows that are searched as on a GPU: what it does with fp16 does not depend on the device."""
+
+    def hold(rows: torch.Tensor) -> Rows:
+        held = Rows(rows.split(400))
+        held.on_cpu, held.norm = False, float(rows.float().norm(dim=1).max())
+        return held
+
+    return hold
+
+
 @pytest.mark.parametrize("queries", [1, 24])
-def test_the_first_pass_of_a_gpu_hides_nothing_either(queries: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("looked_at", [0, 64, 4000])
+def test_the_first_pass_of_a_gpu_hides_nothing_either(
+    queries: int, looked_at: int, as_gpu: Callable[[torch.Tensor], Rows], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(topk, "LOOKED_AT", looked_at)
     rows, vectors = hard_rows(1500, 96, seed=5)
-    held = Rows(rows.split(400))
-    monkeypatch.setattr(held, "on_cpu", False)  # what it does with fp16 does not depend on the device
-    monkeypatch.setattr(held, "norm", float(rows.float().norm(dim=1).max()), raising=False)
     allowed = torch.arange(1500) % 3 > 0
-    best = top_k(held, vectors[:queries], 7, allowed)
+    best = top_k(as_gpu(rows), vectors[:queries], 7, allowed)
     similarity, _ = by_hand(rows, vectors[:queries], 7, allowed)
     torch.testing.assert_close(best.similarity, similarity, rtol=0, atol=1e-6)
+    assert allowed[best.row].all()
+
+
+def test_where_a_gpu_looks_at_too_few_rows_it_looks_again(
+    as_gpu: Callable[[torch.Tensor], Rows], monkeypatch: pytest.MonkeyPatch
+):
+    again: list[int] = []
+    one_by_one = topk._best_one_by_one
+    monkeypatch.setattr(topk, "_best_one_by_one", lambda *given: again.append(len(given[1])) or one_by_one(*given))
+    rows, vectors = make_rows(1500, 4, 16, seed=2)
+    rows[100:900] = rows[100]  # so many alike that a fixed number cannot tell which are the first
+    vectors[1] = rows[100].float()
+    best = top_k(as_gpu(rows), vectors, 5)
+    assert again == [1]  # that query alone
+    assert best.row[1].tolist() == [100, 101, 102, 103, 104]
+    similarity, order = by_hand(rows, vectors, 5)
+    assert best.row[[0, 2, 3]].tolist() == order[[0, 2, 3]].tolist()
+    torch.testing.assert_close(best.similarity, similarity, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 600), queries=st.integers(1, 6), k=st.integers(1, 70))
+def test_a_gpu_too_keeps_ties_in_the_order_of_rows_and_fills_up(
+    seed: int, rows: int, queries: int, k: int, as_gpu: Callable[[torch.Tensor], Rows]
+):
+    source = torch.Generator().manual_seed(seed)
+    matrix = torch.randint(-2, 3, (rows, 8), generator=source) / 4
+    vectors = torch.randint(-2, 3, (queries, 8), generator=source) / 4
+    allowed = torch.rand(rows, generator=source) < 0.5
+    best = top_k(as_gpu(matrix.half()), vectors, k, allowed)
+    similarity, order = by_hand(matrix, vectors, min(k, rows), allowed)
+    assert torch.equal(best.similarity, similarity)
+    assert torch.equal(best.row, order.masked_fill(similarity == -torch.inf, -1))
