@@ -10,16 +10,15 @@ import contextlib
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ceca.data.files import writing
 from ceca.data.keys import numbers
 from ceca.data.store import Store, StoreError, version_of
 from ceca.environment import cache_folder
@@ -160,19 +159,6 @@ def _used(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file of this machine as a whole: another process sees nothing or all of it."""
-    aside = path.parent / f"{uuid.uuid4().hex}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            yield file
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: np.ndarray) -> None:

@@ -1,8 +1,7 @@
-"""The training input: the samples in Ray's object store, and their stream to a worker in the order of the epochs.
+"""The training input: the samples, and their stream to a worker in the order of the epochs.
 
-Encoded images lie in the object store, one reference per part: any sample is read without a copy, and a node fetches
-a part once. Texts are tokenised once for all epochs. CPU workers of Ray Data decode and resize the images ahead of the
-trainer and send uint8. They import no torch, which would cost each of them seconds and a gigabyte.
+Texts are tokenised once for all epochs, and lie in the object store. CPU workers of Ray Data decode and resize the
+images ahead of the trainer and send uint8. They import no torch, which would cost each of them seconds and a gigabyte.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 from ceca.config import TrainConfig
-from ceca.data.store import Manifest, Store
 from ceca.data.tables import ImageRow
 from ceca.datasets.images import decode_image
 from ceca.machines import machines_for
 from ceca.model.tokens import CONTEXT
 from ceca.training.order import Batches, epoch_order, epoch_partners
+from jobs.training.images import EncodedImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,47 +85,13 @@ class Run:
     store_uri: str
     run: str  # folder of the run below the dataset
     samples: Any  # reference to a TrainingSet
-    images: dict[int, Any]  # part → reference to its column of encoded images
+    images: EncodedImages
     validation: Any | None  # reference to HeldOut
-
-
-@ray.remote(num_cpus=0.5, max_retries=-1)  # on a full disk workers die until there is room again
-def _load_part(uri: str, manifest: Manifest, part: int) -> pa.Table:
-    return Store(uri).read_part(manifest, part, ["image"])
 
 
 def training_machines(config: TrainConfig) -> dict[str, str]:
     """Ray's label selector of a training's workers, and of those that fetch and decode their images beside them."""
     return machines_for("train" if config.gpus_per_worker else "cpu")
-
-
-def load_images(store: Store, images: Manifest, parts: set[int], machines: dict[str, str]) -> dict[int, ray.ObjectRef]:
-    """Let Ray tasks fetch the `image` column of these parts from the store.
-
-    Args:
-        store: the dataset.
-        images: the images table.
-        parts: numbers of its parts.
-        machines: label selector of the machines that fetch them and hold them in memory.
-
-    Returns:
-        Part → reference.
-    """
-    fetch = _load_part.options(label_selector=machines)
-    return {part: fetch.remote(store.uri, images, part) for part in sorted(parts)}
-
-
-class EncodedImages:
-    """Encoded images by (part, row), read in place from Ray's object store."""
-
-    def __init__(self, references: dict[int, ray.ObjectRef]):
-        self.references = references
-        self.columns: dict[int, pa.ChunkedArray] = {}
-
-    def __call__(self, part: int, row: int) -> bytes:
-        if part not in self.columns:
-            self.columns[part] = ray.get(self.references[part])["image"]
-        return self.columns[part][row].as_py()
 
 
 class LoadSamples:
@@ -141,16 +105,16 @@ class LoadSamples:
         rank: number of this worker.
         size: number of workers.
         samples: reference to the TrainingSet.
-        images: part → reference to its encoded images.
+        images: the encoded images.
         start: sample number of the first sample to load.
     """
 
     def __init__(
-        self, config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: dict[int, Any], start: int
+        self, config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: EncodedImages, start: int
     ):
         self.config, self.start = config, start
         self.samples: TrainingSet = ray.get(samples)
-        self.images = EncodedImages(images)
+        self.images = images
         self.places = worker_places(Batches.of(len(self.samples), config), rank, size)
         self.epoch = -1
 
@@ -159,10 +123,8 @@ class LoadSamples:
         pairs, captions, summaries = np.array([self._pair(self.start + int(sample)) for sample in batch["id"]]).T
         model = self.config.model
         form = model.image_height, model.image_width, model.image_resize
-        pixels = [
-            decode_image(self.images(part, row), *form)
-            for part, row in zip(samples.part[pairs].tolist(), samples.row[pairs].tolist(), strict=True)
-        ]
+        encoded = self.images.read(samples.part[pairs].tolist(), samples.row[pairs].tolist())
+        pixels = [decode_image(image, *form) for image in encoded]
         return {
             "image": np.stack(pixels),
             "caption": samples.caption[captions].astype(np.int32),
@@ -217,7 +179,7 @@ def samples_to_load(config: TrainConfig, batches: Batches, rank: int, size: int,
 
 
 def stream_batches(
-    config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: dict[int, Any], start_step: int
+    config: TrainConfig, rank: int, size: int, samples: ray.ObjectRef, images: EncodedImages, start_step: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """This worker's batches in order, to the end of training.
 
@@ -226,7 +188,7 @@ def stream_batches(
         rank: number of this worker.
         size: number of workers.
         samples: reference to the TrainingSet.
-        images: part → reference to its encoded images.
+        images: the encoded images.
         start_step: finished training steps. A division's pass comes before the first step of its epoch.
     """
     numbered = samples_to_load(config, Batches.of(len(ray.get(samples)), config), rank, size, start_step)

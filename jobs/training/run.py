@@ -31,7 +31,8 @@ from ceca.model.weights import publish_model
 from ceca.settings import to_mapping
 from jobs.runtime.console import console
 from jobs.runtime.ray_session import connect
-from jobs.training.data import HeldOut, Run, load_images, training_machines
+from jobs.training.data import HeldOut, Run, training_machines
+from jobs.training.images import hold_images
 from jobs.training.samples import held_out, tokenize_pairs, training_pairs
 from jobs.training.worker import train_worker
 
@@ -119,7 +120,7 @@ def make_run(store: Store, config: TrainConfig, folder: str, pairs: Pairs, valid
         config=dataclasses.replace(config, gpus_per_worker=usable_gpus(config.gpus_per_worker)),
         store_uri=store.uri,
         run=folder,
-        images=load_images(store, pairs.images.table, parts, training_machines(config)),
+        images=hold_images(store, pairs.images.table, parts, folder, training_machines(config)),
         samples=ray.put(samples),
         validation=ray.put(validation) if validation is not None else None,
     )

@@ -17,7 +17,7 @@ from ceca.model.backbone import tokenize, trim
 from ceca.model.ceca import CECA, fused_similarity
 from ceca.model.embed import normalize
 from ceca.training.workers import world
-from jobs.training.data import EncodedImages, HeldOut, Run
+from jobs.training.data import HeldOut, Run
 
 
 class EmbeddedShare(NamedTuple):
@@ -68,7 +68,6 @@ def _embed_share(model: CECA, run: Run, device: torch.device, batch: int) -> Emb
     """Embed every size-th image and sentence, beginning with this worker's rank."""
     rank, size = world()
     held_out: HeldOut = ray.get(run.validation)
-    encoded = EncodedImages(run.images)
     model.eval()
     config, dtype = run.config.model, next(model.parameters()).dtype
     form = config.image_height, config.image_width, config.image_resize
@@ -76,7 +75,8 @@ def _embed_share(model: CECA, run: Run, device: torch.device, batch: int) -> Emb
     rows = held_out.images[rank::size]
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        pixels = np.stack([decode_image(encoded(row.part, row.row), *form) for row in part])
+        encoded = run.images.read([row.part for row in part], [row.row for row in part])
+        pixels = np.stack([decode_image(image, *form) for image in encoded])
         images = normalize(torch.from_numpy(pixels).to(device)).to(dtype)
         summaries = trim(tokenize([row.summary for row in part])).to(device)
         gallery.append([side.cpu() for side in model.embed_gallery(images, summaries)])

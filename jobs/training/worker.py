@@ -51,6 +51,7 @@ from ceca.training.workers import on_any_worker, world
 from jobs.runtime.noise import tell, tell_warnings
 from jobs.runtime.ray_session import quiet
 from jobs.training.data import Run, TrainingSet, stream_batches
+from jobs.training.images import kept_while_training
 from jobs.training.validate import validate
 from jobs.training.watch import Watch, model_flops_utilisation
 
@@ -82,7 +83,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if progress.steps < len(batches) * config.epochs:
         watch = Watch(config, Store(run.store_uri), run.run, len(batches), progress.steps) if rank == 0 else None
         try:
-            with explained_overflow():
+            with explained_overflow(), kept_while_training(run.images):
                 _train(engine, run, progress, batches, device, watch, scratch)
         finally:
             if watch is not None:

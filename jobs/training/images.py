@@ -1,0 +1,150 @@
+"""The encoded images of a training: in Ray's object store if they fit there, else in files of each machine.
+
+Any sample is read in place, without a copy. The object store holds a part once for all machines. A training set that is
+larger than that is kept as files below `CECA_CACHE`: a machine reads each part from the dataset once, when a sample of
+it is needed for the first time, and the operating system keeps in memory what there is room for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from filelock import FileLock
+
+from ceca.data.files import writing
+from ceca.data.store import Manifest, Store, StoreError, in_order, version_of
+from ceca.environment import cache_folder
+from jobs.runtime.console import console
+
+FITS = 0.5  # share of the object stores that encoded images may take; the stream of batches needs the rest
+OPEN = 256  # files that a process has open
+KEPT_DAYS = 2  # files of a run that nobody used for so long are removed
+FILES = "training"  # folder of the files below CECA_CACHE
+
+
+class EncodedImages(Protocol):
+    """Encoded images by part and row. It is sent to workers before it has read anything."""
+
+    def read(self, parts: Sequence[int], rows: Sequence[int]) -> list[bytes]:
+        """Encoded images at these places."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """Encoded images in Ray's object store.
+
+    Args:
+        references: part → reference to its column of encoded images.
+    """
+
+    references: dict[int, Any]
+    columns: dict[int, pa.ChunkedArray] = dataclasses.field(default_factory=dict)
+
+    def read(self, parts: Sequence[int], rows: Sequence[int]) -> list[bytes]:
+        for part in parts:
+            if part not in self.columns:
+                self.columns[part] = ray.get(self.references[part])["image"]
+        return [self.columns[part][row].as_py() for part, row in zip(parts, rows, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class InFiles:
+    """Encoded images in files of this machine, mapped into memory.
+
+    Args:
+        uri: the dataset.
+        table: its images.
+        run: the training, which alone uses these files.
+    """
+
+    uri: str
+    table: Manifest
+    run: str
+    columns: dict[int, pa.ChunkedArray] = dataclasses.field(default_factory=dict)
+
+    def read(self, parts: Sequence[int], rows: Sequence[int]) -> list[bytes]:
+        new = [part for part in dict.fromkeys(parts) if part not in self.columns]
+        self.columns.update(zip(new, in_order(self._open, new), strict=True))
+        images = [self.columns[part][row].as_py() for part, row in zip(parts, rows, strict=True)]
+        while len(self.columns) > OPEN:
+            self.columns.pop(next(iter(self.columns)))
+        return images
+
+    @property
+    def folder(self) -> Path:
+        """The files of this training on this machine."""
+        return cache_folder(FILES, version_of([self.uri, self.run]))
+
+    def _open(self, part: int) -> pa.ChunkedArray:
+        path = self.folder / f"{self.table.parts[part].sha256}.arrow"
+        if not path.exists():
+            self._fetch(part, path)
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["image"]
+
+    def _fetch(self, part: int, path: Path) -> None:
+        try:
+            with FileLock(path.with_suffix(".lock")):  # one process of this machine reads it for all
+                if path.exists():
+                    return
+                table = Store(self.uri).read_part(self.table, part, ["image"])
+                with writing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+                    writer.write_table(table)
+        except OSError as error:
+            message = f"cannot write {path} ({error}); set CECA_CACHE to a folder with room for all training images"
+            raise StoreError(message) from error
+
+    def remove(self) -> None:
+        """Remove the files from this machine."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@ray.remote(num_cpus=0.5, max_retries=-1)  # on a full disk workers die until there is room again
+def _load_part(uri: str, manifest: Manifest, part: int) -> pa.Table:
+    return Store(uri).read_part(manifest, part, ["image"])
+
+
+def hold_images(
+    store: Store, images: Manifest, parts: Collection[int], run: str, machines: dict[str, str]
+) -> EncodedImages:
+    """Encoded images for the workers of a training. Where they fit, Ray tasks begin to fetch them.
+
+    Args:
+        store: the dataset.
+        images: the images table.
+        parts: numbers of the parts that are needed.
+        run: the training's folder below the dataset.
+        machines: label selector of the machines that fetch them and hold them in memory.
+    """
+    needed = sum(images.parts[part].bytes for part in parts)
+    room = FITS * ray.cluster_resources().get("object_store_memory", 0)
+    if needed > room:
+        console.print(
+            f"train: {needed / 1e9:,.1f} GB of images, and Ray's object stores have room for {room / 1e9:,.1f}: "
+            "each machine keeps them in files (CECA_CACHE)"
+        )
+        return InFiles(store.uri, images, run)
+    fetch = _load_part.options(label_selector=machines)
+    return InMemory({part: fetch.remote(store.uri, images, part) for part in sorted(parts)})
+
+
+@contextlib.contextmanager
+def kept_while_training(images: EncodedImages) -> Iterator[None]:
+    """Remove the files of this machine after a training, and those that an earlier one left behind."""
+    if not isinstance(images, InFiles):
+        yield
+        return
+    for folder in cache_folder(FILES).iterdir():
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - newest > KEPT_DAYS * 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
+    yield
+    images.remove()
