@@ -2,6 +2,7 @@
 
 ceca export trec --data s3://bucket/cuhk --model ceca-vitb16 --out trec
 ceca export webdataset --data s3://bucket/cuhk --out s3://bucket/cuhk-tar
+ceca export huggingface --data s3://bucket/cuhk --out cuhk-parquet
 """
 
 from __future__ import annotations
@@ -72,8 +73,33 @@ def export_webdataset(
     console.print(f"export: {track.finished:,} images in {files} tar files → {target.uri}")
 
 
+def export_huggingface(
+    data: Data,
+    out: Out,
+    split: Annotated[Split | None, tyro.conf.arg(help="only images of this split; none means all")] = None,
+    images_per_file: Annotated[int, tyro.conf.arg(help="images in a file")] = 1000,
+) -> None:
+    """Write the images, with their captions and all that is known of them, as Hugging Face's `datasets` loads them:
+    Parquet files of each split, and a card."""
+    from ceca.data.huggingface import write_parquet
+
+    if images_per_file < 1:
+        raise UserError(f"--images-per-file must be at least 1, found {images_per_file}")
+    store, target = Store(data), Store(out)
+    total, files = store.current("images", "ingest").rows, 0
+    with Track("export", total, unit="images") as track:
+        for _, held in write_parquet(store, target, split=split, images_per_file=images_per_file):
+            files += 1
+            track.advance(held)
+    console.print(f"export: {track.finished:,} images in {files} Parquet files and README.md → {target.uri}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    kinds: dict[str, Any] = {"trec": export_trec, "webdataset": export_webdataset}
+    kinds: dict[str, Any] = {
+        "trec": export_trec,
+        "webdataset": export_webdataset,
+        "huggingface": export_huggingface,
+    }
     tyro.extras.subcommand_cli_from_dict(kinds, args=argv, prog="ceca export", description="Ways out of the tables.")
 
 

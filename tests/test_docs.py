@@ -83,6 +83,10 @@ RUN_BY = {
     "ceca weights export": (FOREIGN, "test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip"),
     "ceca push": ("tests/ceca/model/test_hub.py", "test_a_model_goes_to_the_hub_and_comes_back"),
     "ceca export trec": ("tests/jobs/test_export.py", "test_a_run_and_its_qrels_give_the_figures_of_the_evaluation"),
+    "ceca export huggingface": (
+        "tests/jobs/test_export.py",
+        "test_parquet_files_for_hugging_face_hold_what_is_known_and_are_read_again",
+    ),
     "ceca export webdataset": (
         "tests/jobs/test_export.py",
         "test_tar_files_hold_what_is_known_and_are_read_again",

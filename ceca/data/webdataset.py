@@ -37,9 +37,14 @@ def samples(store: Store, split: str | None = None) -> Iterator[tuple[bytes, dic
                 continue
             known = {name: row[name] for name in ("image_id", "split", "camera", "source_path")}
             known["identity"] = None if row["identity"] == NOBODY else row["identity"]
-            known["time"] = row["time"].isoformat() if row.get("time") else None
+            known["time"] = row.get("time")
             known |= {"captions": captions.get(key, []), "summary": next(iter(summaries.get(key, ())), None)}
             yield row["image"], known
+
+
+def ending(content: bytes) -> str:
+    """The usual ending of the name of an image's file."""
+    return next((kind for first, kind in KINDS.items() if content.startswith(first)), "jpg")
 
 
 def _texts(store: Store, manifest: Manifest | None, column: str) -> dict[str, list[str]]:
@@ -74,8 +79,8 @@ def write_shards(store: Store, out: Store, *, split: str | None = None, images_p
             yield _end(out, number, held, sink, archive)
             number, held = number + 1, 0
             sink, archive = _begin()
-        kind = next((ending for first, ending in KINDS.items() if content.startswith(first)), "jpg")
-        _add(archive, f"{known['image_id']}.{kind}", content)
+        _add(archive, f"{known['image_id']}.{ending(content)}", content)
+        known["time"] = known["time"].isoformat() if known["time"] else None
         _add(archive, f"{known['image_id']}.json", json.dumps(known, ensure_ascii=False).encode())
         if known["captions"]:
             _add(archive, f"{known['image_id']}.txt", known["captions"][0].encode())

@@ -1,4 +1,4 @@
-"""`ceca export`: TREC's files give the figures of the evaluation; tar files are read again as they were."""
+"""`ceca export`: TREC's files give the figures of the evaluation; tar and Parquet files are read again as they were."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from ceca.config import EvaluateConfig
 from ceca.data.changes import hide
@@ -21,8 +23,8 @@ from ceca.evaluation.evaluation import Embedded, embedded_sides
 from ceca.evaluation.trec import qrel_lines
 from ceca.metrics import Matches, RetrievalMetrics, rank_embeddings
 from jobs.evaluations.embedding import embed_split
-from jobs.export import export_trec, export_webdataset, main
-from tests.serve.dataset import draw_person, publish_people, publish_tiny
+from jobs.export import export_huggingface, export_trec, export_webdataset, main
+from tests.serve.dataset import draw_person, publish_people, publish_tiny, summarize, taken
 
 
 def figures_of(run: str, qrels: str) -> dict[str, float]:
@@ -106,3 +108,43 @@ def test_tar_files_hold_what_is_known_and_are_read_again(tmp_path: Path):
     export_webdataset(store.uri, str(tmp_path / "train"), split="train")
     with tarfile.open(tmp_path / "train" / "people-000000.tar") as archive:
         assert len(archive.getnames()) == 3
+
+
+def test_parquet_files_for_hugging_face_hold_what_is_known_and_are_read_again(tmp_path: Path):
+    store = Store(str(tmp_path / "data"))
+    publish_people(store, 9)
+    removed = store.read(store.current("images"), ["image_id"])["image_id"][2].as_py()
+    hide(store, [removed])
+    out = tmp_path / "out"
+    main(["huggingface", "--data", store.uri, "--out", str(out), "--images-per-file", "5"])
+    assert sorted(path.name for path in (out / "data").iterdir()) == [
+        "test-000000.parquet",
+        "test-000001.parquet",
+        "train-000000.parquet",
+    ]
+    card = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert card["configs"][0]["data_files"] == [
+        {"split": name, "path": f"data/{name}-*.parquet"} for name in ("test", "train")
+    ]
+    file = pq.ParquetFile(out / "data" / "test-000000.parquet")
+    rows = file.read().to_pylist()
+    first = dict(rows[0])
+    assert first.pop("image") == {"bytes": draw_person(0), "path": f"{first.pop('image_id')}.jpg"}
+    texts = {"captions": [summarize(0)], "summary": summarize(0)}
+    assert first == {"identity": 0, "camera": "c0", "time": taken(0), "source_path": "0000.jpg", **texts}
+    features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+    assert list(features) == file.schema_arrow.names
+    assert features["image"] == {"_type": "Image"}
+
+    source = open_source(str(out))
+    with Listing(source.records()) as listing:
+        records = [read_record(line) for unit in listing.cut(100) for line in unit]
+        assert not listing.rejects
+    numbers = [number for number in range(9) if number != 2]
+    assert [(r.identity, r.split, r.camera) for r in records] == [
+        (number // 2, "train" if number == 8 else "test", f"c{number % 3}") for number in numbers
+    ]
+    assert source.read(records) == [draw_person(number) for number in numbers]
+
+    with pytest.raises(UserError, match="--images-per-file must be at least 1"):
+        export_huggingface(store.uri, str(out), images_per_file=0)
