@@ -92,7 +92,7 @@ RUN_BY = {
         "test_tar_files_hold_what_is_known_and_are_read_again",
     ),
     "ceca serve": (START, "test_command_serves_until_it_is_interrupted"),
-    "make demo": ("tests/jobs/test_demo.py", "test_the_demo_ends_in_a_table_and_answered_searches"),
+    "make demo": ("tests/drills/test_demo.py", "test_the_demo_ends_in_a_table_and_answered_searches"),
     "make serve": (START, "test_command_serves_until_it_is_interrupted"),
     "pip install": ("tests/test_package.py", "test_the_library_searches_embeds_and_asks_a_service_without_ray"),
     "python -m cluster.object_store": (HERE, "test_the_object_store_prints_what_finds_it"),

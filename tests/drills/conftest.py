@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 
 from ceca.data.store import Store
 from ceca.model.registry import find_model
-from tests.conftest import Command
+from tests.conftest import REPOSITORY
 
 RECIPE = "tests/drills/oracle.yaml"
 # A sign that each stage is at work, and has not finished: these are below the dataset.
@@ -27,11 +29,33 @@ AT_WORK = {
 TABLES = ("images", "captions", "attributes", "dialogues")
 
 
+class Demo(NamedTuple):
+    """A demo that has been run: its folder, and what it said."""
+
+    folder: Path
+    said: str
+
+
 @pytest.fixture(scope="session")
-def undisturbed(run: Command, drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    data = str(tmp_path_factory.mktemp("undisturbed"))
-    run("pipeline", "--recipe", RECIPE, "--source", drawn, "--data", data)
-    return Store(data)
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The demo of the people whom `drawn` draws, by the recipe of the drills."""
+    folder = tmp_path_factory.mktemp("demo")
+    few = folder / "few.yaml"
+    drawn = {"seed": 7, "identities": 24, "images_per_identity": 3, "split_identities": [14, 4, 6], "workers": 1}
+    few.write_text(yaml.safe_dump({"draw": drawn}))
+    command = [sys.executable, "-m", "jobs.cli", "demo", "--folder", folder / "demo", "--recipe", f"{RECIPE}+{few}"]
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=560, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return Demo(folder / "demo", done.stderr)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(demo: Demo) -> Store:
+    """The dataset of the demo: its pipeline was not disturbed."""
+    return Store(str(demo.folder / "data"))
 
 
 def submit(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:

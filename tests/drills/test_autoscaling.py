@@ -207,6 +207,7 @@ def test_the_service_runs_on_such_nodes_and_a_real_vllm_describes_an_added_image
         subprocess.run([serve, "shutdown", "--yes"], env=running.environment, check=True, timeout=120)
 
 
+@pytest.mark.long
 def test_the_result_is_that_of_one_machine(running: Running, finished: tuple[str, str], tmp_path: Path) -> None:
     """The same commands with the same settings, but for declared GPUs, on a Ray that the command starts itself."""
     alone = tmp_path / "alone.yaml"

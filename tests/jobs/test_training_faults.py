@@ -26,7 +26,11 @@ from safetensors.torch import load_file
 
 from ceca.data.store import Store
 from ceca.model.registry import find_model
+from jobs.dialogue import dialogue
+from jobs.ingest import ingest
+from jobs.pipeline import recipe_config
 from tests.conftest import REPOSITORY, finish
+from tests.jobs.conftest import in_this_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -69,8 +73,9 @@ def start(cluster) -> Callable[..., subprocess.Popen]:
 def undisturbed(start, drawn, tmp_path_factory) -> Path:
     """A dataset with the model of an uninterrupted run on two workers."""
     data = tmp_path_factory.mktemp("faults")
-    finish(start("ingest", "--recipe", "tiny", "--source", drawn, "--data", data))
-    finish(start("dialogue", "--recipe", "tiny", "--data", data))
+    with in_this_process():
+        ingest(str(data), recipe_config("tiny", "ingest", source=str(drawn)))
+        dialogue(str(data), recipe_config("tiny", "dialogue"))
     finish(start("train", *TRAIN, "--data", data))
     return data
 
