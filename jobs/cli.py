@@ -34,7 +34,14 @@ PROGRAMS = {"serve": "serve", "cluster": "cluster.local"}  # started as programs
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    try:
+        _main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `ceca --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: ceca COMMAND [OPTIONS]    (ceca COMMAND --help lists a command's options)\n")
         for name, purpose in COMMANDS.items():

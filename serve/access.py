@@ -92,8 +92,12 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     try:
         content = yaml.safe_load(path.read_text())
         entries = content["keys"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise UserError(f"cannot read keys from {path}: {type(error).__name__}: {error}; see serve/access.py") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError, KeyError) as error:
+        # What YAML says of an error quotes the line, in which there may be a key.
+        mark = getattr(error, "problem_mark", None)
+        what = str(error) if isinstance(error, OSError | KeyError) else ""
+        why = f"{type(error).__name__} {f'in line {mark.line + 1}' if mark else what}".strip()
+        raise UserError(f"cannot read keys from {path}: {why}; see serve/access.py") from None
     try:
         keys = TypeAdapter(tuple[Key, ...]).validate_python(entries)
     except ValidationError as error:

@@ -40,7 +40,7 @@ from ceca.data.changes import (
 from ceca.data.erase import Busy, erase, finish, undisturbed
 from ceca.data.lease import Holders, LeaseError, this_process
 from ceca.data.names import ARRIVALS, FAILED
-from ceca.data.store import Store
+from ceca.data.store import Store, StoreError
 from ceca.dialogue.conversation import DialogueError, Subject
 from ceca.search.edition import Edition, find_edition
 from serve.describer import EngineSettings, Questioner
@@ -150,15 +150,18 @@ class Intake:
             if waiting_image(name) in added | removed:  # sent twice, or a process was killed before this line
                 await asyncio.to_thread(self.store.remove, ARRIVALS, name)
                 continue
-            record = await asyncio.to_thread(read_arrival, self.store, name)
+            try:
+                record = await asyncio.to_thread(_read_arrival, self.store, name)
+            except (StoreError, ValueError) as error:  # no such record; the others are added all the same
+                unusable = DialogueError("bad_arrival", str(error))
+                await self._fail({"image_id": waiting_image(name), "arrival": name}, unusable)
+                continue
             if record is None:
                 continue
             if self.questioner and not record["summary"] and not self.questioner.ready():
                 self.unasked.add(name)
             elif record["image_id"] not in (earlier["image_id"] for earlier in records):
-                time = datetime.fromisoformat(record["time"]) if record.get("time") else None
-                image = base64.b64decode(record["image"])
-                records.append({**record, "arrival": name, "image": image, "time": time})
+                records.append(record)
         await self._add(edition, records)
         await asyncio.to_thread(_join_small, edition)
 
@@ -259,6 +262,22 @@ def added_table(rows: Sequence[dict[str, Any]], pair: tuple[np.ndarray, ...]) ->
         for n, row in enumerate(rows)
     ]
     return pa.Table.from_pylist(complete, schema.added(pair[0].shape[1], pair[1].shape[1]))
+
+
+def _read_arrival(store: Store, name: str) -> dict[str, Any] | None:
+    """An acknowledged image, decoded; None if it was taken meanwhile.
+
+    Raises:
+        StoreError, ValueError: the object is no such record.
+    """
+    record = read_arrival(store, name)
+    if record is None:
+        return None
+    time = record.get("time")
+    if not isinstance(time, str | None):
+        raise ValueError(f"{time!r:.60} is no time")
+    image = base64.b64decode(record["image"], validate=True)
+    return {**record, "arrival": name, "image": image, "time": datetime.fromisoformat(time) if time else None}
 
 
 def _added_ids(edition: Edition) -> set[str]:

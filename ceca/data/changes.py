@@ -93,7 +93,11 @@ def _images_of(store: Store, name: str) -> tuple[str, ...]:
 
 def removal(store: Store, name: str) -> dict[str, Any] | None:
     """Record of a removal; None if it does not exist."""
-    return store.read_record(REMOVED, f"{name}.json", kind="a removal", fields={"images": list})
+    record = store.read_record(REMOVED, f"{name}.json", kind="a removal", fields={"images": list})
+    if record is not None and not all(isinstance(image, str) for image in record["images"]):
+        place = store.place(REMOVED, f"{name}.json")
+        raise StoreError(f"{place} is not a removal, for its ids are no words; remove it")
+    return record
 
 
 def mark_erased(store: Store, name: str) -> None:

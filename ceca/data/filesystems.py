@@ -53,6 +53,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         options = {"use_listings_cache": False, "endpoint_url": endpoint or None, "config_kwargs": settings}
     try:
         fs, path = fsspec.core.url_to_fs(uri, **options)
+    except FileNotFoundError:
+        raise StoreError(f"cannot use {uri!r}: the working folder is gone; change into one that is there") from None
     except (ValueError, ImportError) as error:
         raise StoreError(f"cannot use {uri!r}: {error}; use a folder, file://… or s3://bucket/prefix") from None
     return fs, path.rstrip("/")

@@ -98,9 +98,12 @@ class Objects:
         except FileNotFoundError:
             return None
         try:
-            return json.loads(content)
-        except ValueError as error:
+            found = json.loads(content)
+        except (ValueError, RecursionError) as error:
             raise StoreError(f"{self.place(*names)} is not valid JSON ({error}); remove it and run its stage") from None
+        if found is None:  # it is there, and nobody should take it for missing
+            raise StoreError(f"{self.place(*names)} holds nothing but null; remove it and run its stage")
+        return found
 
     def read_record(self, *names: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
         """Content of a JSON object that must be a record; None if the object does not exist.

@@ -70,6 +70,23 @@ class Manifest:
     created: str
     schema_version: int = SCHEMA_VERSION
 
+    def check(self) -> None:
+        """Check the type of each field, which comes from an object that anybody may have written.
+
+        Raises:
+            TypeError: a field has another type.
+        """
+        words: list[Any] = [self.table, self.version, self.created, *self.made_from, *self.made_from.values()]
+        numbers = [self.rows]
+        for part in self.parts:
+            words += [part.path, part.sha256]
+            numbers += [part.rows, part.bytes]
+        wrong: list[Any] = [word for word in words if not isinstance(word, str)]
+        wrong += [number for number in numbers if not isinstance(number, int) or number < 0]
+        wrong += [given for given in (self.config, self.notes) if not isinstance(given, dict)]
+        if wrong:
+            raise TypeError(f"{wrong[0]!r:.60} has the wrong type")
+
     def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
         """Places (part, row within the part) of rows of the whole table.
 
@@ -139,8 +156,10 @@ class Store(Objects):
                 f"make the table again with this program, or use the program that wrote it"
             )
         try:
-            return Manifest(**{**record, "parts": tuple(Part(**part) for part in record["parts"])})
-        except (KeyError, TypeError, ValueError) as error:
+            manifest = Manifest(**{**record, "parts": tuple(Part(**part) for part in record["parts"])})
+            manifest.check()
+            return manifest
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"{self.place(*names)} is not a manifest of this program ({plain(error)}); remove it and run the stage "
                 "again"

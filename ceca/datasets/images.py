@@ -100,7 +100,7 @@ def _decode(content: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("image_too_large", f"{image.width}x{image.height} pixels, at most {max_pixels:,}")
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises what a damaged file makes its readers raise
         raise ImageError("truncated_image", str(error)) from None
     if image.mode == "P" and image.palette is None:
         raise ImageError("truncated_image", "its colours are numbers in a palette, and it has no palette")

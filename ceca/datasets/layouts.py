@@ -14,7 +14,7 @@ from typing import Any
 
 from ceca.data.store import Reject, filesystem
 from ceca.datasets.listing import Count
-from ceca.datasets.records import SPLITS, DatasetError, Record, is_text, read_captions
+from ceca.datasets.records import SPLITS, DatasetError, Record, is_text, parse_int, read_captions
 
 ATTRIBUTES_FILE = "attributes.json"  # ground truth of drawn pedestrians; other datasets have none
 
@@ -193,7 +193,7 @@ def _spelling(name: str) -> str:
 
 def _parse(content: bytes, path: str) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content, parse_int=parse_int)
     except (ValueError, RecursionError) as error:
         raise DatasetError(
             f"{path} ({len(content)} bytes) is not valid JSON: {error}; download the file again from its publisher"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from ceca.data.schema import NOBODY, caption_id
@@ -123,8 +125,8 @@ def read_identity(value: Any) -> int | None:
         return NOBODY
     if isinstance(value, bool):
         return None
-    if isinstance(value, float):
-        value = int(value) if value.is_integer() else None
+    if isinstance(value, float | Decimal):
+        value = int(value) if math.isfinite(value) and value == int(value) else None
     if isinstance(value, int):
         return value if -(2**63) <= value < 2**63 else None
     if not isinstance(value, str) or not is_text(value):
@@ -135,6 +137,11 @@ def read_identity(value: Any) -> int | None:
     if re.fullmatch(r"-?\d{1,15}(\.0*)?", text, re.ASCII):
         return int(text.partition(".")[0])
     return NAMED + int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % NAMED
+
+
+def parse_int(digits: str) -> float:
+    """A number of a JSON file. One of thousands of digits, which Python refuses, becomes infinite: its row is bad."""
+    return int(digits) if len(digits) < 1000 else math.inf
 
 
 def read_time(value: Any) -> str | None:
@@ -154,7 +161,7 @@ def read_time(value: Any) -> str | None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             when = datetime.fromtimestamp(value / 1000 if value > 1e11 else value, UTC)
         else:
-            when = value if isinstance(value, datetime) else datetime.fromisoformat(value.strip())
+            when = value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip())
     except (AttributeError, OverflowError, OSError, TypeError) as error:
         raise ValueError(str(error)) from None
     return in_utc(when).isoformat()

@@ -116,6 +116,7 @@ class RowReader:
 
     def read(self, row: Row) -> Iterator[Record | Reject]:
         """Yield the row's record, and a reject for each value that it cannot have; or one reject, and no record."""
+        self._check_texts(row)
         value = self._value(row, "image")
         path = self._path(value)
         if path is None:
@@ -144,6 +145,19 @@ class RowReader:
             yield Reject(path, "bad_camera", f"{row.where}: expected a name, found {camera!r:.100}")
             camera = None
         yield Record(path, identity, split, captions, camera, time, self._place(row))
+
+    def _check_texts(self, row: Row) -> None:
+        """Check that no column but the images' holds bytes: they are taken for pictures, and their words for nothing.
+
+        Raises:
+            DatasetError: one does.
+        """
+        for says, names in self.columns.items():
+            if wrong := [name for name in names if name in row.inside and says != "image"]:
+                raise DatasetError(
+                    f"{row.where}: column {wrong[0]} holds bytes and not {says}; write it as text, or name another: "
+                    f"--columns {says}=COLUMN (nothing after the sign leaves it out)"
+                )
 
     def _place(self, row: Row) -> Sequence[Any] | None:
         """Where the image's bytes are, and in which column, if they are not a file."""

@@ -6,15 +6,23 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-_NAME = r"(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection)"
+_NAME = r"(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning(?:_content)?|reflection|analysis|scratchpad|cot)"
 # Marks around thoughts, of common families of models.
 _MARK = re.compile(
-    rf"(?P<opening><{_NAME}\b[^<>/]*>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary))|"
-    rf"</{_NAME}\s*>|<{_NAME}\s*/>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final",
+    rf"(?P<opening><{_NAME}\b[^<>/]*>|\[THINK\]|◁think▷|<\|(?:begin_of_thought|START_THINKING)\|>|"
+    r"<\|channel\|>(?:analysis|commentary)|<\|channel>thought|<unused94>(?:thought)?)|"
+    rf"</{_NAME}\s*>|<{_NAME}\s*/>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|END_THINKING)\|>|<\|channel\|>final|"
+    r"<channel\|>|<unused95>",
     re.IGNORECASE,
 )
 # Marks around the answer itself: what they hold stays.
-_ANSWER_MARK = re.compile(r"</?answer>|<\|(?:begin_of_box|end_of_box|return|end|message|start)\|>", re.IGNORECASE)
+_ANSWER_MARK = re.compile(
+    r"</?(?:answer|conclusion|s)>|<\|(?:(?:begin|end)_of_(?:box|solution)|(?:START|END)_RESPONSE|im_(?:start|end)|"
+    r"return|end|message|start)\|>",
+    re.IGNORECASE,
+)
+# What is left of the channels of gpt-oss where an endpoint drops their marks.
+_CHANNELS = re.compile(r"^\s*analysis.*?assistant\s*final", re.IGNORECASE | re.DOTALL)
 
 
 class Spoken(NamedTuple):
@@ -31,6 +39,7 @@ def spoken(text: str) -> Spoken:
     without a closing one. Line breaks and repeated spaces become single spaces, and characters that UTF-8 cannot hold
     (half a surrogate pair) become U+FFFD.
     """
+    text = _CHANNELS.sub("</think>", text)
     kept: list[str] = []
     thinks, end, thought = False, 0, False
     for mark in _MARK.finditer(text):
@@ -75,12 +84,21 @@ _TASK = (
     r"generate|summari[sz]|share|offer|identif|recogni[sz]e|do (?:that|this|so)|answer|support|complete|"
     r"(?:see|look at|interpret|open|read) (?:(?:the|this|any|your|an?) )?(?:image|picture|photo|content))"
 )
+_WHY = r"(?:(?:for|due to|because of|given) [^,]{0,40}, |(?:hmm|no|well|i must \w+ (?:you )?that),? )?"
+_NO_PICTURE = (
+    r"(?:there (?:is|was)|i (?:do not|don't|cannot|can't) (?:\w+ )?see)(?: an?| any| no| the)? "
+    r"(?:image|picture|photo)s?"
+    r"(?: (?:attached|provided|included|uploaded|shared|available|here|yet|in (?:your|this) \w+|to \w+))*\W*$"
+)
 _REFUSING = re.compile(
-    rf"^(?:{_SORRY}.*?\b(?:{_I}(?:{_CANNOT}|{_DECLINE})\b|not something (?:i|we) )|"
+    rf"^{_WHY}(?:{_SORRY}.*?\b(?:{_I}(?:{_CANNOT}|{_DECLINE})\b|not something (?:i|we) )|"
     rf"{_I}{_DECLINE}\b|{_I}{_CANNOT}.{{0,40}}?\b{_TASK}|"
     r"(?:this|the|your) (?:image|request|content|picture|photo|prompt|question) (?:\w+ ){0,3}?"
     r"(?:violates?|goes against|blocked|rejected|flagged|refused|inappropriate)\b|"
-    r"(?:it is|it would be|it's) (?:not appropriate|inappropriate|against)\b|"
+    r"(?:it is|it would be|it's) (?:not appropriate|inappropriate|against|(?:not possible|impossible) for me)\b|"
+    r"(?:i|we)(?: have been|'ve been| was| were| am| are|'m|'re) (?:instructed|programmed|told|trained) not to\b|"
+    r"(?:i|we)'d rather not\b|(?:request|response|content) (?:was |is )?(?:blocked|rejected|denied|filtered)\b|"
+    rf"{_NO_PICTURE}|"
     r"(?:that|this)(?:'s| is) not something (?:i|we) )"
 )
 _AFTER_SORRY = re.compile(rf"^(?:{_I}(?:{_CANNOT}|{_DECLINE})\b|no\W*$)")
@@ -94,6 +112,7 @@ _ELSEWHERE = re.compile(
     r"non posso|het spijt me|ik kan (?:\w+ )?niet|helaas kan|tyvärr|jag kan inte|beklager|undskyld|przepraszam|"
     r"nie mog[ęe]|üzgünüm|maaf|xin lỗi|tôi không thể|извините|простите|к сожалению|я не могу|на жаль|вибачте|"
     r"抱歉|对不起|對不起|很抱歉|非常抱歉|很遗憾|我无法|我無法|我不能|无法|申し訳|すみません|ごめんなさい|恐れ入りますが|"
+    r"omlouvám|je mi líto|sajnál|îmi pare rău|λυπάμαι|συγγνώμη|anteeksi|valitettavasti|žao mi je|vabandust|"
     r"죄송|미안|عذر|آسف|أعتذر|لا أستطيع|لا يمكنني|ขออภัย|ขอโทษ|क्षमा|माफ़|मुझे खेद|মাফ|দুঃখিত)"
 )
 _CLOTHES = re.compile(

@@ -100,8 +100,11 @@ class OpenAIEngine:
                 trust_env=not directly,
                 verify=httpx.create_ssl_context(),
             )
-        except (ImportError, ValueError, httpx.InvalidURL) as error:
-            raise EngineError(f"cannot ask {self.url}{self.through}: {error}; correct the proxy's variable") from None
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            raise EngineError(
+                f"cannot ask {self.url}{self.through}: {error}; correct the proxy's variable, no_proxy, SSL_CERT_FILE, "
+                "SSL_CERT_DIR or SSLKEYLOGFILE"
+            ) from None
         try:  # only checks that a server listens; the response does not matter, because some endpoints list no models
             await self.client.get(f"{self.url}/models")
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, *NO_URL) as error:

@@ -21,6 +21,8 @@ from rich.text import Text
 from ceca.errors import UserError
 from ceca.evaluation.names import METRICS
 
+if os.environ.get("COLUMNS") == "0":  # some terminals that are not there; every message would be cut to nothing
+    del os.environ["COLUMNS"]
 # Without markup and emoji: a query or a path may hold [/b] or :cat:, which is no more than that.
 console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 

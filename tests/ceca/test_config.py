@@ -189,3 +189,9 @@ def test_how_vllm_runs_changes_no_version_and_how_it_rounds_does():
     assert not {"quantization", "kv_cache_dtype", *how} & settings()["vllm"].keys()
     assert settings(quantization="fp8") != settings()
     assert settings(kv_cache_dtype="fp8") != settings()
+
+
+@pytest.mark.parametrize("number", [-1, 2, 8])
+def test_a_worker_has_one_gpu_or_none(number: int):
+    with pytest.raises(ConfigError, match="gpus_per_worker"):
+        TrainConfig(gpus_per_worker=number)

@@ -31,7 +31,7 @@ def proxy(s3: S3Server, s3_environment: None) -> Iterator[tuple[dict[str, str], 
     [
         pytest.param({"refuse": 0.1}, marks=pytest.mark.long, id="refused"),
         pytest.param({"delay_s": 0.05}, marks=pytest.mark.long, id="slow"),
-        pytest.param({"cut": True}, id="cut"),
+        pytest.param({"cut": True}, marks=pytest.mark.long, id="cut"),
     ],
 )
 def test_a_pipeline_over_a_bad_object_store_ends_with_the_same_result(

@@ -52,6 +52,8 @@ def test_a_dataset_with_bad_rows_runs_through_and_each_is_in_rejects_with_its_re
     (source / "imgs" / paths[2]).unlink()
     records[3]["captions"][0] = "   "
     records[4]["file_pth"] = records[4].pop("file_path")
+    records[7]["captions"][0] = "half \ud83d"
+    records[8]["id"] = 10**22
     records.append(dict(records[5]))
     records.append({**records[6], "file_path": "../../etc/passwd"})
     (source / "reid_raw.json").write_text(json.dumps(records))
@@ -66,8 +68,10 @@ def test_a_dataset_with_bad_rows_runs_through_and_each_is_in_rejects_with_its_re
     assert "record 4" in rejects["missing_key"]
     assert rejects["duplicated_record"] == paths[5]
     assert rejects["bad_path"] == "../../etc/passwd"
-    assert store.current("images").rows == len(paths) - 4
-    assert "7 rejected" in said
+    assert rejects["bad_caption"].endswith("-0")
+    assert rejects["bad_identity"] == paths[8]
+    assert store.current("images").rows == len(paths) - 5
+    assert "9 rejected" in said
 
 
 def test_an_unreadable_annotation_file_is_one_clear_error(run, tmp_path):
@@ -135,6 +139,7 @@ def test_published_dialogues_are_imported(do, ingested, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_vllm_holds_all_six_turns_about_every_image(run, drawn, tmp_path):
     data, model = tmp_path / "data", make_tiny_vlm(tmp_path / "model")

@@ -54,7 +54,6 @@ EXACT = {
 }
 BF16 = [("ceca", "bf16", stage, None) for stage in (1, 2, 3)]  # on two workers
 CASES = {size: [(size, mode) for mode in EXACT[size]] for size in EXACT}
-SOME = [*CASES[2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[3])]  # three workers: in the drills
 
 
 def name_of(mode: tuple[Any, ...]) -> str:
@@ -191,7 +190,8 @@ def of(found: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(f"{kind} "): value for name, value in found.items() if name.startswith(f"{kind} ")}
 
 
-@pytest.mark.parametrize("case", SOME, ids=case_name)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES[2], *CASES[3]], ids=case_name)
 def test_many_workers_compute_what_one_computes(results, reference, case):
     found, mode = results(*case), case[1]
     expected = reference[mode[0]]
@@ -213,7 +213,8 @@ def test_many_workers_compute_what_one_computes(results, reference, case):
         torch.testing.assert_close(of(found, "statistic")[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("case", SOME, ids=case_name)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES[2], *CASES[3]], ids=case_name)
 def test_every_zero_stage_takes_the_steps_of_one_process(results, reference, case):
     after, expected = of(results(*case), "after"), reference[case[1][0]]
     wanted, before = of(expected, "after"), of(expected, "before")
@@ -231,6 +232,7 @@ def test_one_worker_and_four_do_too(results, reference, case):
     test_every_zero_stage_takes_the_steps_of_one_process(results, reference, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", BF16, ids=name_of)
 def test_bf16_takes_nearly_the_same_steps(results, reference, mode):
     found, expected = results(2, mode), reference["ceca"]
@@ -240,6 +242,7 @@ def test_bf16_takes_nearly_the_same_steps(results, reference, mode):
     assert step.norm() / exact.norm() == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", BF16, ids=name_of)
 def test_the_published_weights_are_those_of_the_optimiser_and_not_rounded(results, mode):
     found = results(2, mode)
@@ -252,6 +255,7 @@ def test_the_published_weights_are_those_of_the_optimiser_and_not_rounded(result
     assert len(finer) > 50
 
 
+@pytest.mark.slow
 def test_fp32_publishes_the_model_itself(results):
     found = results(2, ("ceca", "fp32", 1, None))
     published = of(found, "published")

@@ -70,3 +70,21 @@ def test_the_command_makes_a_key_that_its_entry_admits(tmp_path: Path, capsys: p
     secret = printed.err.strip().rpartition(" ")[2]
     assert secret not in printed.out
     assert isinstance(Gate(keys).admit(secret, "write"), Key)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"keys:\n- {name: a, sha256: the-secret, scopes: [search]\n",
+        b"keys:\n- name: a\n  sha256: the-secret: x\n",
+        b"the-secret",
+        b"\xff\xfet\0h\0e\0",
+        b"[" * 5000,
+    ],
+    ids=range(5),
+)
+def test_a_file_that_is_no_yaml_is_refused_without_a_line_of_it(tmp_path: Path, content: bytes):
+    (tmp_path / "keys.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="cannot read keys from") as refused:
+        read_keys(tmp_path / "keys.yaml")
+    assert "the-secret" not in str(refused.value)

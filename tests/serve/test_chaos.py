@@ -177,6 +177,7 @@ def test_replicas_come_with_the_load_and_go_after_it(chaos: Chaos) -> None:
     assert {answer.status_code for answer in crowd.answers} == {200}
 
 
+@pytest.mark.long
 def test_who_asks_too_much_is_told_when_to_come_again(running: Running, chaos: Chaos) -> None:
     """Declared overload: a queue of four, and sixteen clients."""
     deploy(chaos.store, dataclasses.replace(chaos.config, ingress_replicas=1, queue=4, encoder_replicas=1))

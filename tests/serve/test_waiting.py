@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from ceca.config import ServeConfig
 from ceca.data.changes import pending_erasures, removed_images, unadded_images, write_arrival
-from ceca.data.names import FAILED
+from ceca.data.names import ARRIVALS, FAILED
 from ceca.data.store import Store
 from ceca.search.edition import find_edition
 from serve.changes import Changes
@@ -151,5 +152,33 @@ def test_an_image_that_could_not_be_added_can_be_deleted_and_an_unknown_one_not(
         assert store.names(FAILED) == []
         assert await ingress.remove("e" * 16) is None
         assert await ingress.job(f"add-{'e' * 16}") is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"image_id": "x"}',
+        json.dumps({**SAID, "image_id": "e" * 16, "image": "?", "width": 1, "height": 1}),
+    ],
+    ids=range(4),
+)
+def test_an_object_that_is_no_image_keeps_no_other_from_being_added(store: Store, content: str) -> None:
+    async def run() -> None:
+        one = replica(store)
+        name = f"{'e' * 16}-{'0' * 32}.json"
+        store.write_bytes(content.encode(), ARRIVALS, name)
+        image_id = arrive(store, 30 + len(content) % 10)
+        await work(store)
+        await one.following.follow()
+        assert image_id in one.following.snapshot.catalogue
+        assert store.names(ARRIVALS) == []
+        failed = await one.job(f"add-{'e' * 16}")
+        assert failed is not None
+        assert failed.status == "failed"
+        store.remove(FAILED)
 
     asyncio.run(run())

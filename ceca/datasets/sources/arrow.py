@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from ceca.data.store import Reject
 from ceca.datasets.records import DatasetError
 from ceca.datasets.rows import Row
 
@@ -19,7 +20,7 @@ BATCH = 4096  # rows in memory at once
 STATE = "state.json"  # beside the files of a saved dataset
 
 
-def parquet_rows(fs: Any, path: str, name: str) -> Iterator[Row]:
+def parquet_rows(fs: Any, path: str, name: str) -> Iterator[Row | Reject]:
     """Rows of a Parquet file, without the bytes of its pictures.
 
     Raises:
@@ -38,7 +39,7 @@ def parquet_rows(fs: Any, path: str, name: str) -> Iterator[Row]:
                 number += len(batch)
 
 
-def arrow_rows(fs: Any, path: str, name: str, names: Mapping[str, Sequence[str]]) -> Iterator[Row]:
+def arrow_rows(fs: Any, path: str, name: str, names: Mapping[str, Sequence[str]]) -> Iterator[Row | Reject]:
     """Rows of a file of a saved dataset, without the bytes of its pictures.
 
     Args:
@@ -54,6 +55,9 @@ def arrow_rows(fs: Any, path: str, name: str, names: Mapping[str, Sequence[str]]
         pictures = picture_columns(stream.schema)
         for group, batch in enumerate(stream):
             for row in _rows(batch, pictures, name, group, 0):
+                if isinstance(row, Reject):
+                    yield row
+                    continue
                 named = {
                     column: names[column][value] if column in names and isinstance(value, int) and value >= 0 else value
                     for column, value in row.values.items()
@@ -61,7 +65,9 @@ def arrow_rows(fs: Any, path: str, name: str, names: Mapping[str, Sequence[str]]
                 yield Row(named, row.where, row.place, row.inside)
 
 
-def _rows(batch: pa.RecordBatch, pictures: Mapping[str, str], name: str, group: int, first: int) -> Iterator[Row]:
+def _rows(
+    batch: pa.RecordBatch, pictures: Mapping[str, str], name: str, group: int, first: int
+) -> Iterator[Row | Reject]:
     """Rows of a batch. The place of a picture is (file, group of rows, row); its path ends with its own name."""
     # A cell of bytes becomes an empty one: only a picture that is there has a place.
     given = {column: batch.column(column) for column in batch.schema.names if column not in pictures}
@@ -70,14 +76,28 @@ def _rows(batch: pa.RecordBatch, pictures: Mapping[str, str], name: str, group: 
         for column, inner in pictures.items()
         if inner == "path" and column in batch.schema.names
     }
-    values = pa.RecordBatch.from_arrays(list(given.values()), names=list(given)).to_pylist() if given else []
+    values = _values(pa.RecordBatch.from_arrays(list(given.values()), names=list(given))) if given else []
     for number in range(batch.num_rows):
-        row = dict(values[number]) if values else {}
+        where = f"{name} row {group}-{first + number}"
+        value = values[number] if values else {}
+        if isinstance(value, Exception):
+            yield Reject(where, "bad_row", f"{where}: a cell cannot be read ({value})")
+            continue
+        row = dict(value)
         for column in pictures:
             own = (paths[column][number] if column in paths else None) or ""
             row[column] = "/".join(filter(None, (name, f"{group}-{first + number}", PurePosixPath(own).name)))
-        where = f"{name} row {group}-{first + number}"
         yield Row(row, where, [name, group, first + number] if pictures else None, pictures)
+
+
+def _values(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
+    """The rows of a batch; for a row of which a cell is no text, or no time, the error."""
+    try:
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        if len(batch) == 1:
+            return [error]
+    return [value for number in range(len(batch)) for value in _values(batch.slice(number, 1))]
 
 
 def picture_columns(schema: pa.Schema) -> dict[str, str]:

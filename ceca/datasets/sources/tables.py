@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gzip
 import json
+import lzma
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 from ceca.data.store import Reject
-from ceca.datasets.records import DatasetError
+from ceca.datasets.records import DatasetError, parse_int
 from ceca.datasets.rows import Row
 
 CHUNK = 2**20  # characters read at once
@@ -31,7 +36,10 @@ def text_rows(fs: Any, path: str, name: str) -> Iterator[Row | Reject]:
         DatasetError: it is no such file.
     """
     # A character that is no UTF-8 spoils its row and no other: such a text is refused later.
-    with fs.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="", compression="infer") as file:
+    with (
+        _explained(name),
+        fs.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="", compression="infer") as file,
+    ):
         kind = ending(path)
         if kind in (".csv", ".tsv"):
             yield from csv_rows(file, name)
@@ -39,6 +47,19 @@ def text_rows(fs: Any, path: str, name: str) -> Iterator[Row | Reject]:
             yield from _json_rows(file, name)
         else:
             yield from _line_rows(file, name)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn the errors of unpacking into one that names the file."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{name} cannot be unpacked ({type(error).__name__}: {error}); download it again") from None
+    except OSError as error:
+        if error.errno is not None:  # of the disk; bz2 and zstd raise it without a number
+            raise
+        raise DatasetError(f"{name} cannot be unpacked ({error}); download it again") from None
 
 
 def ending(path: str) -> str:
@@ -58,6 +79,8 @@ def csv_rows(file: TextIO, name: str) -> Iterator[Row | Reject]:
     delimiter = max("\t;|,", key=header.count) if any(mark in header for mark in "\t;|,") else ","
     try:
         names = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter))]
+        if header.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+            raise DatasetError(f"{name} is UTF-16; save it as UTF-8")
         if len(set(names)) < len(names):
             raise DatasetError(f"{name} names a column twice: {', '.join(names)}")
         reader = csv.reader(file, delimiter=delimiter)
@@ -143,7 +166,7 @@ class _Reader:
     def __init__(self, file: TextIO, name: str):
         self.file, self.name = file, name
         self.text, self.at, self.before, self.ended = "", 0, 0, False
-        self.decoder = json.JSONDecoder()
+        self.decoder = json.JSONDecoder(parse_int=parse_int)
 
     def wrong(self, problem: object) -> DatasetError:
         return DatasetError(

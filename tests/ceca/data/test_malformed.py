@@ -11,7 +11,8 @@ from ceca.data.lease import Holders
 from ceca.data.store import Store, StoreError
 from ceca.model.registry import find_model
 
-WRONG = ["{}", "[]", "null", "3", '"text"', '{"images": 3, "schema_version": 2}', "{", ""]
+WRONG = ["{}", "[]", "null", "3", '"text"', '{"images": 3, "schema_version": 2}', "{", "", "[" * 100_000]
+WRONG += ['{"images": [{}]}', '{"images": [null]}']
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def store(tmp_path) -> Store:
     return Store(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [content for content in WRONG if content != "null"])
+@pytest.mark.parametrize("content", WRONG, ids=range(len(WRONG)))
 @pytest.mark.parametrize(
     ("place", "read"),
     [
@@ -48,7 +49,12 @@ def manifest(**changes: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"parts": None}, {"rows": None}, {"another": 1}, {"parts": 3}, {"parts": [{}]}, {"parts": ["x"]}]
+    "changes",
+    [
+        *({"parts": None}, {"rows": None}, {"another": 1}, {"parts": 3}, {"parts": [{}]}, {"parts": ["x"]}),
+        *({"made_from": []}, {"made_from": {"images": 3}}, {"version": 3}, {"table": 7}, {"rows": -1}, {"notes": "x"}),
+        {"parts": [{"path": 3, "rows": 1, "bytes": 1, "sha256": "0"}]},
+    ],
 )
 def test_a_manifest_with_missing_or_further_keys_is_named(store, changes):
     store.write_bytes(manifest(), "images", "manifest.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -311,3 +312,12 @@ def test_images_are_resized_as_torchvision_does_it(resize: str, mode: str, size:
     transform = torchvision.transforms.Resize(size, torchvision.transforms.InterpolationMode[mode], antialias=True)
     assert np.array_equal(decode_image(content, *size, resize), np.asarray(transform(Image.open(io.BytesIO(content)))))
     assert np.array_equal(decode_image(content, *size), decode_image(content, *size, "bicubic"))
+
+
+@pytest.mark.parametrize("name", [b"iCCP", b"gAMA", b"pHYs", b"tRNS", b"eXIf", b"acTL", b"fcTL"])
+@pytest.mark.parametrize("data", [b"", b"a", b"a\0", b"\xff" * 40], ids=range(4))
+def test_a_damaged_piece_after_the_pixels_is_an_image_error_or_nothing(name: bytes, data: bytes):
+    content = saved(LEFT_RED)
+    end = content.rindex(b"IEND") - 4
+    with contextlib.suppress(ImageError):
+        check_image(content[:end] + chunk(name, data) + content[end:])

@@ -26,6 +26,14 @@ from ceca.dialogue.answers import Spoken, one_line, refuses, spoken
         "<|begin_of_thought|>Is it?<|end_of_thought|>A man",
         "<|channel|>analysis<|message|>Is it?<|end|><|start|>assistant<|channel|>final<|message|>A man<|return|>",
         "<think>Is it?</think><answer>A man</answer>",
+        "<analysis>Is it?</analysis>A man",
+        "<scratchpad>Is it?</scratchpad>A man",
+        "<reasoning_content>Is it?</reasoning_content>A man",
+        "<|START_THINKING|>Is it?<|END_THINKING|><|START_RESPONSE|>A man<|END_RESPONSE|>",
+        "analysisIs it a man?\nYes.assistantfinalA man",
+        "<|channel>thought Is it?<channel|>A man",
+        "<unused94>thought\nIs it?<unused95>A man",
+        "<think>Is it?</think><CONCLUSION>A man</CONCLUSION></s>",
     ],
 )
 def test_thoughts_are_removed_and_known_of(text: str):
@@ -133,6 +141,19 @@ def test_every_character_can_be_stored(text: str, stored: str):
         "Thank you for sharing this image, but I can't describe the people in it.",
         "I am not permitted to describe people.",
         "Your request was rejected as a result of our safety system.",
+        "For privacy reasons, I cannot describe this person.",
+        "Due to privacy concerns, I can't help with that.",
+        "I don't see an image attached. Could you upload it?",
+        "There is no image provided.",
+        "I have been instructed not to describe people.",
+        "It is not possible for me to describe the person.",
+        "I’d rather not describe people.",
+        "Request blocked.",
+        "Omlouvám se, ale s tím nemohu pomoci.",
+        "Sajnálom, ebben nem tudok segíteni.",
+        "Îmi pare rău, nu pot face asta.",
+        "Λυπάμαι, δεν μπορώ να βοηθήσω.",
+        "Anteeksi, en voi auttaa siinä.",
     ],
 )
 def test_a_refusal_is_recognised(text: str):
@@ -163,6 +184,11 @@ def test_a_refusal_is_recognised(text: str):
         "The image shows a sorry-looking man in a coat.",
         "I can't make out the type of shoes.",
         "I cannot determine the gender of the person from this image.",
+        "There is no picture on the shirt.",
+        "No, there is no photo in the hand.",
+        "For the shoes, white and black.",
+        "Well, the person wears a red coat.",
+        "An analysis of the coat: long and grey.",
     ],
 )
 def test_a_description_is_no_refusal(text: str):

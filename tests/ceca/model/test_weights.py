@@ -332,3 +332,23 @@ def test_quick_gelu_is_open_clips_and_so_is_its_gradient():
     x = torch.linspace(-6, 6, 101, dtype=torch.double, requires_grad=True)
     torch.testing.assert_close(QuickGELU()(x), x * torch.sigmoid(1.702 * x))
     assert torch.autograd.gradcheck(QuickGELU(), (x,))
+
+
+class Evil(nn.Module):
+    """torch.jit.load would run its `__setstate__`."""
+
+    @torch.jit.export
+    def __getstate__(self) -> int:
+        return 0
+
+    @torch.jit.export
+    def __setstate__(self, state: int) -> None:
+        raise RuntimeError("ran")
+
+
+def test_code_of_a_torchscript_archive_does_not_run(tmp_path):
+    torch.jit.script(Evil()).save(str(tmp_path / "evil.pt"))
+    with pytest.raises(torch.jit.Error, match="ran"):
+        torch.jit.load(str(tmp_path / "evil.pt"))
+    with pytest.raises(WeightsError):
+        build_model(dataclasses.replace(SQUARE, pretrained=str(tmp_path / "evil.pt")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -181,3 +183,9 @@ def test_a_gpu_too_keeps_ties_in_the_order_of_rows_and_fills_up(
     similarity, order = by_hand(matrix, vectors, min(k, rows), allowed)
     assert torch.equal(best.similarity, similarity)
     assert torch.equal(best.row, order.masked_fill(similarity == -torch.inf, -1))
+
+
+def test_products_of_fp16_are_added_up_in_fp32():
+    program = "import ceca.search.topk, torch; print(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
