@@ -52,7 +52,7 @@ RUN_BY = {
         "test_a_folder_becomes_a_gallery_and_the_same_command_adds_what_is_new",
     ),
     "ceca draw": (HERE, "test_draw_makes_a_dataset_that_ingest_can_read"),
-    "ceca ingest": (METHODS, "test_a_published_recipe_takes_two_steps_with_the_full_model_on_this_machine"),
+    "ceca ingest": ("tests/jobs/test_stages.py", "test_ingest_keeps_images_as_they_came_and_every_caption"),
     "ceca dialogue": (JOBS, "test_vllm_holds_all_six_turns_about_every_image"),
     "ceca train": (PIPELINE, "test_the_model_is_published_with_its_record"),
     "ceca evaluate": (PIPELINE, "test_evaluation_compares_every_similarity_with_chance"),
