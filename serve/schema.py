@@ -6,12 +6,10 @@ The Python client (`serve.client`) returns these records too, so this module imp
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-
-from ceca.datasets.records import in_utc
 
 # --- requests ---------------------------------------------------------------------------------------------
 
@@ -32,7 +30,11 @@ def _characters(text: str) -> str:
 def _moment(text: str) -> str:
     if not re.match(r"\d{4}-\d\d-\d\d", text, re.ASCII):
         raise ValueError("a time is written 2026-01-31 or 2026-01-31T12:30, and may have seconds and a zone")
-    return in_utc(datetime.fromisoformat(text)).isoformat()
+    time = datetime.fromisoformat(text)
+    try:
+        return (time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)).isoformat()
+    except OverflowError:
+        raise ValueError("in UTC the time is before the year 1 or after the year 9999") from None
 
 
 def _whole(value: Any) -> Any:

@@ -164,16 +164,7 @@ def read_time(value: Any) -> str | None:
             when = value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip())
     except (AttributeError, OverflowError, OSError, TypeError) as error:
         raise ValueError(str(error)) from None
-    return in_utc(when).isoformat()
-
-
-def in_utc(time: datetime) -> datetime:
-    """The same time in UTC, which a time without a zone is taken for.
-
-    Raises:
-        ValueError: in UTC it is before the year 1 or after the year 9999.
-    """
     try:
-        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-    except OverflowError as error:
+        return (when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)).isoformat()
+    except OverflowError as error:  # in UTC it is before the year 1 or after the year 9999
         raise ValueError(str(error)) from None

@@ -188,6 +188,7 @@ def test_one_that_runs_is_not_started_again_and_a_taken_port_is_named(cluster: l
         local.up("other", nodes=2, gpus=3)
 
 
+@pytest.mark.slow
 def test_down_leaves_no_process_and_no_folder() -> None:
     name = "short"
     cluster = local.up(name, dashboard_port=0)

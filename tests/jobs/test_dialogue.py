@@ -23,16 +23,19 @@ from ceca.errors import UserError
 from ceca.settings import to_mapping
 from jobs.dialogue import _units_at_once, dialogue
 from jobs.dialogues.worker import DialogueWorker
+from jobs.ingest import ingest
+from jobs.pipeline import recipe_config
 from tests.endpoint import ChatServer, completion, digest_of
-from tests.jobs.conftest import SMALL
+from tests.jobs.conftest import SMALL, in_this_process
 
 IMAGES = 24
 
 
 @pytest.fixture(scope="module")
-def ingested(run, drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ingested(drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("asked")
-    run("ingest", *SMALL, "--source", drawn, "--data", data, "--limit", IMAGES)
+    with in_this_process():
+        ingest(str(data), recipe_config(SMALL[1], "ingest", source=str(drawn), limit=IMAGES))
     return data
 
 

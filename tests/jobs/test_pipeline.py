@@ -26,8 +26,9 @@ from ceca.model.registry import find_model
 from ceca.model.weights import load_model
 from ceca.search.searcher import Searcher
 from jobs.dialogue import dialogue
+from jobs.evaluate import evaluate
 from jobs.evaluations import ranking
-from jobs.index import SMALL_PARTS, CopiedRows, reuse
+from jobs.index import SMALL_PARTS, CopiedRows, index, reuse
 from jobs.ingest import ingest
 from jobs.pipeline import recipe_config
 from jobs.reports.figures import report_attributes, report_omega, report_ranked, report_significance
@@ -59,8 +60,9 @@ def on_disk(run, drawn, tmp_path_factory) -> Store:
         ingest(str(data), recipe_config("tiny", "ingest", source=str(drawn)))
         dialogue(str(data), recipe_config("tiny", "dialogue"))
     run("train", *SMALL, "--data", data)
-    run("evaluate", *SMALL, "--data", data)
-    run("index", *SMALL, "--data", data)
+    with in_this_process():
+        evaluate(str(data), recipe_config(SMALL[1], "evaluate"))
+        index(str(data), recipe_config(SMALL[1], "index"))
     return Store(str(data))
 
 
@@ -130,7 +132,7 @@ def test_queries_ranked_by_tasks_of_the_cluster_are_ranked_as_in_one_process(ray
     alone = ranking.rank(texts, images, [0.0, 0.5])
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.nodes.address)
     monkeypatch.setattr(ranking, "ALONE", 0)
-    monkeypatch.setattr(ranking, "TASK_ROWS", 7)
+    monkeypatch.setattr(ranking, "TASK_ROWS", 20)
     try:
         together = ranking.rank(texts, images, [0.0, 0.5])
     finally:

@@ -176,6 +176,7 @@ def kill_after_some_units(start, store: Store, stage: str, *arguments: object) -
     finish(process, 60, expect=-signal.SIGKILL)  # else it ended before it was killed
 
 
+@pytest.mark.slow
 def test_ingest_killed_and_started_again_ends_with_the_same_tables(start, run, drawn, ingested, tmp_path):
     store = Store(str(tmp_path))
     arguments = (*SMALL, "--source", drawn, "--data", tmp_path)

@@ -170,7 +170,7 @@ class Some:
         time.sleep(0.1)
         if self.lost:
             raise WorkerLost("the engine was lost for the third time")
-        row = dict(caption_id=str(work), image_id="i", identity=1, split="test", caption="a man")
+        row = dict(caption_id=str(work), image_id="i", identity=1, split="test", text="a man")
         return Output({"captions": pa.Table.from_pylist([row], CAPTIONS)})
 
 folder, lost = sys.argv[1], int(sys.argv[2])

@@ -149,6 +149,7 @@ def test_an_image_is_not_erased_while_a_stage_works(changing: Changing) -> None:
     assert changing.finished(job)["status"] == "done"
 
 
+@pytest.mark.slow
 def test_an_engine_without_its_gpus_holds_nothing_up_but_what_needs_it(
     running: Running, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -177,6 +178,7 @@ def test_an_engine_without_its_gpus_holds_nothing_up_but_what_needs_it(
         ray_serve.delete("vllm")
 
 
+@pytest.mark.slow
 def test_images_can_be_deleted_one_right_after_another(changing: Changing) -> None:
     """While the first is erased, which writes the object of all of them anew."""
     colours = ("coral", "crimson", "gold", "indigo", "ivory", "lime")
