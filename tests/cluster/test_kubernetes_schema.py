@@ -13,7 +13,6 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
 from ray.serve.schema import ServeDeploySchema
 from referencing import Registry, Resource
 
@@ -67,6 +66,8 @@ def validate(manifest: Object) -> None:
     if manifest["apiVersion"] in WRITTEN:
         validator(WRITTEN[manifest["apiVersion"]], manifest["kind"]).validate(manifest)
     elif manifest["apiVersion"] == "monitoring.coreos.com/v1":
+        from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule  # slow to import
+
         model = {"PodMonitor": PodMonitor, "PrometheusRule": PrometheusRule}[manifest["kind"]]
         read = model.model_validate(manifest).model_dump(by_alias=True, exclude_unset=True, mode="json")
         unknown = set(ways(manifest)) - set(ways(read))  # these models ignore an unknown field

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torchvision.transforms
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
@@ -309,6 +308,8 @@ def test_only_images_that_programs_may_misread_are_encoded_again():
 @pytest.mark.parametrize("size", [(16, 8), (384, 128)], ids=["smaller", "larger"])
 def test_images_are_resized_as_torchvision_does_it(resize: str, mode: str, size: tuple[int, int]):
     content = encoded("PNG")
+    import torchvision.transforms  # slow to import
+
     transform = torchvision.transforms.Resize(size, torchvision.transforms.InterpolationMode[mode], antialias=True)
     assert np.array_equal(decode_image(content, *size, resize), np.asarray(transform(Image.open(io.BytesIO(content)))))
     assert np.array_equal(decode_image(content, *size), decode_image(content, *size, "bicubic"))

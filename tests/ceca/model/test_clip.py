@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
+from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from hypothesis import given
@@ -17,12 +18,21 @@ from ceca.model import tokens
 from ceca.model.clip import CLIP, TINY, describe, descriptions
 from ceca.model.tokens import count_tokens, encode, tokenize_numpy
 
-THEIRS = open_clip.tokenizer._tokenizer
 SMALL = ["ceca-tiny", "ViT-S-32", "ViT-M-16-alt"]  # the last one has learned scales
+
+
+@functools.cache
+def theirs() -> Any:
+    """open_clip's tokeniser."""
+    import open_clip  # slow to import
+
+    return open_clip.tokenizer._tokenizer
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_seed_gives_the_parameters_that_open_clip_gives_in_their_order(name, monkeypatch):
+    import open_clip  # slow to import
+
     open_clip.add_model_config(descriptions()[TINY])
     torch.manual_seed(3)
     ours = CLIP(name, (64, 32)).state_dict()
@@ -68,14 +78,14 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_equal_open_clips(text):
-    assert encode(text) == THEIRS.encode(text)
-    assert np.array_equal(tokenize_numpy([text]), THEIRS([text], context_length=77).numpy())
-    assert count_tokens(text) == len(THEIRS.encode(text)) + 2
+    assert encode(text) == theirs().encode(text)
+    assert np.array_equal(tokenize_numpy([text]), theirs()([text], context_length=77).numpy())
+    assert count_tokens(text) == len(theirs().encode(text)) + 2
 
 
 @given(st.text(max_size=60))
 def test_tokens_of_any_text_equal_open_clips(text):
-    assert encode(text) == THEIRS.encode(text)
+    assert encode(text) == theirs().encode(text)
 
 
 def test_tokens_of_random_letters_equal_open_clips():
@@ -83,7 +93,7 @@ def test_tokens_of_random_letters_equal_open_clips():
     letters = "abcdefghijklmnopqrstuvwxyz'-&;#0123456789 .,ABCéüß漢字😀\n\t"
     for _ in range(3000):
         text = "".join(source.choice(letters) for _ in range(source.randrange(40)))
-        assert encode(text) == THEIRS.encode(text), text
+        assert encode(text) == theirs().encode(text), text
 
 
 # From all over Unicode, and what the cleaning of texts and the pattern of words treat in another way.
@@ -117,7 +127,7 @@ def random_text(source: random.Random) -> str:
 def test_tokens_of_random_unicode_equal_open_clips():
     source = random.Random(20)
     for text in (random_text(source) for _ in range(1000)):
-        assert encode(text) == THEIRS.encode(text), text
+        assert encode(text) == theirs().encode(text), text
 
 
 @pytest.mark.slow
@@ -126,7 +136,7 @@ def test_tokens_of_random_unicode_equal_open_clips():
 def test_tokens_of_a_million_random_texts_equal_open_clips():
     source = random.Random(21)
     for text in (random_text(source) for _ in range(1_000_000)):
-        assert encode(text) == THEIRS.encode(text), text
+        assert encode(text) == theirs().encode(text), text
 
 
 def test_many_texts_at_once_get_the_tokens_of_each_alone_whatever_was_read_before(monkeypatch):
@@ -144,4 +154,4 @@ def test_tokens_of_drawn_captions_equal_open_clips(drawn):
 
     for record in json.loads((drawn / "reid_raw.json").read_text()):
         for caption in record["captions"]:
-            assert encode(caption) == THEIRS.encode(caption)
+            assert encode(caption) == theirs().encode(caption)

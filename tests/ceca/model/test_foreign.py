@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from typing import get_args
 
-import open_clip
 import pytest
 import safetensors.torch
 import torch
@@ -270,6 +269,8 @@ def test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip(r
     assert (published.global_dim, published.local_dim) == (128, 256)
 
     export_weights(data, tmp_path / "clip.safetensors", model="rde-published")
+    import open_clip  # slow to import
+
     open_clip.add_model_config(descriptions()["ceca-tiny"])
     clip = open_clip.create_model(
         "ceca-tiny", pretrained=str(tmp_path / "clip.safetensors"), force_image_size=(128, 64)

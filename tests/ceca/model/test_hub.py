@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 import uvicorn
@@ -70,6 +69,8 @@ def test_a_pushed_folder_is_a_model_with_the_same_embeddings(store: Store, folde
 
 
 def test_open_clip_loads_the_clip_part(folder: Path):
+    import open_clip  # slow to import
+
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
     ours = ceca.load(str(folder))
     state = theirs.state_dict()

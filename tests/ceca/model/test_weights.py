@@ -9,7 +9,6 @@ import json
 import pickle
 import unittest.mock
 
-import open_clip
 import pytest
 import safetensors.torch
 import torch
@@ -233,6 +232,8 @@ def test_without_summary_weight_a_summary_changes_nothing():
 
 def open_clips(model: CECA) -> torch.nn.Module:
     """open_clip's own module with the weights of a model's towers."""
+    import open_clip  # slow to import
+
     open_clip.add_model_config(descriptions()["ceca-tiny"])
     config = model.config
     size = (config.image_height, config.image_width)

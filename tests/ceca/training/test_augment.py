@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.transforms import RandomErasing
 
 from ceca.config import AugmentationConfig
 from ceca.model.backbone import tokenize
@@ -75,6 +74,8 @@ def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def test_erased_rectangles_are_distributed_as_torchvisions():
+    from torchvision.transforms import RandomErasing  # slow to import
+
     count, config = 10_000, dataclasses.replace(NONE, erase=1)
     height, width = 384, 128
     ours = []
