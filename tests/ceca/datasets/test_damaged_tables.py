@@ -1,0 +1,82 @@
+"""Tables that are not as they should be: one error that names the file, or a reject for each row."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ceca.datasets.records import DatasetError, read_identity
+from tests.ceca.datasets.test_sources import listed, pictures
+
+
+@pytest.mark.parametrize(
+    "content", [gzip.compress(b"file\n1.png\n" * 1000)[:-20], b"file\n1.png\n"], ids=["cut", "not packed"]
+)
+def test_a_packed_table_that_is_damaged_is_one_error(tmp_path: Path, content: bytes):
+    (tmp_path / "t.csv.gz").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"t\.csv\.gz cannot be unpacked \(\w+: .*\); download it again"):
+        listed(tmp_path / "t.csv.gz")
+
+
+@pytest.mark.parametrize("packed", ["bz2", "xz", "zip"])
+def test_other_packed_tables_too(tmp_path: Path, packed: str):
+    (tmp_path / f"t.csv.{packed}").write_bytes(b"this is not packed at all, and long enough to be looked at")
+    with pytest.raises(DatasetError, match="cannot be unpacked"):
+        listed(tmp_path / f"t.csv.{packed}")
+
+
+def test_a_table_in_utf_16_says_so(tmp_path: Path):
+    (tmp_path / "t.csv").write_text("file,text\n1.png,a man\n", encoding="utf-16")
+    with pytest.raises(DatasetError, match=r"t\.csv is UTF-16; save it as UTF-8"):
+        listed(tmp_path / "t.csv")
+
+
+def test_a_column_of_words_that_holds_bytes_is_an_error_that_names_it(tmp_path: Path):
+    pictures(tmp_path, "1.png")
+    pq.write_table(pa.table({"file": ["1.png"], "text": [b"a man"]}), tmp_path / "t.parquet")
+    with pytest.raises(DatasetError, match="column text holds bytes and not text; write it as text"):
+        listed(tmp_path / "t.parquet")
+    records, _, _ = listed(tmp_path / "t.parquet", columns=("text=",))
+    assert records["1.png"].captions == ()
+
+
+def test_one_cell_that_cannot_be_read_is_one_reject(tmp_path: Path):
+    pictures(tmp_path, *(f"{number}.png" for number in range(5)))
+    words = pa.array([b"a man", b"\xff\xfe", b"a boy"]).cast(pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, words.buffers())
+    times = pa.array([0, 0, 0, 2**62, 0], pa.timestamp("us"))
+    pq.write_table(pa.table({"file": [f"{n}.png" for n in range(3)], "text": texts}), tmp_path / "words.parquet")
+    pq.write_table(pa.table({"file": [f"{n}.png" for n in range(5)], "time": times}), tmp_path / "times.parquet")
+    for name, wrong in (("words", 1), ("times", 3)):
+        records, rejects, _ = listed(tmp_path / f"{name}.parquet")
+        assert f"{wrong}.png" not in records
+        assert len(records) == (2 if name == "words" else 4)
+        assert [(reject.key, reject.reason) for reject in rejects] == [(f"{name}.parquet row 0-{wrong}", "bad_row")]
+
+
+def test_numbers_that_a_table_keeps_otherwise_are_persons_and_times(tmp_path: Path):
+    pictures(tmp_path, "1.png")
+    day = datetime.date(2026, 1, 31)
+    pq.write_table(pa.table({"file": ["1.png"], "pid": [Decimal("7")], "time": [day]}), tmp_path / "t.parquet")
+    records, rejects, _ = listed(tmp_path / "t.parquet")
+    assert not rejects
+    assert (records["1.png"].identity, records["1.png"].time) == (7, "2026-01-31T00:00:00+00:00")
+    assert read_identity(Decimal("7.5")) is None
+    assert read_identity(Decimal("Infinity")) is None
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_a_number_of_thousands_of_digits_spoils_its_row_alone(tmp_path: Path, form: str):
+    pictures(tmp_path, "1.png", "2.png")
+    rows = [f'{{"file": "{n}.png", "pid": {"7" * digits}}}' for n, digits in ((1, 5000), (2, 1))]
+    text = f"[{', '.join(rows)}]" if form == "json" else "\n".join(rows)
+    (tmp_path / f"t.{form}").write_text(text)
+    records, rejects, _ = listed(tmp_path / f"t.{form}")
+    assert set(records) == {"2.png"}
+    assert len(rejects) == 1
