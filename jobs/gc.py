@@ -16,6 +16,7 @@ import tyro
 from ceca.data.erase import COLLECTING, Busy, undisturbed
 from ceca.data.garbage import Garbage, find_garbage, remove_garbage
 from ceca.data.lease import Holders, LeaseError, this_process
+from ceca.data.names import MODELS
 from ceca.data.store import Store
 from ceca.errors import UserError
 from jobs.runtime.console import console, entry, text_table
@@ -31,6 +32,8 @@ def gc(
     if keep < 0 or not older_than >= 0:
         raise UserError(f"--keep and --older-than are numbers from 0; found {keep} and {older_than:g}")
     store = Store(data)
+    if not store.names(MODELS):
+        store.current("images", "ingest")  # an error where there is no dataset at all
     if not apply:
         found = find_garbage(store, keep, older_than)
         _print(store, found)

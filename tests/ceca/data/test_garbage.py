@@ -197,3 +197,10 @@ def test_a_version_that_was_removed_is_made_again_by_its_stage(tmp_path):
     assert hashlib.sha256(store.read_bytes("images", again.parts[0].path)).hexdigest() == again.parts[0].sha256
     assert store.receipts("ingest", "i1") == {}
     assert Receipt({}).parts == {}
+
+
+def test_a_place_without_a_dataset_is_an_error_and_not_clean(tmp_path):
+    (tmp_path / "file").write_text("no dataset")
+    for place in (tmp_path / "nowhere", tmp_path / "file", tmp_path):
+        with pytest.raises(StoreError, match=r"no table 'images' in|Not a directory"):
+            gc(str(place))
