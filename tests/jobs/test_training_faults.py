@@ -239,6 +239,14 @@ def test_a_divided_run_goes_on_with_its_division_on_another_number_of_workers(st
     assert all(0 < share < 1 for share in shares[0])
 
 
+@pytest.mark.long
+def test_a_loss_that_is_no_number_ends_the_training_with_its_step(start, dataset):
+    output = finish(start("train", *TRAIN, "--optimiser.learning-rate", 1e30, "--data", dataset), expect=2)
+    words = " ".join(output.split())
+    assert re.search(r"error: the loss is not a number from step \d+ on \(.*tal_global", words)
+    assert "Traceback" not in output
+
+
 def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset):
     process = start("train", *TRAIN, "--workers", 3, "--workers-min", 2, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)

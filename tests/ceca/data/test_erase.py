@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ceca.data import schema
 from ceca.data.changes import hide, pending_erasures, removed_images, write_added
 from ceca.data.erase import erase, finish
-from ceca.data.store import Receipt, Reject, StoreError
+from ceca.data.store import Receipt, Reject, Store, StoreError
 from tests.ceca.data.dataset import (
     GONE,
     IDS,
@@ -146,3 +146,17 @@ def test_a_damaged_object_stops_it_before_it_says_that_all_is_erased(filled):
         assert pending_erasures(store) == [name]
     with pytest.raises(StoreError, match="no removal"):
         finish(store, "nothing")
+
+
+def test_an_erasure_below_a_name_that_looks_like_a_pattern_touches_no_neighbour(filled, s3_environment):
+    some = only(filled, "gallery/g1", "gallery/manifest", "added", "arrivals")
+    stores = [
+        Store(f"s3://bucket/{name}") for name in ("erased[1]", "erased1")
+    ]  # the first, as a pattern, is the second
+    for store in stores:
+        for name, content in some.items():
+            store.write_bytes(content, name)
+    before = contents(stores[1])
+    erase(stores[0], GONE)
+    assert_erased(stores[0], GONE)
+    assert contents(stores[1]) == before
