@@ -19,6 +19,8 @@ from cluster.object_store import S3Server, free_port, serve_s3
 REPOSITORY = Path(__file__).parent.parent
 # Tests that share what is slow to start, by the first of these that begins their file's name.
 TOGETHER = {"tests/jobs/": "stages", "tests/cluster/": "service", "tests/serve/": "service"}
+# Few slow tests. The scheduler begins with what has most tests, and these would come last, with one process alone.
+TOGETHER |= {"tests/ceca/model/test_golden": "stages", "tests/benchmarks/": "service"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless a user asks for it
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("tests", deadline=None)
