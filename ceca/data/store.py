@@ -14,6 +14,7 @@ publishes its tables when all units have one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,12 +26,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ceca.data.filesystems import StoreError
 from ceca.data.filesystems import filesystem as filesystem
+from ceca.data.manifest import Manifest as Manifest
+from ceca.data.manifest import MissingPart as MissingPart
+from ceca.data.manifest import Part as Part
 from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
 from ceca.data.objects import Objects, as_json
 from ceca.data.parts import ROW_GROUP, decode, encode
@@ -40,63 +43,6 @@ from ceca.data.schema import REJECTS, SCHEMA_VERSION
 A = TypeVar("A")
 B = TypeVar("B")
 READERS = 8  # objects read at the same time
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One Parquet file of a table: path below the table, number of rows, size in bytes, SHA-256 of the content."""
-
-    path: str
-    rows: int
-    bytes: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """Description of a published version of a table.
-
-    `made_from` maps each input, e.g. `images` or `model`, to its version or digest. `config` holds the stage's
-    settings, `notes` the stage's own findings, and `created` is the time of publication (UTC).
-    """
-
-    table: str
-    version: str
-    rows: int
-    parts: tuple[Part, ...]
-    made_from: Mapping[str, str]
-    config: Mapping[str, Any]
-    notes: Mapping[str, Any]
-    created: str
-    schema_version: int = SCHEMA_VERSION
-
-    def check(self) -> None:
-        """Check the type of each field, which comes from an object that anybody may have written.
-
-        Raises:
-            TypeError: a field has another type.
-        """
-        words: list[Any] = [self.table, self.version, self.created, *self.made_from, *self.made_from.values()]
-        numbers = [self.rows]
-        for part in self.parts:
-            words += [part.path, part.sha256]
-            numbers += [part.rows, part.bytes]
-        wrong: list[Any] = [word for word in words if not isinstance(word, str)]
-        wrong += [number for number in numbers if not isinstance(number, int) or number < 0]
-        wrong += [given for given in (self.config, self.notes) if not isinstance(given, dict)]
-        if wrong:
-            raise TypeError(f"{wrong[0]!r:.60} has the wrong type")
-
-    def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """Places (part, row within the part) of rows of the whole table.
-
-        Args:
-            rows: [N] numbers of rows, from 0.
-        """
-        ends = np.cumsum([part.rows for part in self.parts])
-        part = np.searchsorted(ends, rows, side="right")
-        starts = np.concatenate([[0], ends])[part]
-        return list(zip(part.tolist(), (rows - starts).tolist(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +170,7 @@ class Store(Objects):
         try:
             content = self.read_bytes(manifest.table, part.path)
         except FileNotFoundError:
-            raise StoreError(f"{place} is named by its manifest but missing; run its stage with --redo") from None
+            raise MissingPart.at(place) from None
         if hashlib.sha256(content).hexdigest() != part.sha256:
             raise StoreError(
                 f"{place} is damaged: {len(content)} bytes found, {part.bytes} published, and the digest differs; "
@@ -257,9 +203,22 @@ class Store(Objects):
 
     def read_columns(self, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Columns of one part. Fetches these columns alone, so the part's digest is not checked."""
-        part = manifest.parts[number]
-        with self.open(manifest.table, part.path) as file:
+        with self._part(manifest, number) as file:
             return decode(file, columns)
+
+    @contextlib.contextmanager
+    def _part(self, manifest: Manifest, number: int) -> Iterator[Any]:
+        """Open a part to read ranges of it.
+
+        Raises:
+            MissingPart: it is not there.
+        """
+        path = manifest.parts[number].path
+        try:
+            with self.open(manifest.table, path) as file:
+                yield file
+        except FileNotFoundError:
+            raise MissingPart.at(self.place(manifest.table, path)) from None
 
     def take(
         self, manifest: Manifest, rows: Sequence[tuple[int, int]], columns: Sequence[str] | None = None
@@ -280,7 +239,7 @@ class Store(Objects):
         groups_of = {part: sorted({row // ROW_GROUP for row in wanted}) for part, wanted in rows_of.items()}
 
         def read(part: int) -> pa.Table:
-            with self.open(manifest.table, manifest.parts[part].path) as file:
+            with self._part(manifest, part) as file:
                 return pq.ParquetFile(file).read_row_groups(groups_of[part], columns=columns)
 
         tables, place_of, offset = [], {}, 0

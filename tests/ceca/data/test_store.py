@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import pickle
 import time
 import uuid
 from pathlib import Path
@@ -107,11 +108,20 @@ def test_a_damaged_part_is_refused(store: Store):
         store.read_part(manifest, 0)
 
 
-def test_a_missing_part_is_told_apart(store: Store):
+def test_a_missing_part_is_told_apart_however_it_is_read(store: Store):
     manifest = publish(store, "v1", [1])
     store.remove("things", manifest.parts[0].path)
-    with pytest.raises(StoreError, match="named by its manifest but missing"):
-        store.read_part(manifest, 0)
+    for read in (
+        lambda: store.read_part(manifest, 0),
+        lambda: store.read(manifest),
+        lambda: store.read_columns(manifest, 0, ["number"]),
+        lambda: store.take(manifest, [(0, 0)]),
+    ):
+        with pytest.raises(StoreError, match="named by its manifest but missing") as error:
+            read()
+        assert isinstance(error.value, FileNotFoundError)  # a service opens its tables again
+        again = pickle.loads(pickle.dumps(error.value))
+        assert str(again) == str(error.value)
 
 
 def test_another_schema_version_is_refused(store: Store):
