@@ -83,9 +83,21 @@ def csv_rows(file: TextIO, name: str) -> Iterator[Row | Reject]:
             raise DatasetError(f"{name} is UTF-16; save it as UTF-8")
         if len(set(names)) < len(names):
             raise DatasetError(f"{name} names a column twice: {', '.join(names)}")
-        reader = csv.reader(file, delimiter=delimiter)
+        ended = False
+
+        def lines() -> Iterator[str]:
+            nonlocal ended
+            yield from file
+            ended = True
+
+        reader, line = csv.reader(lines(), delimiter=delimiter), 1
         for cells in reader:
-            where = f"{name} line {reader.line_num + 1}"
+            first, line = line + 1, reader.line_num + 1
+            where = f"{name} line {line}"
+            if ended:  # within a cell: it asked for a further line
+                lost = f"and is never closed, so lines {first} to {line} are one row"
+                yield Reject(where, "open_quote", f"{name}: a quotation mark is opened in line {first} {lost}")
+                continue
             if not any(cells):
                 continue
             if len(cells) > len(names):

@@ -80,3 +80,16 @@ def test_a_number_of_thousands_of_digits_spoils_its_row_alone(tmp_path: Path, fo
     records, rejects, _ = listed(tmp_path / f"t.{form}")
     assert set(records) == {"2.png"}
     assert len(rejects) == 1
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_quotation_mark_that_is_never_closed_is_told_with_its_lines(tmp_path: Path, end: str):
+    pictures(tmp_path, "1.png", "2.png", "3.png", "4.png")
+    rows = ['1.png,"a man\nin red"', '2.png,"a boy', "3.png,a girl", "4.png,a man"]
+    (tmp_path / "t.csv").write_text("file,text\n" + "\n".join(rows) + end)
+    records, rejects, _ = listed(tmp_path / "t.csv")
+    assert records["1.png"].captions == ((0, "a man\nin red"),)
+    assert set(records) == {"1.png"}
+    (reject,) = rejects
+    assert reject.reason == "open_quote"
+    assert "opened in line 4 and is never closed, so lines 4 to 6 are one row" in reject.detail
