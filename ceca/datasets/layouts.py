@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ceca.data.store import Reject, filesystem
+from ceca.datasets.links import require_inside
 from ceca.datasets.listing import Count
 from ceca.datasets.records import SPLITS, DatasetError, Record, is_text, parse_int, read_captions
 
@@ -115,6 +116,7 @@ def read_annotations(source: str, layout: str = "auto") -> Annotations:
     fs, root = filesystem(source)
     chosen = find_layout(fs, root, source, layout)
     path = f"{root}/{chosen.annotation}"
+    require_inside(fs, root, chosen.annotation)
     content = fs.cat_file(path)
     items = _parse(content, path)
     if not isinstance(items, list):
@@ -132,6 +134,7 @@ def read_annotations(source: str, layout: str = "auto") -> Annotations:
 def read_attributes(fs: Any, root: str) -> dict[str, Any] | None:
     """Read the ground truth of drawn pedestrians, {"vocabulary": …, "images": […]}; None for other datasets."""
     path = f"{root}/{ATTRIBUTES_FILE}"
+    require_inside(fs, root, ATTRIBUTES_FILE)
     return _parse(fs.cat_file(path), path) if fs.exists(path) else None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ceca.data.store import Reject, filesystem
 from ceca.datasets.layouts import LAYOUTS, find_layout, present_layouts
+from ceca.datasets.links import require_inside
 from ceca.datasets.records import DatasetError
 from ceca.datasets.rows import SPLIT_NAMES, Row, find_columns, parse_columns
 from ceca.datasets.sources.arrow import STATE, arrow_rows, parquet_rows, saved_files
@@ -129,6 +130,8 @@ def _open_table(
         names = [name]
     preset = PRESETS.get(layout, Preset((), {}))
     chosen = _choose(layout, preset, names)
+    for name in chosen if home == root else ():  # a file that somebody names may be a link
+        require_inside(fs, root, name)
     if not chosen:
         raise DatasetError(f"{source!r} has no file of a {layout}: it has {', '.join(names[:5]) or 'nothing'}")
     if len(chosen) > 1 and preset.files and not preset.several:
@@ -156,6 +159,7 @@ def _rows_of_all(fs: Any, home: str, names: Sequence[str]) -> Iterator[Iterator[
 
 def _saved_rows(fs: Any, root: str) -> Iterator[Iterator[Row | Reject]]:
     for name, split, of in saved_files(fs, root):
+        require_inside(fs, root, name)
         yield _marked(arrow_rows(fs, f"{root}/{name}", name, of), split)
 
 

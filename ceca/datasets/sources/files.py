@@ -13,6 +13,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from ceca.data.store import Reject, StoreError
+from ceca.datasets.links import is_inside
 from ceca.datasets.rows import Row
 
 READERS = 16  # an object store answers many requests at once
@@ -83,7 +84,7 @@ def find_file_problem(file: Path, folder: Path) -> tuple[str, str] | None:
     """
     try:
         resolved = file.resolve(strict=True)
-        if not resolved.is_relative_to(folder.resolve()):
+        if not is_inside(resolved, folder):
             return "outside_the_dataset", f"{file} leads to {resolved}; a dataset's images stay in {folder}"
         if not resolved.is_file():
             return "missing_file", f"{file} is no file"

@@ -93,3 +93,33 @@ def test_a_quotation_mark_that_is_never_closed_is_told_with_its_lines(tmp_path: 
     (reject,) = rejects
     assert reject.reason == "open_quote"
     assert "opened in line 4 and is never closed, so lines 4 to 6 are one row" in reject.detail
+
+
+@pytest.mark.parametrize("name", ["reid_raw.json", "people.csv", "people.parquet"])
+def test_a_table_that_is_a_link_out_of_its_folder_is_refused_without_its_text(tmp_path: Path, name: str):
+    (tmp_path / "secret").write_text('["SECRET"]')
+    source = pictures(tmp_path / "source", "1.png")
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(DatasetError, match=r"is a link to .*secret, out of its folder; copy the file") as error:
+        listed(source, "table" if name.startswith("people") else "auto")
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_link_that_somebody_names_is_read(tmp_path: Path):
+    pictures(tmp_path / "source", "1.png")
+    (tmp_path / "real.csv").write_text("file,text\n1.png,a man\n")
+    (tmp_path / "source" / "people.csv").symlink_to(tmp_path / "real.csv")
+    assert set(listed(tmp_path / "source" / "people.csv")[0]) == {"1.png"}
+
+
+def test_a_copy_in_the_hubs_cache_has_its_files_beside_it(tmp_path: Path):
+    blobs, snapshot = tmp_path / "datasets--a--b" / "blobs", tmp_path / "datasets--a--b" / "snapshots" / "0f1e"
+    pictures(blobs, "e3b0")
+    (blobs / "beef").write_text("file,text\n1.png,a man\n")
+    snapshot.mkdir(parents=True)
+    (snapshot / "1.png").symlink_to("../../blobs/e3b0")
+    (snapshot / "people.csv").symlink_to("../../blobs/beef")
+    records, rejects, contents = listed(snapshot, "table")
+    assert not rejects
+    assert records["1.png"].captions == ((0, "a man"),)
+    assert contents == [(blobs / "e3b0").read_bytes()]
