@@ -36,7 +36,7 @@ def tar_rows(fs: Any, path: str, name: str) -> Iterator[Row | Reject]:
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
-        if member.isfile() and _cut(member.name)[1]:
+        if (member.isfile() or member.issym() or member.islnk()) and _cut(member.name)[1]:
             yield member
 
 
@@ -57,6 +57,8 @@ def _row(archive: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], nam
     place, picture = None, ""
     for member in members:
         ending = _cut(member.name)[1]
+        if not member.isfile():  # a link: its picture is in another place, if at all
+            continue
         if ending in PICTURES:
             if place is None:
                 place, picture = [name, member.offset_data, member.size], f"{name}/{key}.{ending}"
@@ -71,6 +73,9 @@ def _row(archive: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], nam
             except (ValueError, RecursionError) as error:
                 return Reject(where, "not_a_record", f"{where}.json is not valid JSON: {error}")
             values = {**said, **values} if isinstance(said, dict) else values
+    if place is None and (links := [member.linkname for member in members if not member.isfile()]):
+        detail = f"{where} is a link to {links[0]}; write the tar file with its pictures (tar --hard-dereference -h)"
+        return Reject(where, "a_link", detail)
     if place is None:
         return Reject(where, "missing_file", f"{where} has no picture ({', '.join(PICTURES)})")
     return Row({**values, "image": picture}, where, place, ("image",))

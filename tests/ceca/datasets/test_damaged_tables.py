@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import io
+import tarfile
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ceca.datasets.records import DatasetError, read_identity
-from tests.ceca.datasets.test_sources import listed, pictures
+from tests.ceca.datasets.test_sources import listed, picture, pictures
 
 
 @pytest.mark.parametrize(
@@ -123,3 +125,18 @@ def test_a_copy_in_the_hubs_cache_has_its_files_beside_it(tmp_path: Path):
     assert not rejects
     assert records["1.png"].captions == ((0, "a man"),)
     assert contents == [(blobs / "e3b0").read_bytes()]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symbolic", "hard"])
+def test_a_link_in_a_tar_file_is_a_reject(tmp_path: Path, kind: bytes):
+    with tarfile.open(tmp_path / "people.tar", "w") as archive:
+        for name, content in (("1.png", picture(1)), ("1.txt", b"a man"), ("2.txt", b"a boy")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("2.png")
+        link.type, link.linkname = kind, "1.png"
+        archive.addfile(link)
+    records, rejects, _ = listed(tmp_path / "people.tar")
+    assert [record.captions for record in records.values()] == [((0, "a man"),)]
+    assert [(reject.key, reject.reason) for reject in rejects] == [("people.tar 2", "a_link")]
