@@ -93,6 +93,7 @@ FAULTS: dict[str, Plant] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_each_check_finds_a_planted_fault(check, monkeypatch):
     bench = make_bench("cpu")
@@ -101,6 +102,7 @@ def test_each_check_finds_a_planted_fault(check, monkeypatch):
         CHECKS[check](bench)
 
 
+@pytest.mark.slow
 def test_all_checks_pass_on_a_cpu(tmp_path: Path, capsys):
     assert main(Settings(device="cpu", out=tmp_path / "figures.json")) == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "figures.json").read_text())

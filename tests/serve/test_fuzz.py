@@ -56,7 +56,7 @@ for kind in ("jpeg", "png", "webp", "bmp"):
 # --- from the description ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["open", "closed"])
+@pytest.fixture(scope="module", params=["open", pytest.param("closed", marks=pytest.mark.slow)])
 def application(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     """The application over a dataset of its own, to which images can be added without a summary."""
     store = Store(str(tmp_path_factory.mktemp("fuzzed")))
