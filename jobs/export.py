@@ -7,6 +7,7 @@ ceca export huggingface --data s3://bucket/cuhk --out cuhk-parquet
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import tyro
@@ -62,15 +63,7 @@ def export_webdataset(
     """Write the images, with their captions and all that is known of them, as WebDataset tar files."""
     from ceca.data.webdataset import write_shards
 
-    if images_per_file < 1:
-        raise UserError(f"--images-per-file must be at least 1, found {images_per_file}")
-    store, target = Store(data), Store(out)
-    total, files = store.current("images", "ingest").rows, 0
-    with Track("export", total, unit="images") as track:
-        for held in write_shards(store, target, split=split, images_per_file=images_per_file):
-            files += 1
-            track.advance(held)
-    console.print(f"export: {track.finished:,} images in {files} tar files → {target.uri}")
+    _write_files(write_shards, data, out, split, images_per_file, "tar files")
 
 
 def export_huggingface(
@@ -83,15 +76,22 @@ def export_huggingface(
     Parquet files of each split, and a card."""
     from ceca.data.huggingface import write_parquet
 
+    _write_files(write_parquet, data, out, split, images_per_file, "Parquet files and README.md")
+
+
+def _write_files(
+    write: Callable[..., Iterator[int]], data: str, out: str, split: Split | None, images_per_file: int, what: str
+) -> None:
+    """Write a dataset's images as files by a function that yields the number of images in each, and show progress."""
     if images_per_file < 1:
         raise UserError(f"--images-per-file must be at least 1, found {images_per_file}")
     store, target = Store(data), Store(out)
     total, files = store.current("images", "ingest").rows, 0
     with Track("export", total, unit="images") as track:
-        for _, held in write_parquet(store, target, split=split, images_per_file=images_per_file):
+        for held in write(store, target, split=split, images_per_file=images_per_file):
             files += 1
             track.advance(held)
-    console.print(f"export: {track.finished:,} images in {files} Parquet files and README.md → {target.uri}")
+    console.print(f"export: {track.finished:,} images in {files} {what} → {target.uri}")
 
 
 def main(argv: list[str] | None = None) -> None:

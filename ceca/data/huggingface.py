@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,9 +62,7 @@ people = load_dataset("this folder or owner/name")
 """
 
 
-def write_parquet(
-    store: Store, out: Store, *, split: str | None = None, images_per_file: int = 1000
-) -> Iterator[tuple[str, int]]:
+def write_parquet(store: Store, out: Store, *, split: str | None = None, images_per_file: int = 1000) -> Iterator[int]:
     """Write a dataset as `data/<split>-000000.parquet`, …, and README.md, the card that names the splits.
 
     Args:
@@ -74,24 +72,23 @@ def write_parquet(
         images_per_file: images in a file.
 
     Yields:
-        The name of each file and the number of its images, once it is written.
+        The number of images in each file, once it is written.
 
     Raises:
         StoreError: there are no images, a table is damaged, or the files cannot be written.
     """
     held: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    files: dict[str, int] = {}
+    files: Counter[str] = Counter()
     total = 0
 
-    def write(name: str) -> tuple[str, int]:
-        number, rows = files.get(name, 0), held.pop(name)
-        files[name] = number + 1
+    def write(name: str) -> int:
+        rows = held.pop(name)
         sink = io.BytesIO()
         table = pa.Table.from_pylist(rows, SCHEMA)
         pq.write_table(table, sink, row_group_size=ROW_GROUP, write_page_index=True)
-        file = f"{name}-{number:06}.parquet"
-        out.write_bytes(sink.getvalue(), "data", file)
-        return file, len(rows)
+        out.write_bytes(sink.getvalue(), "data", f"{name}-{files[name]:06}.parquet")
+        files[name] += 1
+        return len(rows)
 
     for content, known in samples(store, split):
         name = SPLITS.get(known["split"], known["split"])

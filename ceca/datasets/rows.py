@@ -152,7 +152,7 @@ class RowReader:
         Raises:
             DatasetError: one does.
         """
-        for says, names in self.columns.items():
+        for says, names in self.columns.items() if row.inside else ():
             if wrong := [name for name in names if name in row.inside and says != "image"]:
                 raise DatasetError(
                     f"{row.where}: column {wrong[0]} holds bytes and not {says}; write it as text, or name another: "

@@ -38,7 +38,7 @@ class Demo(NamedTuple):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The demo of the people whom `drawn` draws, by the recipe of the drills."""
+    """Run the demo with the same people as `drawn`, and the recipe of the drills."""
     folder = tmp_path_factory.mktemp("demo")
     few = folder / "few.yaml"
     drawn = {"seed": 7, "identities": 24, "images_per_identity": 3, "split_identities": [14, 4, 6], "workers": 1}

@@ -91,7 +91,7 @@ def _rows(
 
 
 def _values(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
-    """The rows of a batch; for a row of which a cell is no text, or no time, the error."""
+    """The rows of a batch. A row with a cell that cannot be read becomes its error."""
     try:
         return batch.to_pylist()  # type: ignore[no-any-return]
     except (ValueError, OverflowError, pa.ArrowException) as error:

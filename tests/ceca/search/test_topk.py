@@ -160,7 +160,7 @@ def test_where_a_gpu_looks_at_too_few_rows_it_looks_again(
     one_by_one = topk._best_one_by_one
     monkeypatch.setattr(topk, "_best_one_by_one", lambda *given: again.append(len(given[1])) or one_by_one(*given))
     rows, vectors = make_rows(1500, 4, 16, seed=2)
-    rows[100:900] = rows[100]  # so many alike that a fixed number cannot tell which are the first
+    rows[100:900] = rows[100]  # 800 equal rows, more than are looked at
     vectors[1] = rows[100].float()
     best = top_k(as_gpu(rows), vectors, 5)
     assert again == [1]  # that query alone
