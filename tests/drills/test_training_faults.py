@@ -1,6 +1,7 @@
 """Training loses a worker, a node, its driver, or finds another number of workers, and its loss curve stays.
 
-A cluster of its own: a head without workers and three nodes with room for one worker each.
+A cluster of its own: a head without workers and three nodes with room for one worker each. The curve is that of the
+undisturbed pipeline, which trained on two workers.
 """
 
 from __future__ import annotations
@@ -26,17 +27,13 @@ from safetensors.torch import load_file
 
 from ceca.data.store import Store
 from ceca.model.registry import find_model
-from jobs.dialogue import dialogue
-from jobs.ingest import ingest
-from jobs.pipeline import recipe_config
 from tests.conftest import REPOSITORY, finish
-from tests.jobs.conftest import in_this_process
+from tests.drills.conftest import RECIPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-SMALL = ("--recipe", "tests/jobs/small.yaml")
 # Checkpoints within epochs; a worker fills its node.
-TRAIN = (*SMALL, "--checkpoint-every", 2, "--log-every", 1, "--cpus-per-worker", 2, "--cpus-per-loader", 0.5)
+TRAIN = ("--recipe", RECIPE, "--checkpoint-every", 2, "--cpus-per-worker", 2)
 STEPS = 15  # three epochs of five
 # Another number of workers adds gradients in another order, and Adam magnifies the rounding of gradients near zero. The
 # difference depends on the step at which a run was interrupted; a lost or repeated sample changes losses by percents.
@@ -69,34 +66,23 @@ def start(cluster) -> Callable[..., subprocess.Popen]:
     return command
 
 
-@pytest.fixture(scope="module")
-def undisturbed(start, drawn, tmp_path_factory) -> Path:
-    """A dataset with the model of an uninterrupted run on two workers."""
-    data = tmp_path_factory.mktemp("faults")
-    with in_this_process():
-        ingest(str(data), recipe_config("tiny", "ingest", source=str(drawn)))
-        dialogue(str(data), recipe_config("tiny", "dialogue"))
-    finish(start("train", *TRAIN, "--data", data))
-    return data
-
-
 @pytest.fixture
-def dataset(undisturbed, tmp_path) -> Path:
-    """The same dataset without a model."""
-    shutil.copytree(undisturbed, tmp_path / "data", ignore=shutil.ignore_patterns("models"))
+def dataset(undisturbed: Store, tmp_path: Path) -> Path:
+    """The undisturbed dataset without a model."""
+    shutil.copytree(undisturbed.root, tmp_path / "data", ignore=shutil.ignore_patterns("models"))
     return tmp_path / "data"
 
 
-def curve(data: Path, name: str = "ceca", steps: int = STEPS) -> dict[str, np.ndarray]:
-    model = find_model(Store(str(data)), name)
+def curve(data: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
+    model = find_model(Store(str(data)), "ceca")
     assert model is not None
-    table = pq.read_table(data / "models" / name / model.digest / "curve.parquet")
+    table = pq.read_table(data / "models" / "ceca" / model.digest / "curve.parquet")
     assert table["step"].to_pylist() == list(range(1, steps + 1))
     return {column: table[column].to_numpy() for column in ("loss", "tal_global", "tal_local", "cawl")}
 
 
-def assert_same_curve(data: Path, undisturbed: Path, tolerance: float) -> None:
-    found, expected = curve(data), curve(undisturbed)
+def assert_same_curve(data: Path, undisturbed: Store, tolerance: float) -> None:
+    found, expected = curve(data), curve(Path(undisturbed.root))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, err_msg=name)
 
@@ -180,7 +166,7 @@ def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturb
     kill_the_driver(start, dataset)
     assert "ceca: resuming after" in finish(start("train", *TRAIN, "--data", dataset))
     assert_same_curve(dataset, undisturbed, 1e-6)
-    made, expected = find_model(Store(str(dataset)), "ceca"), find_model(Store(str(undisturbed)), "ceca")
+    made, expected = find_model(Store(str(dataset)), "ceca"), find_model(undisturbed, "ceca")
     assert made.digest == expected.digest
     assert [record["epoch"] for record in made.training["history"]] == [1, 2, 3]
 
@@ -188,7 +174,7 @@ def test_a_killed_driver_started_again_ends_with_the_same_model(start, undisturb
 @pytest.mark.long
 def test_a_killed_redo_goes_on_and_the_next_one_begins_anew(start, undisturbed, tmp_path):
     dataset = tmp_path / "data"
-    shutil.copytree(undisturbed, dataset)  # with a model
+    shutil.copytree(undisturbed.root, dataset)  # with a model
     kill_the_driver(start, dataset, "--redo")
     assert "ceca: resuming after" in finish(start("train", *TRAIN, "--redo", "--data", dataset))
     assert "ceca: resuming after" not in finish(start("train", *TRAIN, "--redo", "--data", dataset))
@@ -217,23 +203,25 @@ def test_a_run_begun_on_two_workers_ends_on_another_number(start, undisturbed, d
     output = finish(start("train", *TRAIN, *settings, "--workers", workers, "--data", dataset))
     assert f"from 2 workers to {workers}" in output
     assert_same_curve(dataset, undisturbed, OTHER_ORDER)
-    torch.testing.assert_close(variances(dataset), variances(undisturbed), rtol=1e-4, atol=0)
+    torch.testing.assert_close(variances(dataset), variances(Path(undisturbed.root)), rtol=1e-4, atol=0)
 
 
 @pytest.mark.long
-def test_a_divided_run_goes_on_with_its_division_on_another_number_of_workers(start, undisturbed, dataset):
+def test_a_divided_run_goes_on_with_its_division_on_another_number_of_workers(start, dataset, tmp_path):
     """Of 84 pairs an epoch's sixth batch has four; the pairs called noisy are the same after the interruption."""
     settings = ("--division", "consensus", "--last-batch", "keep")
-    finish(start("train", *TRAIN, *settings, "--name", "divided", "--data", undisturbed))
+    whole = tmp_path / "whole"
+    shutil.copytree(dataset, whole)
+    finish(start("train", *TRAIN, *settings, "--data", whole))
     kill_the_driver(start, dataset, *settings)
     output = finish(start("train", *TRAIN, *settings, "--workers", 3, "--data", dataset))
     assert "from 2 workers to 3" in output
-    found, expected = curve(dataset, steps=18), curve(undisturbed, "divided", steps=18)
+    found, expected = curve(dataset, steps=18), curve(whole, steps=18)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=OTHER_ORDER, err_msg=name)
     shares = [
-        [record["clean"] for record in find_model(Store(str(data)), name).training["history"]]  # type: ignore[union-attr]
-        for data, name in ((dataset, "ceca"), (undisturbed, "divided"))
+        [record["clean"] for record in find_model(Store(str(data)), "ceca").training["history"]]  # type: ignore[union-attr]
+        for data in (dataset, whole)
     ]
     assert shares[0] == shares[1]
     assert all(0 < share < 1 for share in shares[0])
@@ -247,6 +235,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_its_step(start, dataset
     assert "Traceback" not in output
 
 
+@pytest.mark.long
 def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset):
     process = start("train", *TRAIN, "--workers", 3, "--workers-min", 2, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
