@@ -17,6 +17,7 @@ from ceca.errors import UserError
 from ceca.settings import ConfigError
 from jobs.evaluate import evaluate
 from jobs.evaluations.verdicts import engine_digest
+from jobs.reports.page import reranked_section
 from tests.jobs.conftest import in_this_process
 from tests.serve.dataset import publish_people, publish_tiny
 
@@ -79,6 +80,18 @@ def test_an_engine_that_is_always_wrong_changes_nothing(data: str):
     result = evaluate(data, settings(1.0))
     assert result["reranking"]["weight"] == 0
     assert result["metrics"]["reranked"] == result["metrics"]["fused"]
+
+
+def test_the_report_has_a_row_for_each_engine_without_and_with_re_ranking(data: str):
+    results = [evaluate(data, settings(error_rate)) for error_rate in (0.0, 1.0)]
+    ((title, parts),) = reranked_section(Store(data), ("ceca",), "test")
+    html = "".join(parts)
+    assert title == "Re-ranking by an engine"
+    for result, name in zip(results, ("simulated, error rate 0", "simulated, error rate 1"), strict=True):
+        before, after = (result["metrics"][key]["mean_average_precision"] for key in ("fused", "reranked"))
+        assert name in html
+        assert f"{before:.2f} → {after:.2f}" in html
+    assert reranked_section(Store(data), ("ceca",), "val") == []
 
 
 def test_only_close_queries_are_asked_about(data: str):
