@@ -65,7 +65,7 @@ def compare(
         console.print(f"compare: {training.name} ({number} of {len(runs)})")
         train(data, training)
         found = evaluate(data, evaluation)
-        results[method].append(found["metrics"]["fused"])
+        results[method].append(found["metrics"].get("reranked", found["metrics"]["fused"]))
         made[method] = {
             "recipe": f"{method}+{recipe}",
             "protocol": found["protocol"],

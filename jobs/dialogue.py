@@ -8,7 +8,6 @@ published table lacks. `--published FILE` imports the authors' published dialogu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,19 +17,18 @@ from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Manifest, Receipt, Store, version_of
 from ceca.data.tables import Images, find_images
 from ceca.dialogue.attributes import read_vocabulary
-from ceca.dialogue.conversation import AT_ONCE, PROMPT_VERSION
-from ceca.errors import UserError
+from ceca.dialogue.conversation import PROMPT_VERSION
 from ceca.settings import to_mapping
 from jobs.dialogues.authors import import_published
+from jobs.dialogues.engine import engine_workers, oracle_attributes
 from jobs.dialogues.missing import deciding_settings, missing_images
 from jobs.dialogues.report import print_report, progress_words
 from jobs.dialogues.worker import DialogueWorker
 from jobs.runtime.console import console, entry
 from jobs.runtime.records import Units, ranges
-from jobs.runtime.units import Plan, Workers, run_plan
+from jobs.runtime.units import Plan, run_plan
 
 CANARIES = 4  # images whose answers are compared before the work starts
-MOST_AT_ONCE = 1024  # conversations of a large GPU
 
 
 def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[str, Manifest]:
@@ -54,7 +52,11 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         return import_published(store, config, asked, redo=redo)
     made_from = {"images": images.version}
     if config.engine == "oracle":
-        made_from["attributes"] = _oracle_attributes(store, config, images).version
+        made_from["attributes"] = oracle_attributes(store, images).version
+        console.print(
+            f"dialogue: the oracle is a simulated annotator that knows the truth and errs in "
+            f"{config.oracle.error_rate:.0%} of attributes; its summaries say nothing about a multimodal model"
+        )
     kept: list[Receipt] = []
     if config.only_missing:
         earlier = store.current("dialogues")
@@ -65,45 +67,10 @@ def dialogue(data: str, config: DialogueConfig, *, redo: bool = False) -> dict[s
         made_from["dialogues"] = earlier.version
         kept = [Receipt({"dialogues": part}) for part in earlier.parts]
     plan = _plan(store, config, asked, made_from, kept)
-    gpus = config.vllm.gpus * config.vllm.tensor_parallel if config.engine == "vllm" else 0
-    kind = config.vllm.accelerator_type if gpus else None
-    workers = Workers(
-        config.replicas,
-        cpus=1,
-        gpus=gpus,
-        accelerator_type=kind,
-        units_at_once=_units_at_once(config),
-        may_be_lost=config.engine == "vllm",
-    )
+    workers = engine_workers(config, config.images_per_part)
     manifests = run_plan(store, plan, workers, redo=redo)
-    print_report(manifests["dialogues"], gpus)
+    print_report(manifests["dialogues"], workers.gpus)
     return manifests
-
-
-def _units_at_once(config: DialogueConfig) -> int:
-    """Units that one worker does at the same time: enough for its conversations, and while one drains, the next fills.
-
-    Args:
-        config: the engine, the conversations, and the images of a unit.
-    """
-    on_gpu = config.engine == "vllm" and config.vllm.gpus > 0
-    conversations = config.conversations or ((config.vllm.sequences or MOST_AT_ONCE) if on_gpu else AT_ONCE)
-    return 1 + math.ceil(conversations / config.images_per_part)
-
-
-def _oracle_attributes(store: Store, config: DialogueConfig, images: Manifest) -> Manifest:
-    """The table that the oracle answers from; says what the oracle is."""
-    attributes = store.belonging("attributes", images)
-    if attributes is None:
-        raise UserError(
-            f"the oracle reads its answers from the attributes of drawn pedestrians, and {store.uri} has no table "
-            "of attributes of its images; choose --engine vllm or --engine openai"
-        )
-    console.print(
-        f"dialogue: the oracle is a simulated annotator that knows the truth and errs in "
-        f"{config.oracle.error_rate:.0%} of attributes; its summaries say nothing about a multimodal model"
-    )
-    return attributes
 
 
 def _plan(

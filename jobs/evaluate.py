@@ -16,10 +16,11 @@ from ceca.config import EvaluateConfig
 from ceca.data.names import EVALUATIONS
 from ceca.data.store import Store
 from ceca.evaluation.names import SIMILARITIES
+from ceca.evaluation.significance import Difference
 from ceca.model.registry import require_model
 from ceca.search.confidence import CALIBRATED_ON, read_calibration
 from ceca.settings import to_mapping
-from jobs.runtime.console import console, entry, print_metrics
+from jobs.runtime.console import console, entry, print_metrics, text_table
 
 USUAL = 0.05  # share of false alarms that is printed
 
@@ -33,7 +34,8 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         redo: embed the split again.
 
     Returns:
-        The content of the JSON file. `metrics` has a row for text → image by each similarity and by chance,
+        The content of the JSON file. `metrics` has a row for text → image by each similarity, by chance, and with an
+        engine `reranked`, whose weight, cost and difference from `fused` are in `reranking`;
         `image_to_text` the same for the other direction, `open_set` the figures of `ceca.evaluation.open_set`. That of
         the validation split also has the `calibration` that searches read. A table beside the file has the figures of
         every query.
@@ -42,6 +44,7 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     from ceca.evaluation.open_set import Trials, calibrate, open_set
     from jobs.evaluations.embedding import embed_split
     from jobs.evaluations.ranking import rank
+    from jobs.evaluations.reranking import rerank_split
 
     store = Store(data)
     queries, gallery = embed_split(store, config, redo=redo)
@@ -51,6 +54,11 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     omegas = dict(zip(SIMILARITIES, (0.0, 1.0, omega), strict=True))
     by_omega = rank(texts, images, sorted(set(omegas.values())), config.rerank)
     figures = {similarity: by_omega[omega] for similarity, omega in omegas.items()}
+    reranking: dict[str, Any] = {}
+    if config.rerank_engine is not None:
+        figures["reranked"], reranking = rerank_split(
+            store, config, omega, (queries, gallery), (texts, images), figures["fused"]
+        )
     by_omega = rank(images, texts, sorted(set(omegas.values())))
     reverse_figures = {similarity: by_omega[omega] for similarity, omega in omegas.items()}
     result: dict[str, Any] = {
@@ -68,7 +76,10 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         "made_from": model.made_from,
         "config": to_mapping(config),
     }
-    if not config.neighbours and not config.rerank:  # these change similarities; a search with them has no confidence
+    if reranking:
+        result["reranking"] = reranking
+    # These change similarities; a search with them has no confidence.
+    if not (config.neighbours or config.rerank or config.rerank_engine):
         trials, total = Trials.of(figures["fused"]), len(images.identities)
         if config.split == CALIBRATED_ON:
             calibration = calibrate(trials, omega, total)
@@ -86,6 +97,8 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     print_metrics(f"{config.model} on {config.split}, text to image: {size}; {measured}", result["metrics"])
     print_metrics(f"{config.model} on {config.split}, image to text; {measured}", result["image_to_text"])
     _print_open_set(result)
+    if reranking:
+        _print_reranking(reranking)
     console.print(f"evaluate: → {store.place(EVALUATIONS, model.digest, f'{name}.json')}")
     return result
 
@@ -102,6 +115,20 @@ def _print_open_set(result: dict[str, Any]) -> None:
                 f"evaluate: min_confidence {rate['min_confidence']:.3g}, chosen for {USUAL:.0%} on {CALIBRATED_ON}: "
                 f"{rate['false_alarms']:.1%} false alarms, {rate['identified']:.1%} identified"
             )
+
+
+def _print_reranking(reranking: dict[str, Any]) -> None:
+    """Print what re-ranking by the engine gives, and what it costs."""
+    title = f"re-ranked minus fused, {reranking['engine']}, weight {reranking['weight']:.3g} learned on {CALIBRATED_ON}"
+    shown = text_table(title, "", "difference", "95 % interval", "p")
+    for label, difference in reranking["differences"].items():
+        shown.add_row(label, *Difference(**difference).cells())
+    console.print(shown)
+    console.print(
+        f"evaluate: the engine was asked for {reranking['queries_asked']:,} queries: {reranking['questions']:,} "
+        f"questions, {reranking['different_questions']:,} of them different, "
+        f"{reranking['engine_seconds_per_query']:.3g} s of the engine per query"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

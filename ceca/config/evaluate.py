@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ceca.config.dialogue import DialogueConfig, OpenAIConfig, OracleConfig, VLLMConfig
 from ceca.config.ingest import Split
-from ceca.settings import NonNegative, Positive, PositiveFloat, Share, config, execution
+from ceca.settings import NonNegative, Positive, PositiveFloat, Share, added, config, execution
 
 
 @config
@@ -25,14 +26,37 @@ class EvaluateConfig:
     """Number of nearest images averaged into each gallery embedding, so that views of one person agree; 0 is off."""
     rerank: NonNegative = 0
     """Number of best images per query that are ranked again by similarity to the first five; 0 is off."""
+    rerank_engine: Literal["vllm", "openai", "oracle"] | None = added(None)
+    """Who looks at the best images of each query and says which of its claims they fit: a model in vLLM, an endpoint
+    with OpenAI's API, or the simulated annotator of drawn pedestrians; none is off."""
+    rerank_images: Annotated[int, Field(ge=2)] = added(10)
+    """Number of best images per query that the engine looks at."""
+    rerank_margin: PositiveFloat | None = added(None)
+    """Ask only where the similarities of the first two images differ by at most this; none asks about every query."""
     rows_per_part: Positive = execution(2048)
     """Rows of embeddings per file."""
     batch: Positive = execution(64)
     """Images or captions embedded at once."""
     replicas: Positive = execution(1)
-    """Number of processes that embed."""
+    """Number of processes that embed, and of engines."""
     gpus: NonNegative = execution(0)
     """GPUs per process; 0 embeds on CPUs."""
+    vllm: VLLMConfig = added(VLLMConfig())
+    openai: OpenAIConfig = added(OpenAIConfig())
+    oracle: OracleConfig = added(OracleConfig())
+
+    def __post_init__(self) -> None:
+        if self.rerank and self.rerank_engine:
+            raise ValueError("rerank and rerank_engine both rank the best images again: choose one of them")
+
+    @property
+    def engine(self) -> DialogueConfig | None:
+        """Settings of the engine that looks at the best images; None if none does."""
+        if self.rerank_engine is None:
+            return None
+        return DialogueConfig(
+            engine=self.rerank_engine, replicas=self.replicas, vllm=self.vllm, openai=self.openai, oracle=self.oracle
+        )
 
 
 @config

@@ -10,6 +10,7 @@ rejects/<stage>/                       a table of rows that a stage could not us
 .leases/<name>/<claim>.json            holders of names, see `ceca.data.lease`
 models/<name>/<digest>/                published models
 evaluations/<digest>/                  embeddings and figures of a model
+verdicts/<engine>/                     a table of what an engine says about images, by a digest of its settings
 comparisons/<recipe>.json              figures of a benchmark's methods and seeds
 removed/, arrivals/, added/, failed/   changes of single images, see `ceca.data.changes`
 """
@@ -26,6 +27,7 @@ TURNS = ".turns"
 MODELS = "models"
 EVALUATIONS = "evaluations"
 COMPARISONS = "comparisons"
+VERDICTS = "verdicts"
 REMOVED = "removed"
 ARRIVALS = "arrivals"
 ADDED = "added"

@@ -67,6 +67,16 @@ DIALOGUES = pa.schema(
     ]
 )
 
+# What an engine says about images: whether an attribute has a value (ceca/dialogue/verdicts.py).
+VERDICTS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("attribute", pa.string(), nullable=False),
+        pa.field("value", pa.string(), nullable=False),
+        pa.field("verdict", pa.string(), nullable=False),
+    ]
+)
+
 REJECTS = pa.schema(
     [
         pa.field("stage", pa.string(), nullable=False),

@@ -16,6 +16,7 @@ from ceca.data.store import Manifest, Store
 Choices = Mapping[str, Sequence[str]]  # attribute → possible values
 
 UNKNOWN = "unknown"
+_NOT = "not "
 
 _COLOURS = ("black", "white", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "beige")
 
@@ -56,6 +57,30 @@ def json_schema(choices: Choices) -> dict[str, Any]:
         "required": list(choices),
         "additionalProperties": False,
     }
+
+
+def denied(value: str) -> str:
+    """Return the choice that says that an attribute does not have a value.
+
+    >>> denied("red")
+    'not red'
+    """
+    return f"{_NOT}{value}"
+
+
+def chosen(value: str | None, possible: Sequence[str]) -> str:
+    """Return the choice that somebody makes who sees a value.
+
+    Args:
+        value: what is seen; None if nothing is.
+        possible: choices, also of the form `denied`.
+
+    Returns:
+        The value itself, or the denial of another one, or `UNKNOWN`.
+    """
+    if value is None or value in possible:
+        return value or UNKNOWN
+    return next((choice for choice in possible if choice.startswith(_NOT)), UNKNOWN)
 
 
 def read_attributes(text: str, choices: Choices) -> dict[str, str] | None:
@@ -121,6 +146,8 @@ _THINGS = {
 _PROPERTIES = ("length", "colour", "pattern")
 _ABSENT = ("none", "bald")  # values for a thing that the person does not have
 _SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "navy": ("dark blue",),
+    "jeans": ("denim trousers", "denim pants"),
     "woman": ("female", "lady"),
     "man": ("male", "gentleman"),
     "grey": ("gray",),

@@ -14,7 +14,7 @@ import numpy as np
 from ceca.config import OracleConfig
 from ceca.data.schema import image_id as key_of
 from ceca.datasets.drawn.captions import PLURAL, with_article
-from ceca.dialogue.attributes import UNKNOWN, Choices
+from ceca.dialogue.attributes import Choices, chosen
 from ceca.dialogue.conversation import QUESTIONS, Answer, DialogueError, EngineError, Subject, Turn
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ class OracleEngine:
             raise DialogueError("no_attributes", "the table of attributes has no row for this image")
         seen = self._perceive(subject.image_id, subject.attributes, subject.view)
         if choices:
-            reported = {name: seen.get(name, UNKNOWN) for name in choices}
-            return Answer(json.dumps({n: value if value in choices[n] else UNKNOWN for n, value in reported.items()}))
+            return Answer(json.dumps({name: chosen(seen.get(name), values) for name, values in choices.items()}))
         sentences = _sentences(seen)
         if question in QUESTIONS:
             return Answer(sentences[QUESTIONS.index(question)])

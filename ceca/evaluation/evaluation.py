@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +15,12 @@ import pyarrow.parquet as pq
 import torch
 
 from ceca.config import OMEGA, EvaluateConfig
+from ceca.data.store import version_of
 from ceca.metrics import PER_QUERY, STRIP, Matches, RetrievalMetrics, rank_strip, slices
 from ceca.model.ceca import fused_similarity
 from ceca.search.agreement import agree_with_neighbours
 from ceca.search.shards import matrix
+from ceca.settings import to_mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,9 @@ def _embeddings(table: pa.Table, column: str) -> torch.Tensor:
 def result_name(config: EvaluateConfig) -> str:
     """Name of an evaluation's files below evaluations/<digest>/."""
     options = {"neighbours": config.neighbours, "reranked": config.rerank}
+    if config.rerank_engine is not None:  # a file for each engine and its settings
+        settings = to_mapping(getattr(config, config.rerank_engine), results_only=True)
+        options[f"by-{config.rerank_engine}-{version_of(settings, config.rerank_margin)}"] = config.rerank_images
     return "-".join([config.split, *(f"{count}-{option}" for option, count in options.items() if count)])
 
 
@@ -111,17 +117,22 @@ def chance(query_identities: np.ndarray, gallery_identities: np.ndarray, most: i
     return RetrievalMetrics.of(np.concatenate(parts)).as_dict()
 
 
-def best_images(
-    texts: Embedded, images: Embedded, omega: float, top_k: int, queries: slice = slice(None)
-) -> np.ndarray:
-    """Gallery positions of the most similar images of some queries (default: all), best first, [q, k]."""
+class Nearest(NamedTuple):
+    """The most similar images of some queries, best first: positions in the gallery and similarities, [q, k] each."""
+
+    positions: np.ndarray
+    similarity: np.ndarray
+
+
+def best_images(texts: Embedded, images: Embedded, omega: float, top_k: int, queries: slice = slice(None)) -> Nearest:
+    """The most similar images of some queries (default: all)."""
     start, stop, _ = queries.indices(len(texts.identities))
     best = []
     for part in slices(stop - start, max(1, STRIP // len(images.identities))):
         rows = slice(start + part.start, start + part.stop)
         similarity = fused_similarity((texts.pair[0][rows], texts.pair[1][rows]), images.pair, omega)
-        best.append(similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices.numpy())
-    return np.concatenate(best)
+        best.append(similarity.topk(min(top_k, similarity.shape[1]), dim=1))
+    return Nearest(*(np.concatenate([getattr(part, name).numpy() for part in best]) for name in ("indices", "values")))
 
 
 def choose_queries(right: tuple[np.ndarray, np.ndarray], count: int, seed: int) -> list[int]:

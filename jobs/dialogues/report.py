@@ -17,7 +17,7 @@ def progress_words(counts: Mapping[str, float], seconds: float) -> str:
     return f"{tokens:,.0f} tokens/s, {counts['cached_tokens'] / prompt:.0%} of prompts from cache"
 
 
-def print_report(table: Manifest, gpus: int) -> None:
+def print_report(table: Manifest, gpus: float) -> None:
     """Print the lengths of summaries, the flags, and the cost of the answers."""
     counts = table.notes["counts"]
     dialogues = counts.get("dialogues", 0)

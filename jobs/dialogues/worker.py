@@ -1,58 +1,45 @@
-"""The worker of the dialogue stage: one engine, and many conversations in flight across its units of work."""
+"""The worker of the dialogue stage."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
 from collections import Counter
-from collections.abc import Coroutine
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES
-from ceca.data.store import Manifest, Reject, Store
+from ceca.data.store import Manifest, Reject
 from ceca.dialogue.answers import refuses
 from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import (
-    AT_ONCE,
     PROMPT_VERSION,
     SUMMARY_REQUEST,
     Dialogue,
     DialogueError,
-    EngineError,
     Subject,
     ask,
     converse,
 )
-from ceca.dialogue.engines import generation_settings, make_engine
+from ceca.dialogue.engines import generation_settings
 from ceca.model.tokens import CONTEXT, count_tokens
-from ceca.settings import from_mapping
-from jobs.runtime.records import rows_in
-from jobs.runtime.team import WorkerLost
+from jobs.dialogues.engine import CanaryError, EngineWorker
 from jobs.runtime.units import Output
 
 REPEATED_AMONG = 8  # a summary is flagged if more than half of at least this many images share it
 
 
-class CanaryError(EngineError):
-    """The model does not describe what it is shown."""
+class DialogueWorker(EngineWorker):
+    """Describes images. A unit of work is {"images": ranges of rows}.
 
-
-class DialogueWorker:
-    """Holds one engine, in an event loop of its own, so that the engine lives from one unit to the next.
-
-    A unit of work is {"images": ranges of rows}. Several threads may do units at once. Their conversations share the
-    engine and one limit, so conversations of the next unit take the places that the last ones of this unit leave.
+    Conversations of the next unit take the places that the last ones of this unit leave.
 
     Args:
-        uri: the dataset.
-        images: the images table.
-        config: settings of the stage, as plain values.
-        vocabulary: attribute → its values, for the oracle.
+        uri: as in `EngineWorker`.
+        images: as in `EngineWorker`.
+        config: as in `EngineWorker`.
+        vocabulary: as in `EngineWorker`.
         choices: attribute → its values to ask for in a structured answer; None if there is no structured answer.
         canaries: a unit of images whose descriptions must differ before the work starts.
     """
@@ -66,51 +53,16 @@ class DialogueWorker:
         choices: Choices | None,
         canaries: dict[str, list[list[int]]],
     ):
-        self.store, self.images, self.choices = Store(uri), images, choices
-        self.config = from_mapping(DialogueConfig, config)
+        super().__init__(uri, images, config, vocabulary)
+        self.choices = choices
         self.settings = json.dumps(generation_settings(self.config), sort_keys=True)
-        self.truth: dict[str, dict[str, Any]] = {}  # image id → fields of Subject, for drawn pedestrians
-        if self.config.engine == "oracle":
-            attributes = self.store.belonging("attributes", images)
-            assert attributes is not None, "the plan has seen them"
-            table = self.store.read(attributes, ["image_id", "view", "attributes"])
-            rows = zip(*(table[name].to_pylist() for name in ("image_id", "view", "attributes")), strict=True)
-            self.truth = {key: {"view": view, "attributes": dict(pairs)} for key, view, pairs in rows}
-        self.engine = make_engine(self.config, vocabulary)
-        self.occupancy = Occupancy()
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self._use_engine(self.engine.start())
-        at_once: int = getattr(self.engine, "at_once", AT_ONCE)
-        self.in_flight = asyncio.Semaphore(self.config.conversations or at_once)
-        checked = self._subjects(canaries)
+        checked = self.subjects(canaries)
         if len(checked) > 1:
-            self._use_engine(self._check_canaries(checked))
+            self.use_engine(self._check_canaries(checked))
         self.occupancy.reset()
 
-    def _use_engine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine in the loop of the engine.
-
-        Raises:
-            WorkerLost: the engine of this worker fails; those of other workers may work.
-            EngineError: no worker's engine can work, because they share an endpoint, or the model sees no images.
-        """
-        try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-        except CanaryError:
-            raise
-        except EngineError as error:
-            if self.config.engine == "vllm":
-                raise WorkerLost(str(error)) from error
-            raise
-
     def __call__(self, work: dict[str, list[list[int]]]) -> Output:
-        return self._use_engine(self._converse(self._subjects(work)))
-
-    def _subjects(self, work: dict[str, list[list[int]]]) -> list[Subject]:
-        places = self.images.places(rows_in(work["images"]))
-        known = self.store.take(self.images, places, ["image_id", "image"]).to_pylist() if places else []
-        return [Subject(**image, **self.truth.get(image["image_id"], {})) for image in known]
+        return self.use_engine(self._converse(self.subjects(work)))
 
     async def _check_canaries(self, subjects: list[Subject]) -> None:
         """Ask for a description of each image, to stop a model that does not see the images before the work starts.
@@ -143,8 +95,7 @@ class DialogueWorker:
 
     async def _converse(self, subjects: list[Subject]) -> Output:
         async def one(subject: Subject) -> Dialogue | Reject:
-            async with self.in_flight:
-                self.occupancy.change(1)
+            async with self.conversation():
                 try:
                     return await converse(
                         self.engine,
@@ -157,8 +108,6 @@ class DialogueWorker:
                     )
                 except DialogueError as error:
                     return Reject(subject.image_id, error.reason, error.detail)
-                finally:
-                    self.occupancy.change(-1)
 
         results = await asyncio.gather(*(one(subject) for subject in subjects))
         described = [
@@ -222,33 +171,3 @@ def _repeated_summary(described: list[Described]) -> str | None:
         return None
     summary, count = Counter(one.dialogue.summary for one in described).most_common(1)[0]
     return summary if count > len(described) / 2 else None
-
-
-class Occupancy:
-    """Load of an engine: seconds with and without a conversation, and the sum of all conversations' seconds."""
-
-    def __init__(self) -> None:
-        self.in_flight = 0
-        self.reset()
-
-    def reset(self) -> None:
-        self.since = time.monotonic()
-        self.busy = self.idle = self.conversations = 0.0
-
-    def change(self, by: int) -> None:
-        """Count conversations that begin (1) or end (-1)."""
-        now = time.monotonic()
-        span, self.since = now - self.since, now
-        self.conversations += span * self.in_flight
-        if self.in_flight:
-            self.busy += span
-        else:
-            self.idle += span
-        self.in_flight += by
-
-    def take(self) -> dict[str, float]:
-        """The seconds since the last call."""
-        self.change(0)
-        counts = {"engine_busy_s": self.busy, "engine_idle_s": self.idle, "conversation_s": self.conversations}
-        self.reset()
-        return counts

@@ -218,7 +218,7 @@ def report_ranked(
         model.label(name) if len(models) > 1 else model.label("") for model, name in zip(published, models, strict=True)
     ]
     right = [
-        images.identities[best_images(texts, images, of_model, 1)[:, 0]] == texts.identities
+        images.identities[best_images(texts, images, of_model, 1).positions[:, 0]] == texts.identities
         for (texts, images), of_model in zip(sides, omegas, strict=True)
     ]
     images_table = store.current("images", "ingest")
@@ -230,7 +230,7 @@ def report_ranked(
     for query in choose_queries((right[0], right[-1]), count, seed):
         # Each model has its own gallery: a model without summaries also embeds images without a dialogue.
         for label, of_model, (texts, images), (queries, gallery) in zip(labels, omegas, sides, tables, strict=True):
-            best = best_images(texts, images, of_model, top_k, slice(query, query + 1))[0]
+            best = best_images(texts, images, of_model, top_k, slice(query, query + 1)).positions[0]
             ids = gallery["image_id"].take(best).to_pylist()
             encoded = store.take(images_table, [places[image_id] for image_id in ids], ["image"])["image"].to_pylist()
             lists.append(
@@ -275,7 +275,7 @@ def report_attributes(
         [drawn[image_id] for image_id in gallery["image_id"].to_pylist()],
         texts.identities,
         images.identities,
-        best_images(texts, images, published.omega(omega), 1)[:, 0],
+        best_images(texts, images, published.omega(omega), 1).positions[:, 0],
     )
     draw_attributes(errors.confused, errors.rank1, picture, published.label("").strip())
     console.print(f"report: {errors.wrong} of {errors.queries} first places are wrong → {picture}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from ceca.config import EvaluateConfig, Split
-from ceca.data.names import COMPARISONS
+from ceca.data.names import COMPARISONS, EVALUATIONS
 from ceca.data.store import Store
 from ceca.errors import UserError
 from ceca.evaluation.names import METRICS, SIMILARITIES
@@ -34,6 +35,7 @@ from jobs.reports.figures import (
 from jobs.runtime.console import console
 
 Section = tuple[str, list[str]]
+RERANKED = ("rank1", "mean_average_precision")  # figures that are shown without and with re-ranking
 
 
 class Figures:
@@ -81,6 +83,7 @@ def report_page(
     sections: list[Section] = [
         ("Results", _results({require_model(store, name).label(name): result for name, result in results.items()})),
         ("Local and global similarity", _omega(figures, data, names, split)),
+        *reranked_section(store, names, split),
         ("Probably nobody", _confidence(figures, data, names, split)),
         ("Ranked lists", _ranked(figures, data, pair, split, omega, seed)),
         *_attributes(figures, store, best, split, omega),
@@ -177,6 +180,33 @@ def _omega(figures: Figures, data: str, models: tuple[str, ...], split: Split) -
             )
         )
     return [*words, shown]
+
+
+def reranked_section(store: Store, models: tuple[str, ...], split: Split) -> list[Section]:
+    """Evaluations with `--rerank-engine`, without and with re-ranking side by side; none if there are none."""
+    rows = []
+    for name in models:
+        model = require_model(store, name)
+        for file in store.names(EVALUATIONS, model.digest):
+            if not re.fullmatch(rf"{split}-.*by-.*\.json", file):
+                continue
+            result: dict[str, Any] = store.read_json(EVALUATIONS, model.digest, file) or {}
+            how, metrics = result["reranking"], result["metrics"]
+            pairs = [f"{metrics['fused'][key]:.2f} → {metrics['reranked'][key]:.2f}" for key in RERANKED]
+            p = [f"{how['differences'][figure]['p']:.4f}" for figure in ("Rank-1", "AP")]
+            cost = [f"{how['questions'] / result['queries']:.1f}", f"{how['engine_seconds_per_query']:.3g}"]
+            row = [model.label(name), how["engine"], str(how["images"]), f"{how['weight']:.3g}"]
+            rows.append([*row, *pairs, *p, *cost])
+    if not rows:
+        return []
+    headings = ["", "engine", "images", "weight", *(METRICS[key] for key in RERANKED), "p of Rank-1", "p of mAP"]
+    words = (
+        "An engine says of the first images of each sentence which of its claims they fit. The weight of its verdicts "
+        "was learned on the validation split; 0 means that they gained nothing there. The p-values are those of a "
+        "paired bootstrap over the people described."
+    )
+    caption = f"Split {split}, fused → re-ranked, percent; questions and seconds of the engine are per sentence"
+    return [("Re-ranking by an engine", [paragraph(words), table(caption, [*headings, "questions", "seconds"], rows)])]
 
 
 def _confidence(figures: Figures, data: str, models: tuple[str, ...], split: Split) -> list[str]:

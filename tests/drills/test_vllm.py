@@ -5,6 +5,7 @@ The engine starts once (20-40 s), holds all conversations and closes. The tests 
 
 import asyncio
 import io
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ceca.config import VLLMConfig
+from ceca.dialogue.attributes import UNKNOWN, denied
 from ceca.dialogue.conversation import (
     QUESTIONS,
     SUMMARY_REQUEST,
@@ -25,6 +27,7 @@ from ceca.dialogue.conversation import (
     converse,
 )
 from ceca.dialogue.tiny import make_tiny_vlm
+from ceca.dialogue.verdicts import TOKENS, Claim, judge, wording
 from ceca.dialogue.vllm import CPU_BLOCK, VLLMEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -32,6 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ANSWER_TOKENS, SUMMARY_TOKENS, MAX_MODEL_LEN = 16, 24, 1024
 MAX_PIXELS = 64 * 28 * 28
 CHOICES = {"gender": ("woman", "man"), "hat": ("none", "cap")}
+CLAIMS = (Claim("hat", "cap"), Claim("upper_colour", "red"), Claim("shoes_kind", "leather shoes"))
 SIZES = ((64, 160), (64, 160), (48, 128), (96, 200), (30, 75), (500, 1200))  # the last one exceeds the pixel budget
 
 
@@ -53,6 +57,8 @@ class Record:
     again: list[Dialogue] = field(default_factory=list)  # same images, other ids: nothing is in the cache
     turn_by_turn: list[Answer] = field(default_factory=list)
     structured: Dialogue | None = None
+    verdicts: list[str] = field(default_factory=list)
+    judged: Answer | None = None  # the answer to a further claim about the same image
     failures: dict[str, DialogueError] = field(default_factory=dict)
     after_failures: Answer | None = None
     processes: list[psutil.Process] = field(default_factory=list)
@@ -76,6 +82,11 @@ async def hold_all(engine: VLLMEngine, record: Record) -> None:
     lengths = {"answer_tokens": ANSWER_TOKENS, "summary_tokens": SUMMARY_TOKENS, "attribute_tokens": 200}
     subject = Subject("structured", draw(98))
     record.structured = await converse(engine, subject, questions=1, choices=CHOICES, **lengths)
+
+    subject = Subject("judged", draw(97, SIZES[-1]))
+    record.verdicts = [await judge(engine, subject, claim) for claim in CLAIMS[:2]]
+    choices = {CLAIMS[2].attribute: (CLAIMS[2].value, denied(CLAIMS[2].value))}
+    record.judged = await engine.answer(subject, (), wording(CLAIMS[2]), TOKENS, choices)
 
     unusable = {
         "too long": (alone, [Turn("Why?", "because " * 2000)]),
@@ -133,6 +144,15 @@ def test_tokens_are_counted(record):
         assert dialogue.prompt_tokens > dialogue.cached_tokens > 0
     prompts = [answer.prompt_tokens for answer in record.turn_by_turn]
     assert prompts == sorted(set(prompts))  # each turn contains all earlier ones
+
+
+def test_a_verdict_is_one_of_three_and_the_next_claim_about_an_image_finds_it_in_the_cache(record):
+    assert len(record.verdicts) == 2
+    assert set(record.verdicts) <= {"fits", "differs", "unseen"}
+    answer = json.loads(record.judged.text)  # guided decoding ends it, although this model ends nothing itself
+    assert answer["shoes_kind"] in ("leather shoes", "not leather shoes", UNKNOWN)
+    assert not record.judged.cut_off
+    assert record.judged.cached_tokens >= CPU_BLOCK
 
 
 def test_answers_at_the_length_limit_are_cut_off(record):

@@ -21,7 +21,8 @@ from ceca.dialogue.attributes import UNKNOWN
 from ceca.dialogue.conversation import EngineError
 from ceca.errors import UserError
 from ceca.settings import to_mapping
-from jobs.dialogue import _units_at_once, dialogue
+from jobs.dialogue import dialogue
+from jobs.dialogues.engine import engine_workers
 from jobs.dialogues.worker import DialogueWorker
 from jobs.ingest import ingest
 from jobs.pipeline import recipe_config
@@ -258,4 +259,5 @@ def test_structured_answers_follow_the_vocabulary_of_the_dataset(ingested):
     ],
 )
 def test_a_worker_gets_enough_units_for_its_conversations(values, units):
-    assert _units_at_once(DialogueConfig(**values)) == units
+    config = DialogueConfig(**values)
+    assert engine_workers(config, config.images_per_part).units_at_once == units
