@@ -165,9 +165,10 @@ _DOUBT = re.compile(
 )
 _DENIED = re.compile(r"\b(?:no|not|nothing|none|without|neither|nor|empty|\w+n't)\b[^,]*")
 _BEFORE = re.compile(
-    r"\b(?:an?|the|his|her|their|with|of|has|have|in|is|are|over|under|wearing|carrying|holding|pair)\b|[:()]"
+    r"\b(?:an?|the|his|her|their|with|of|has|have|in|is|are|over|under|wear(?:s|ing)?|"
+    r"carr(?:y|ies|ying)|hold(?:s|ing)?|pair)\b|[:()]"
 )
-_AFTER = re.compile(r"\s+(?:is|are)\s+((?:(?!\b(?:an?|the|s?he|they|his|her|their|with|in|wearing)\b)[^,:()])*)")
+_AFTER = re.compile(r"\s+(?:is|are)\s+((?:(?!\b(?:an?|the|s?he|they|his|her|their|with|in|wear(?:s|ing)?)\b)[^,:()])*)")
 
 
 def attributes_of(turns: Sequence[tuple[str, str]], choices: Choices) -> dict[str, str]:

@@ -59,6 +59,13 @@ def test_a_description_states_attributes_of_several_things():
     )  # fmt: skip
 
 
+def test_a_word_before_a_verb_belongs_to_another_thing():
+    text = "This gentleman with short black hair wears trousers."
+    assert stated(text, PERSON) == (
+        ("gender", "man"), ("hair_length", "short"), ("hair_colour", "black"), ("lower_kind", "trousers"),
+    )  # fmt: skip
+
+
 def test_what_a_description_leaves_out_or_leaves_open_is_not_stated():
     assert stated("A person walks by. The shoes may be black.", PERSON) == ()
 
