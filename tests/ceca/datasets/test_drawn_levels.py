@@ -73,13 +73,12 @@ def test_without_a_level_a_drawing_is_what_it_was_before_there_were_levels(
     assert found.hexdigest() == digest
 
 
-@pytest.mark.parametrize("level", ["medium", "hard"])
-def test_a_level_gives_the_same_bytes_again_also_after_an_interruption(level: str, tmp_path: Path) -> None:
+def test_a_level_gives_the_same_bytes_again_also_after_an_interruption(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
-    sizes = {"seed": 2, "identities": 4, "images_per_identity": 2, "level": level, "workers": 1}
+    sizes = {"seed": 2, "identities": 4, "images_per_identity": 2, "level": "hard", "workers": 1}
     draw_dataset(tmp_path / "whole", **sizes)
     with pytest.raises(KeyboardInterrupt):
         draw_dataset(tmp_path / "stopped", progress=stop, **sizes)
@@ -217,7 +216,7 @@ def test_harder_captions_leave_more_out() -> None:
 
 
 @given(st.integers(0, 2**32), st.sampled_from(VIEWS), st.sampled_from(PLACES), st.sampled_from(LIGHTINGS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_long_captions_have_more_than_77_tokens_and_fewer_than_168(
     seed: int, view: str, place: str, lighting: str
 ) -> None:
