@@ -146,7 +146,7 @@ def _embed(model: CECA, store: Store, images, rows) -> tuple[torch.Tensor, torch
         encoded = store.take(images, [(row.part, row.row) for row in batch], ["image"])["image"].to_pylist()
         size = model.config.image_height, model.config.image_width, model.config.image_resize
         pixels = normalize(torch.from_numpy(np.stack([decode_image(content, *size) for content in encoded])))
-        parts.append(model.embed_gallery(pixels, trim(tokenize([row.summary for row in batch]))))
+        parts.append(model.embed_gallery(pixels, trim(tokenize([row.summary for row in batch], model.config.context))))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 

@@ -52,6 +52,7 @@ def _draw(folder: Path, config: DrawConfig, shown: str) -> DrawnStatistics:
                 images_per_identity=config.images_per_identity,
                 layout=config.layout,
                 split_identities=config.split_identities,
+                level=config.level,
                 lookalike_share=config.lookalike_share,
                 workers=config.workers,
                 progress=lambda done, _: track.advance(done - track.finished),

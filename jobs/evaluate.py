@@ -42,6 +42,7 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     """
     from ceca.evaluation.evaluation import embedded_sides, per_query_table, result_name, summarise
     from ceca.evaluation.open_set import Trials, calibrate, open_set
+    from ceca.evaluation.statistics import share_cut
     from jobs.evaluations.embedding import embed_split
     from jobs.evaluations.ranking import rank
     from jobs.evaluations.reranking import rerank_split
@@ -89,6 +90,9 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
             result["open_set"] = open_set(trials, total, kept if kept is not None and kept.fits(omega) else None)
     name = result_name(config)
     captions = store.read(store.captions(store.current("images", "ingest")), ["caption_id", "text"])
+    said = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
+    asked = [said.get(caption, "") for caption in queries["caption_id"].to_pylist()]
+    result |= {"context": model.context, "queries_cut": share_cut(asked, model.context)}
     content = per_query_table(queries, captions, figures)
     store.write_bytes(content, EVALUATIONS, model.digest, f"{name}.queries.parquet")
     store.write_json(result, EVALUATIONS, model.digest, f"{name}.json")
@@ -96,6 +100,8 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
     measured = f"ω {omega:g}, protocol {model.protocol}"
     print_metrics(f"{config.model} on {config.split}, text to image: {size}; {measured}", result["metrics"])
     print_metrics(f"{config.model} on {config.split}, image to text; {measured}", result["image_to_text"])
+    if result["queries_cut"]:
+        console.print(f"evaluate: {result['queries_cut']:.1%} of queries are longer than {result['context']} tokens")
     _print_open_set(result)
     if reranking:
         _print_reranking(reranking)

@@ -74,7 +74,7 @@ def write_folder(store: Store, model: str, published: PublishedModel, title: str
     loaded = load_weights(target, target.uri, published.digest)
     write_checkpoint(loaded, folder / "open_clip_model.safetensors", "open_clip")
     config = loaded.config
-    described = open_clip_config(config.backbone, (config.image_height, config.image_width))
+    described = open_clip_config(config.backbone, (config.image_height, config.image_width), config.context)
     target.write_json(described, "open_clip_config.json")
     curve = _draw_curve(target, published, title, folder / "training.png")
     card = model_card(title, published, _evaluations(store, published.digest), curve)

@@ -36,6 +36,7 @@ def import_weights(
     backbone: Annotated[str, tyro.conf.arg(help="the backbone it was trained with")] = "ViT-B-16-quickgelu",
     image_height: Annotated[int, tyro.conf.arg(help="in pixels")] = 384,
     image_width: Annotated[int, tyro.conf.arg(help="in pixels")] = 128,
+    context: Annotated[int, tyro.conf.arg(help="tokens of a text; above 77, CLIP's positions are interpolated")] = 77,
 ) -> PublishedModel:
     """Publish a checkpoint of another program as a model, to evaluate, index and serve it.
 
@@ -46,7 +47,7 @@ def import_weights(
     from ceca.model.weights import publish_model, serialize
 
     store = Store(data)
-    given = ModelConfig(backbone=backbone, image_height=image_height, image_width=image_width)
+    given = ModelConfig(backbone=backbone, image_height=image_height, image_width=image_width, context=context)
     found = read_checkpoint(checkpoint, given, store)
     config, state = import_checkpoint(found, given)
     weights = serialize(state)
@@ -104,9 +105,15 @@ def export_weights(
     loaded, _ = load_model(Store(data), model)
     left = write_checkpoint(loaded, out, format)
     config = loaded.config
-    hint = f"; open_clip.create_model({config.backbone!r}, pretrained={str(out)!r}, " if format == "open_clip" else ""
-    hint += f"force_image_size=({config.image_height}, {config.image_width}))" if hint else ""
+    longer = config.context > ModelConfig().context
+    hint = ""
+    if format == "open_clip":
+        hint = f"; open_clip.create_model({config.backbone!r}, pretrained={str(out)!r}, "
+        hint += f"force_image_size=({config.image_height}, {config.image_width})"
+        hint += f", force_context_length={config.context})" if longer else ")"
     console.print(f"weights: → {out} ({format}){hint}", highlight=False)
+    if longer:
+        console.print(f"weights: holds positions of {config.context} tokens; set its reader and tokenizer to as many")
     if left:
         console.print(f"weights: this format has no place for {', '.join(left)}")
 

@@ -25,6 +25,9 @@ class ModelConfig:
     """Width in pixels to which images are resized."""
     image_resize: Literal["bicubic", "bilinear"] = added("bicubic")
     """How images are resized, in training and in use, antialiased; the released programs take `bilinear`."""
+    context: Annotated[int, Field(ge=77)] = added(77)
+    """Tokens of a text that the model reads, 77 or more; longer texts are cut. Above 77, the positions of CLIP's
+    weights are interpolated, all but the first 20."""
     summary_weight: Share = 0.3
     """λ: weight of the summary in the visual embeddings, 0 to 1; 0 uses no summaries."""
     local_branch: bool = True
@@ -44,6 +47,13 @@ class ModelConfig:
     """Width of a local embedding."""
     gate_start: float = -3.0
     """Initial value of γ in the mixer's gate, `query + sigmoid(γ)·Δ`."""
+
+    def __post_init__(self) -> None:
+        if self.context > 77 and self.mixer_order == "released" and self.local_branch and self.mixer != "none":
+            raise ValueError(
+                f"mixer_order released computes with the padding of 77 tokens, found context {self.context}: set "
+                "mixer_order alternating, or context 77"
+            )
 
 
 Format = Literal["open_clip", "openai", "irra", "rde", "ceca"]  # of weights for other programs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 from ceca.data.store import Store
@@ -33,6 +34,11 @@ class Statistics:
     images_of_person: list[int]
     caption_words: list[int]
     summary_tokens: list[int]
+
+
+def share_cut(texts: Collection[str], context: int) -> float:
+    """The share of texts, 0 to 1, that are longer than a model's context and are cut."""
+    return sum(count_tokens(text) > context for text in texts) / max(1, len(texts))
 
 
 def read_statistics(store: Store) -> Statistics:

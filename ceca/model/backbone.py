@@ -36,7 +36,8 @@ class Tokens:
         importance: [B, N], the attention that the class token or the sentence's end pays to each token.
         present: [B, N], patches and words; not start, end and padding.
         summit: [B, D], the feature of the class token or the sentence's end.
-        places: N of the full tower: its patches, or the 75 places of a text. Shares of tokens are shares of it.
+        places: N of the full tower: its patches, or the words that a text may have (75 of 77 tokens). Shares of tokens
+            are shares of it.
         inside: [B, N], tokens from start to end; for texts alone.
         received: [B, N], the mean attention over all queries; for patches in the released mixer's training alone.
         padded: [B, N], words and padding; for texts in the released mixer alone.
@@ -57,9 +58,9 @@ class Tokens:
         return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
 
-def tokenize(texts: list[str]) -> Tensor:
-    """Texts → [B, 77] token ids: start, words, end, then zeros; longer texts are cut."""
-    return torch.from_numpy(tokenize_numpy(texts))
+def tokenize(texts: list[str], context: int = CONTEXT) -> Tensor:
+    """Texts → [B, context] token ids: start, words, end, then zeros; longer texts are cut."""
+    return torch.from_numpy(tokenize_numpy(texts, context))
 
 
 def send(values: Tensor, device: str | torch.device) -> Tensor:
@@ -73,7 +74,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.clip = CLIP(config.backbone, (config.image_height, config.image_width))
+        self.clip = CLIP(config.backbone, (config.image_height, config.image_width), config.context)
+        self.context = config.context
         # The released mixer looks at padding, and chooses patches by the attention that they receive.
         self.released = config.mixer_order == "released" and config.local_branch and config.mixer != "none"
         self.recompute = False  # activations inside blocks: computed again in the backward pass, or kept
@@ -93,7 +95,7 @@ class Backbone(nn.Module):
         return Tokens(x[:, 1:], importance[:, 1:], present, x[:, 0], x.shape[1] - 1, None, received)
 
     def encode_texts(self, ids: Tensor) -> Tokens:
-        """[B, L] token ids (L ≤ 77) → tokens of the sentence; the summit is at its end.
+        """[B, L] token ids (L ≤ context) → tokens of the sentence; the summit is at its end.
 
         `present` marks the words; start, end and padding are not.
         """
@@ -102,7 +104,7 @@ class Backbone(nn.Module):
         here = ids.device.type == "cpu" and not self.released
         ids = trim(ids) if here else ids
         if self.released:
-            ids = F.pad(ids, (0, CONTEXT - ids.shape[1]))
+            ids = F.pad(ids, (0, self.context - ids.shape[1]))
         length = ids.shape[1]
         positions = torch.arange(length, device=ids.device)
         x = self.clip.token_embedding(ids) + self.clip.positional_embedding[:length]
@@ -115,7 +117,7 @@ class Backbone(nn.Module):
         present = words | ((positions == end[:, None]) & ~words.any(dim=1, keepdim=True))
         padded = (positions > 0) & (positions != end[:, None]) if self.released else None
         summit = x[torch.arange(len(x), device=x.device), end]
-        return Tokens(x, importance, present, summit, CONTEXT - 2, positions <= end[:, None], None, padded)
+        return Tokens(x, importance, present, summit, self.context - 2, positions <= end[:, None], None, padded)
 
     def _blocks(
         self, blocks: Any, x: Tensor, end: Tensor | None, packing: Packing | None = None
@@ -159,7 +161,7 @@ class Packing(NamedTuple):
 
 
 def trim(ids: Tensor) -> Tensor:
-    """[B, 77] → [B, L]: without the columns that are padding in every row; one column if there are no rows."""
+    """[B, context] → [B, L]: without the columns that are padding in every row; one column if there are no rows."""
     return ids[:, : max(ids.argmax(dim=1).tolist(), default=0) + 1]
 
 

@@ -20,8 +20,8 @@ def model_card(name: str, model: PublishedModel, evaluations: Sequence[Mapping[s
         evaluations: contents of its evaluations' JSON files.
         curve: file name of a picture of its training; empty without one.
     """
-    settings, train, record = model.config["model"], model.config.get("train") or {}, model.training
-    parts = [_HEADER, f"# {name}\n", _what(settings)]
+    train, record = model.config.get("train") or {}, model.training
+    parts = [_HEADER, f"# {name}\n", _what(model)]
     parts += ["## Use\n", _USE.format(name=name)]
     parts += ["## Data\n", _data(model)]
     parts += ["## Training\n", _training(train, record)]
@@ -67,11 +67,13 @@ on English sentences. Errors are not equally many for everyone; measure on image
 """
 
 
-def _what(settings: Mapping[str, Any]) -> str:
+def _what(model: PublishedModel) -> str:
+    settings = model.config["model"]
     local = f"a local branch of width {settings['local_dim']}" if settings["local_branch"] else "no local branch"
     told = f"summaries weigh {settings['summary_weight']:g}" if settings["summary_weight"] else "no summaries"
     size = f"{settings['image_height']}×{settings['image_width']} pixels"
-    return f"A CLIP dual encoder for text-based person search: `{settings['backbone']}`, {size}, {local}, {told}.\n"
+    parts = ", ".join([f"`{settings['backbone']}`", size, f"texts of up to {model.context} tokens", local, told])
+    return f"A CLIP dual encoder for text-based person search: {parts}.\n"
 
 
 def _data(model: PublishedModel) -> str:
@@ -93,6 +95,7 @@ def _training(train: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         ("losses", ", ".join(losses.get("terms", ()))),
         ("learning rate", train.get("optimiser", {}).get("learning_rate")),
         ("seed", train.get("seed")),
+        ("texts cut", ", ".join(f"{share:.1%} of {texts}" for texts, share in record.get("texts_cut", {}).items())),
         ("parameters", record.get("parameters")),
         ("seconds", record.get("seconds")),
         ("epoch chosen", (record.get("best") or {}).get("epoch")),

@@ -68,9 +68,10 @@ class CLIP(nn.Module):
     Args:
         name: a model that `describe` knows.
         image_size: height and width in pixels; the grid of patches follows from it.
+        context: tokens of a text; None takes the description's.
     """
 
-    def __init__(self, name: str, image_size: tuple[int, int]):
+    def __init__(self, name: str, image_size: tuple[int, int], context: int | None = None):
         super().__init__()
         described = describe(name)
         gelu = QuickGELU if described.get("quick_gelu") else nn.GELU
@@ -78,7 +79,7 @@ class CLIP(nn.Module):
         text = described["text_cfg"]
         width, layers = text["width"], text["layers"]
         token_embedding = nn.Embedding(text["vocab_size"], width)
-        self.positional_embedding = nn.Parameter(torch.empty(text["context_length"], width))
+        self.positional_embedding = nn.Parameter(torch.empty(context or text["context_length"], width))
         self.transformer = _Transformer(width, layers, text["heads"], text.get("mlp_ratio", 4.0), gelu)
         self.token_embedding = token_embedding
         self.ln_final = nn.LayerNorm(width)

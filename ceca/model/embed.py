@@ -27,7 +27,7 @@ def normalize(images: Tensor) -> Tensor:
 @torch.inference_mode()
 def embed_texts(model: CECA, texts: list[str], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Queries → normalised global [Q, D] and local [Q, E], fp32."""
-    return model.embed_queries(send(trim(tokenize(texts)), device))
+    return model.embed_queries(send(trim(tokenize(texts, model.config.context)), device))
 
 
 @torch.inference_mode()
@@ -39,5 +39,5 @@ def embed_images(
     With their summaries as a gallery has them, without as a query.
     """
     images = normalize(send(torch.from_numpy(np.stack(pixels)), device))
-    told = None if summaries is None else send(trim(tokenize(summaries)), device)
+    told = None if summaries is None else send(trim(tokenize(summaries, model.config.context)), device)
     return model.embed_gallery(images, told)

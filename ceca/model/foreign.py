@@ -27,10 +27,12 @@ from ceca.model.ceca import CECA
 from ceca.model.clip import describe
 from ceca.model.embed import MEAN, STD
 from ceca.model.registry import find_named, read_stored
+from ceca.model.tokens import CONTEXT
 from ceca.settings import from_mapping
 
 # What files of CLIP carry besides weights, and the scale that nothing here uses.
 NOT_WEIGHTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
+KEPT_POSITIONS = 20  # of a text: they are trained well, and short texts have no others
 LOCAL = ("visual_mixer", "textual_mixer", "visual_embedding", "textual_embedding")  # taken whole or not at all
 
 # RDE's sides, misspelt there, and the released CECA program's mixers → ours.
@@ -101,6 +103,7 @@ def read_checkpoint(source: str, config: ModelConfig, store: Store | None = None
         return Checkpoint(source, "published model", state, {name: name for name in state}, [], settings)
     content = read_weights(config.backbone, source)
     weights = {name.removeprefix("module."): name for name in content.weights}  # PyTorch's wrapper for many GPUs
+    behind = weights.pop("positional_embedding_res", None)  # Long-CLIP's places behind the kept ones
     kind = _kind(weights, source)
     found = Checkpoint(source, kind, {}, {}, list(content.others))
     lost = []
@@ -113,6 +116,10 @@ def read_checkpoint(source: str, config: ModelConfig, store: Store | None = None
             lost.append(theirs)
         else:
             found.not_used.append(theirs)
+    if behind is not None:
+        name = "backbone.clip.positional_embedding"
+        others = content.weights[behind].float()[KEPT_POSITIONS:]
+        found.state[name] = torch.cat([found.state[name][:KEPT_POSITIONS], others])
     if lost:
         raise WeightsError(
             f"{source!r} has {len(lost)} weights in its local branch that neither RDE nor CECA has, e.g. "
@@ -163,19 +170,22 @@ def import_checkpoint(
 
     Args:
         source: what `read_checkpoint` takes or returned.
-        config: backbone and image size, which most checkpoints do not state.
+        config: backbone and image size, which most checkpoints do not state, and the context.
         store: the dataset, in which names of published models are looked up.
 
     Returns:
         The settings of the model and its weights.
 
     Raises:
-        WeightsError: the checkpoint is of another backbone or image size, or `read_checkpoint` raises.
+        WeightsError: the checkpoint is of another backbone, image size or a longer context, or `read_checkpoint`
+            raises.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source, config, store)
     state = dict(checkpoint.state)
     if checkpoint.config is not None:
-        return dataclasses.replace(checkpoint.config, pretrained=None), state
+        context = max(config.context, checkpoint.config.context)
+        state |= _text_positions(state, context, checkpoint.source)
+        return dataclasses.replace(checkpoint.config, pretrained=None, context=context), state
     local, mixed = checkpoint.kind in ("RDE", "CECA"), checkpoint.kind == "CECA"
     width = state.get("visual_embedding.out.bias")
     config = dataclasses.replace(
@@ -191,7 +201,8 @@ def import_checkpoint(
     )
     model = CECA(config)
     if checkpoint.kind == "CLIP":  # CLIP was not trained on images of this shape
-        state |= _positions(state, model)
+        state |= _image_positions(state, model)
+    state |= _text_positions(state, config.context, checkpoint.source)
     problems = _differences({name: value.shape for name, value in model.state_dict().items()}, state)
     if problems:
         others = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -205,17 +216,18 @@ def import_checkpoint(
 def fitting_weights(checkpoint: Checkpoint, model: CECA) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """The weights of a checkpoint with which a model can start training.
 
-    The towers must fit, but for the size of images: their positions are interpolated. A module of the local branch is
-    taken if all its weights fit.
+    The towers must fit, but for the size of images and a longer context: positions are interpolated. A module of the
+    local branch is taken if all its weights fit.
 
     Returns:
         The weights; the names in the file that are not taken; the modules of the model that the file does not have.
 
     Raises:
-        WeightsError: the towers are of another backbone.
+        WeightsError: the towers are of another backbone, or of a longer context.
     """
     own = model.published_state()
-    state = checkpoint.state | _positions(checkpoint.state, model)
+    state = checkpoint.state | _image_positions(checkpoint.state, model)
+    state |= _text_positions(state, model.config.context, checkpoint.source)
     taken: dict[str, Tensor] = {}
     not_used, at_random = list(checkpoint.not_used), []
     for module in ("backbone", *LOCAL):
@@ -247,7 +259,7 @@ def _differences(shapes: dict[str, torch.Size], state: dict[str, Tensor]) -> lis
     return sorted(problems)
 
 
-def _positions(state: dict[str, Tensor], model: CECA) -> dict[str, Tensor]:
+def _image_positions(state: dict[str, Tensor], model: CECA) -> dict[str, Tensor]:
     """The position embeddings of a state for a model's images, by name; nothing if they cannot be interpolated."""
     name = "backbone.clip.visual.positional_embedding"
     visual = model.backbone.clip.visual
@@ -280,6 +292,44 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([start, resized.flatten(2).transpose(1, 2)[0]])
 
 
+def _text_positions(state: dict[str, Tensor], context: int, source: str) -> dict[str, Tensor]:
+    """The position embeddings of a state for texts of this context, by name; nothing if it has none.
+
+    Raises:
+        WeightsError: they are of a longer context.
+    """
+    name = "backbone.clip.positional_embedding"
+    if name not in state:
+        return {}
+    if len(state[name]) > context:
+        raise WeightsError(
+            f"{source!r} reads {len(state[name])} tokens and this model {context}: set its context to "
+            f"{len(state[name])} or more (--model.context, or --context of ceca weights import)"
+        )
+    return {name: lengthen_positions(state[name], context)}
+
+
+def lengthen_positions(positions: Tensor, context: int) -> Tensor:
+    """[n, D] position embeddings of texts → [context, D]; the first 20 are kept, so short texts embed as before.
+
+    The others are interpolated linearly: place p ≥ 20 takes the embedding at 20 + (p - 20)/f, with
+    f = (context - 20)/(n - 20). The last places lie behind the last embedding and go on along its line. From 77 to 248
+    tokens f is 4, the rule of Long-CLIP (Zhang et al., ECCV 2024).
+
+    Args:
+        positions: of a context n above 20.
+        context: tokens of a text, n or more.
+    """
+    known = len(positions)
+    if context == known:
+        return positions
+    at = KEPT_POSITIONS + torch.arange(context - KEPT_POSITIONS) * (known - KEPT_POSITIONS) / (context - KEPT_POSITIONS)
+    before = at.long().clamp(max=known - 2)
+    share = (at - before)[:, None].to(positions.dtype)
+    between = (1 - share) * positions[before] + share * positions[before + 1]
+    return torch.cat([positions[:KEPT_POSITIONS], between])
+
+
 # --- out --------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +346,7 @@ def write_checkpoint(model: CECA, out: Path, form: Format, scale: float = 50.0) 
         Names of the model's weights that the format has no place for.
 
     Raises:
-        UserError: the suffix is another, or the model's local branch is not the format's.
+        UserError: the suffix is another, or the format cannot hold the model's local branch or its context.
     """
     suffixes = (".safetensors",) if form == "open_clip" else (".pt", ".pth")
     if out.suffix not in suffixes:
@@ -312,6 +362,11 @@ def write_checkpoint(model: CECA, out: Path, form: Format, scale: float = 50.0) 
         clip |= {name: torch.tensor(number) for name, number in numbers.items()}
     content = clip
     if form in ("irra", "rde", "ceca"):
+        if model.config.context > CONTEXT:
+            raise UserError(
+                f"the format {form} cannot hold a context of {model.config.context}: its program reads {CONTEXT} "
+                "tokens; formats that can: open_clip, openai"
+            )
         content = {f"base_model.{name}": value for name, value in clip.items()}
     if form in ("rde", "ceca"):
         _require_local_branch(model, form)
@@ -325,15 +380,17 @@ def write_checkpoint(model: CECA, out: Path, form: Format, scale: float = 50.0) 
     return sorted(own)
 
 
-def open_clip_config(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
+def open_clip_config(name: str, image_size: tuple[int, int], context: int) -> dict[str, Any]:
     """The content of open_clip_config.json, by which open_clip loads a folder's or the hub's weights.
 
     Args:
         name: name of the backbone.
         image_size: height and width in pixels.
+        context: tokens of a text.
     """
     described = describe(name)
-    model = {**described, "vision_cfg": {**described["vision_cfg"], "image_size": list(image_size)}}
+    vision = {**described["vision_cfg"], "image_size": list(image_size)}
+    model = {**described, "vision_cfg": vision, "text_cfg": {**described["text_cfg"], "context_length": context}}
     preprocess = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "squash"}
     return {"model_cfg": model, "preprocess_cfg": {"size": list(image_size), **preprocess}}
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ceca.config import OMEGA
+from ceca.config import OMEGA, ModelConfig
 from ceca.data.names import MANIFEST, MODELS
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Store, StoreError, filesystem
@@ -51,6 +51,11 @@ class PublishedModel:
         protocol = self.config["train"].get("protocol", "validation") if self.config.get("train") else "validation"
         on_test = self.training.get("validation_split") == "test"
         return "epoch on test" if protocol == "validation" and on_test else protocol
+
+    @property
+    def context(self) -> int:
+        """Tokens of a text that the model reads; longer texts are cut."""
+        return int(self.config["model"].get("context", ModelConfig().context))
 
     def omega(self, given: float | None = None) -> float:
         """The ω of this model's figures: a given one, or that of its protocol."""

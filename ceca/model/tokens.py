@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 
 from ceca.errors import UserError
 
-CONTEXT = 77  # tokens that CLIP reads
+CONTEXT = 77  # tokens that CLIP reads; a model may read more
 START, END, MASK = 49406, 49407, 49405  # as in IRRA, the rarest merge gives its number to the mask
 SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
 NUMBER = np.dtype(np.uint16)  # of a token: there are 49,408
@@ -35,21 +35,21 @@ WORD = regex.compile(
 )
 
 
-def tokenize_numpy(texts: Sequence[str]) -> np.ndarray:
-    """Texts → [B, 77] int64 token ids: start, words, end, then zeros; longer texts are cut."""
-    ids = np.zeros((len(texts), CONTEXT), dtype=np.int64)
-    most = (CONTEXT - 2) * NUMBER.itemsize
+def tokenize_numpy(texts: Sequence[str], context: int = CONTEXT) -> np.ndarray:
+    """Texts → [B, context] int64 token ids: start, words, end, then zeros; longer texts are cut."""
+    ids = np.zeros((len(texts), context), dtype=np.int64)
+    most = (context - 2) * NUMBER.itemsize
     start, end = _written([START]), _written([END])
     for first in range(0, len(texts), AT_ONCE):
         tokens = [b"".join((start, _encode(text)[:most], end)) for text in texts[first : first + AT_ONCE]]
         lengths = np.fromiter(map(len, tokens), np.int64, len(tokens)) // NUMBER.itemsize
         rows = ids[first : first + AT_ONCE]
-        rows[np.arange(CONTEXT) < lengths[:, None]] = np.frombuffer(b"".join(tokens), NUMBER)
+        rows[np.arange(context) < lengths[:, None]] = np.frombuffer(b"".join(tokens), NUMBER)
     return ids
 
 
 def count_tokens(text: str) -> int:
-    """Length of a text in tokens with start and end, not cut: above 77, CLIP does not see its end."""
+    """Length of a text in tokens with start and end, not cut: above its context, a model does not see its end."""
     return len(_encode(text)) // NUMBER.itemsize + 2
 
 

@@ -82,7 +82,7 @@ def batch_features(
 
     Args:
         engine: what `engine.make_engine` returned.
-        batch: this worker's part: image [b, H, W, 3] uint8, caption and summary [b, 77], identity [b].
+        batch: this worker's part: image [b, H, W, 3] uint8, caption and summary [b, context], identity [b].
         config: settings of the training.
         epoch: number of the epoch, from 0.
         step: number of the step in the epoch, from 0.

@@ -281,7 +281,14 @@ def _training(figures: Figures, store: Store, models: tuple[str, ...]) -> list[s
     def draw(out: Path) -> None:
         report_training(store.uri, trained, picture=out)
 
-    return [figures.add("training", draw, "Loss by step and validation by epoch")]
+    words = []
+    for name in trained:
+        published = require_model(store, name)
+        cut = published.training.get("texts_cut", {})
+        shares = ", ".join(f"{share:.1%} of {texts}" for texts, share in cut.items())
+        if cut:
+            words.append(paragraph(f"{name} reads {published.context} tokens of a text; longer, and cut: {shares}."))
+    return [*words, figures.add("training", draw, "Loss by step and validation by epoch")]
 
 
 def _dataset(figures: Figures, store: Store, data: str) -> list[str]:

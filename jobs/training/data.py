@@ -17,7 +17,6 @@ from ceca.config import TrainConfig
 from ceca.data.tables import ImageRow
 from ceca.datasets.images import decode_image
 from ceca.machines import machines_for
-from ceca.model.tokens import CONTEXT
 from ceca.training.order import Batches, epoch_order, epoch_partners
 from jobs.training.images import EncodedImages
 
@@ -26,11 +25,12 @@ from jobs.training.images import EncodedImages
 class Texts:
     """The texts of P pairs as token ids: each text once, however many pairs have it."""
 
-    tokens: np.ndarray  # [T, 77] uint16: CLIP has 49,408 tokens
+    tokens: np.ndarray  # [T, context] uint16: CLIP has 49,408 tokens
     of_pair: np.ndarray  # [P] row of each pair's text
+    cut: float = 0.0  # share of the texts that are longer than the context
 
     def __getitem__(self, pairs: np.ndarray) -> np.ndarray:
-        """Token ids of some pairs' texts, [B, 77]."""
+        """Token ids of some pairs' texts, [B, context]."""
         return self.tokens[self.of_pair[pairs]]
 
     def mean_length(self) -> float:
@@ -214,7 +214,7 @@ def stream_batches(
 def empty_batch(config: TrainConfig) -> dict[str, np.ndarray]:
     """The part of a batch with fewer pairs than workers, for a worker that gets none."""
     pixels = np.zeros((0, config.model.image_height, config.model.image_width, 3), np.uint8)
-    ids = np.zeros((0, CONTEXT), np.int32)
+    ids = np.zeros((0, config.model.context), np.int32)
     return {"image": pixels, "caption": ids, "summary": ids, "identity": np.zeros(0, np.int64)}
 
 

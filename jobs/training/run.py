@@ -31,7 +31,7 @@ from ceca.model.weights import publish_model
 from ceca.settings import to_mapping
 from jobs.runtime.console import console
 from jobs.runtime.ray_session import connect
-from jobs.training.data import HeldOut, Run, training_machines
+from jobs.training.data import HeldOut, Run, TrainingSet, training_machines
 from jobs.training.images import hold_images
 from jobs.training.samples import held_out, tokenize_pairs, training_pairs
 from jobs.training.worker import train_worker
@@ -67,12 +67,16 @@ def train_and_publish(
     started = time.monotonic()
     pairs = training_pairs(store, config, tables)
     validation = held_out(store, tables, config.protocol) if config.validate_every else None
-    checkpoint = fit(store, config, make_run(store, config, folder, pairs, validation))
+    run = make_run(store, config, folder, pairs, validation)
+    samples: TrainingSet = ray.get(run.samples)
+    texts_cut = {"captions": samples.caption.cut, "summaries": samples.summary.cut}
+    checkpoint = fit(store, config, run)
     record, weights, curve = _best(store, folder, checkpoint)
     validation_split = validation.split if validation is not None else None
     record |= {
         "protocol": config.protocol,
         "validation_split": validation_split,
+        "texts_cut": texts_cut,
         "seconds": round(time.monotonic() - started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__},
         "parameters": sum(value.numel() for value in safetensors.torch.load(weights).values()),

@@ -12,7 +12,7 @@ from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Reject, Store, filesystem
 from ceca.data.tables import Images, Pairs, find_captions, find_dialogues, find_images, list_images, read_texts
 from ceca.errors import UserError
-from ceca.model.tokens import CONTEXT, count_tokens, tokenize_numpy
+from ceca.model.tokens import count_tokens, tokenize_numpy
 from ceca.training.order import published_noise, shuffled_captions
 from jobs.runtime.console import console, label
 from jobs.training.data import HeldOut, Sentence, Texts, TrainingSet
@@ -54,36 +54,39 @@ def tokenize_pairs(store: Store, pairs: Pairs, config: TrainConfig) -> TrainingS
     Raises:
         UserError: `config.noise_file` does not fit the pairs.
     """
-    captions_of = _captions_of(len(pairs), config)
+    captions_of, context = _captions_of(len(pairs), config), config.model.context
     images = pairs.images
     rows = images.rows[pairs.image]
     places = np.array(images.table.places(rows), np.int32).reshape(-1, 2)
     if images.dialogues is None or images.told is None:
-        summary = Texts(tokenize_numpy([""]).astype(np.uint16), np.zeros(len(pairs), np.int64))
+        summary = Texts(tokenize_numpy([""], context).astype(np.uint16), np.zeros(len(pairs), np.int64))
     else:
-        summary = _tokenize(store, images.dialogues, images.told[pairs.image], "summary")
+        summary = _tokenize(store, images.dialogues, images.told[pairs.image], "summary", context)
+    caption = _tokenize(store, pairs.captions, pairs.rows[captions_of], "text", context)
+    console.print(
+        f"train: longer than the model's {context} tokens, and cut: {caption.cut:.1%} of captions, "
+        f"{summary.cut:.1%} of summaries"
+    )
     return TrainingSet(
         part=places[:, 0],
         row=places[:, 1],
         identity=number_identities(pairs.identities, rows),
-        caption=_tokenize(store, pairs.captions, pairs.rows[captions_of], "text"),
+        caption=caption,
         summary=summary,
     )
 
 
-def _tokenize(store: Store, table: Manifest, rows: np.ndarray, column: str) -> Texts:
-    """Token ids of the texts in these rows of a table, [P]; prints how many summaries are too long."""
+def _tokenize(store: Store, table: Manifest, rows: np.ndarray, column: str, context: int) -> Texts:
+    """Token ids of the texts in these rows of a table, [P]."""
     needed, of_pair = np.unique(rows, return_inverse=True)
-    tokens = np.zeros((len(needed), CONTEXT), np.uint16)
+    tokens = np.zeros((len(needed), context), np.uint16)
     start, long = 0, 0
     for texts in read_texts(store, table, needed, column):
         part = tokens[start : start + len(texts)]
-        part[:] = tokenize_numpy(texts)
-        long += sum(count_tokens(texts[full]) > CONTEXT for full in np.flatnonzero(part[:, -1]))
+        part[:] = tokenize_numpy(texts, context)
+        long += sum(count_tokens(texts[full]) > context for full in np.flatnonzero(part[:, -1]))
         start += len(texts)
-    if column == "summary":
-        console.print(f"train: {long / len(needed):.1%} of summaries are longer than CLIP's {CONTEXT} tokens")
-    return Texts(tokens, of_pair)
+    return Texts(tokens, of_pair, long / max(1, len(needed)))
 
 
 def read_noise_file(uri: str) -> bytes:

@@ -78,11 +78,12 @@ def _embed_share(model: CECA, run: Run, device: torch.device, batch: int) -> Emb
         encoded = run.images.read([row.part for row in part], [row.row for row in part])
         pixels = np.stack([decode_image(image, *form) for image in encoded])
         images = normalize(torch.from_numpy(pixels).to(device)).to(dtype)
-        summaries = trim(tokenize([row.summary for row in part])).to(device)
+        summaries = trim(tokenize([row.summary for row in part], config.context)).to(device)
         gallery.append([side.cpu() for side in model.embed_gallery(images, summaries)])
     sentences = held_out.sentences[rank::size]
     for start in range(0, len(sentences), batch):
-        ids = trim(tokenize([sentence.text for sentence in sentences[start : start + batch]])).to(device)
+        texts = [sentence.text for sentence in sentences[start : start + batch]]
+        ids = trim(tokenize(texts, config.context)).to(device)
         queries.append([side.cpu() for side in model.embed_queries(ids)])
     return EmbeddedShare(
         _join(gallery), [row.identity for row in rows], _join(queries), [sentence.identity for sentence in sentences]

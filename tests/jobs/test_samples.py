@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ceca.config import TrainConfig
@@ -15,7 +16,7 @@ from ceca.model.tokens import tokenize_numpy
 from ceca.settings import ConfigError, from_mapping
 from jobs.train import input_tables
 from jobs.training.samples import tokenize_pairs, training_pairs
-from tests.ceca.data.dataset import IDS, filled_with, publish, write
+from tests.ceca.data.dataset import IDS, filled_with, publish, table_of, write
 
 SPLIT = {"model": {"summary_weight": 0.3}, "split": "test", "global_batch": 2, "last_batch": "keep"}
 
@@ -72,6 +73,24 @@ def test_without_summaries_every_pair_has_an_empty_one(store: Store) -> None:
     found = training_pairs(store, config, input_tables(store, config))
     samples = tokenize_pairs(store, found, config)
     assert np.array_equal(samples.summary[np.arange(6)], np.repeat(tokenize_numpy([""]), 6, axis=0))
+
+
+def test_texts_beyond_the_models_context_are_cut_and_their_share_is_told(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = table_of("dialogues", IDS[:3])
+    summaries = pa.array(["short", "a " * 100, "a " * 200])
+    told = told.set_column(told.schema.get_field_index("summary"), told.schema.field("summary"), summaries)
+    parts = {"dialogues": [store.write_part("dialogues", "d2", 0, told)]}
+    publish(store, "dialogue", "d2", parts, made_from={"images": "i1"})
+    for context, cut in ((77, 2 / 3), (168, 1 / 3)):
+        config = from_mapping(TrainConfig, {**SPLIT, "model": {"context": context}})
+        samples = tokenize_pairs(store, pairs(store), config)
+        lengths = np.count_nonzero(samples.summary.tokens, axis=1).tolist()
+        assert lengths == [3, min(102, context), min(202, context)]
+        assert (samples.caption.cut, samples.summary.cut) == (0, cut)
+        printed = " ".join(capsys.readouterr().err.split())
+        assert f"longer than the model's {context} tokens, and cut: 0.0% of captions, {cut:.1%} of summ" in printed
 
 
 def test_an_index_file_that_does_not_fit_is_an_error_that_names_it(store: Store, tmp_path: Path) -> None:

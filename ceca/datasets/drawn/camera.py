@@ -51,6 +51,7 @@ class Shot:
         occluder: object in front of the person, one of `OCCLUDERS`, or None.
         size: width and height in pixels, about 128 by 256.
         quality: JPEG quality, 80 to 95.
+        gain: of the camera's red, green and blue.
     """
 
     view: str
@@ -59,12 +60,13 @@ class Shot:
     occluder: str | None
     size: tuple[int, int]
     quality: int
+    gain: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
-def sample_shot(view: str, rng: np.random.Generator) -> Shot:
-    """Sample the camera settings of an image of this view."""
+def sample_shot(view: str, rng: np.random.Generator, place: str | None = None) -> Shot:
+    """Sample the camera settings of an image of this view, at a given place or at any."""
     width = int(rng.integers(116, 141))
-    place = PLACES[int(rng.integers(len(PLACES)))]
+    place = PLACES[int(rng.integers(len(PLACES)))] if place is None else place
     return Shot(
         view=view,
         place=place,
@@ -75,7 +77,9 @@ def sample_shot(view: str, rng: np.random.Generator) -> Shot:
     )
 
 
-def draw_shot(person: Attributes, body: Body, shot: Shot, rng: np.random.Generator) -> Image.Image:
+def draw_shot(
+    person: Attributes, body: Body, shot: Shot, rng: np.random.Generator, scene: np.random.Generator | None = None
+) -> Image.Image:
     """Draw one image.
 
     Args:
@@ -83,13 +87,16 @@ def draw_shot(person: Attributes, body: Body, shot: Shot, rng: np.random.Generat
         body: body of the person.
         shot: camera settings.
         rng: source of the other random choices: pose, details of the place, crop and noise.
+        scene: source of the details of the place, the same for all frames of a tracklet; None takes `rng`.
 
     Returns:
         RGB image of the shot's size.
     """
     width, height = shot.size
     large = (width * _SUPERSAMPLING, height * _SUPERSAMPLING)
-    image = draw_background(shot.size, shot.place, rng).resize(large, Image.Resampling.BILINEAR)
+    image = draw_background(shot.size, shot.place, rng if scene is None else scene).resize(
+        large, Image.Resampling.BILINEAR
+    )
     canvas = _frame(image, person, shot.view, rng)
     x, y = canvas.pixels([(0, 98)])[0]
     sharp = shot.lighting in ("day", "backlit")
@@ -99,7 +106,7 @@ def draw_shot(person: Attributes, body: Body, shot: Shot, rng: np.random.Generat
         _glare(canvas)
     if shot.occluder:
         hide(image, shot.occluder, rng)
-    return _develop(image.resize(shot.size, Image.Resampling.BOX), shot.lighting, rng)
+    return _develop(image.resize(shot.size, Image.Resampling.BOX), shot, rng)
 
 
 def _lighting(place: str, rng: np.random.Generator) -> str:
@@ -127,9 +134,9 @@ def _glare(canvas: Canvas) -> None:
     canvas.image.paste(Image.composite(shaded, hazy, canvas.covered.filter(ImageFilter.BoxBlur(2))))
 
 
-def _develop(image: Image.Image, lighting: str, rng: np.random.Generator) -> Image.Image:
-    """Apply the colour of the light, a brightness gradient, blur and sensor noise."""
-    light = _LIGHT[lighting]
+def _develop(image: Image.Image, shot: Shot, rng: np.random.Generator) -> Image.Image:
+    """Apply the colour of the light and of the camera, a brightness gradient, blur and sensor noise."""
+    light = _LIGHT[shot.lighting]
     image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.15, 0.65))))
     pixels = np.asarray(image, np.float32)
     grey = pixels.mean(axis=2, keepdims=True)
@@ -137,7 +144,8 @@ def _develop(image: Image.Image, lighting: str, rng: np.random.Generator) -> Ima
     height, width = pixels.shape[:2]
     slope = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None] * np.float32(rng.uniform(-0.07, 0.07))
     slope = slope + np.linspace(0.04, -0.06, height, dtype=np.float32)[:, None, None]
-    pixels *= np.array(light.gain, np.float32) * np.float32(rng.uniform(0.94, 1.05)) * (1 + slope)
+    gain = np.array(light.gain) * shot.gain
+    pixels *= gain.astype(np.float32) * np.float32(rng.uniform(0.94, 1.05)) * (1 + slope)
     pixels += rng.standard_normal(pixels.shape, np.float32) * np.float32(rng.uniform(1.5, 5.0))
     developed: NDArray[np.uint8] = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
     return Image.fromarray(developed)

@@ -1,7 +1,8 @@
-"""Natural English captions: varied, incomplete as people's captions are, and never wrong."""
+"""Natural English captions: varied, incomplete as people's captions are, and never wrong about who is described."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -84,6 +85,15 @@ _SEEN = {
     "right": ("walking to the right", "seen from the side", "in profile"),
 }
 
+_PLACE_WORDS = {
+    "street": "a street", "wall": "a wall beside a pavement", "shop front": "the window of a shop",
+    "park": "a path in a park", "corridor": "a corridor inside a building", "square": "a paved square from above",
+}  # fmt: skip
+_LIGHT_WORDS = {
+    "day": "on a sunny day", "overcast": "under a cloudy sky", "dusk": "in the evening", "indoor": "by lamplight",
+    "backlit": "against strong light",
+}  # fmt: skip
+
 # Probability of mentioning a thing, and of mentioning its colour, pattern or length if the thing is mentioned.
 MENTIONED = {
     "gender": 0.95, "upper": 0.98, "lower": 0.95, "shoes": 0.65, "hat": 0.8, "hair": 0.6, "carried": 0.82,
@@ -126,55 +136,90 @@ class Mentions:
     seen: str
 
 
-def describe(attributes: Attributes, view: str, rng: Rng) -> str:
+def describe(attributes: Attributes, view: str, rng: Rng, kept: float = 1.0) -> str:
     """Describe a person as seen in one image.
 
     Args:
         attributes: attributes of the person; only those visible in the view are mentioned.
         view: visible side of the person: "front", "back", "left" or "right".
         rng: source of the choices of content and wording.
+        kept: factor of the probabilities of mentioning a thing.
 
     Returns:
         One to three English sentences. A colour stands directly before its thing.
     """
-    mentions = _choose_mentions(attributes, view, rng)
+    mentions = _choose_mentions(attributes, view, rng, kept)
     return _fill(_pick(SKELETONS, rng), _slots(mentions, rng))
+
+
+def describe_at_length(attributes: Attributes, view: str, place: str, lighting: str, rng: Rng) -> str:
+    """Describe a person and the picture in full, in more than CLIP's 77 tokens and fewer than 168.
+
+    Args:
+        attributes: attributes of the person; all are mentioned.
+        view: visible side of the person: "front", "back", "left" or "right".
+        place: background, one of `PLACES`.
+        lighting: one of `LIGHTINGS`.
+        rng: source of the order and wording.
+
+    Returns:
+        Eight English sentences: two about the picture, six about the person in any order.
+    """
+    told = _choose_mentions(attributes, view, rng, math.inf)
+    noun = _pick(PEOPLE[told.who], rng)
+    where, when = _PLACE_WORDS[place], _LIGHT_WORDS[lighting]
+    doing = ("walking " if told.carrying.startswith("with ") else "") + told.carrying
+    picture = (
+        f"The picture comes from a camera that looks at {where}, and it was taken {when}.",
+        f"It shows {with_article(noun)} who is {told.seen} and fills nearly the whole height of the picture.",
+    )
+    person = [
+        f"The upper part of the body is covered by {told.upper}, which is easy to see here.",
+        f"The legs are covered by {told.lower}, down to the shoes."
+        if told.lower
+        else "The legs are bare below the dress.",
+        f"On the feet of the {noun} one can see {told.shoes}.",
+        f"As for the head, the {noun} has {told.hair}." if told.hair else "No hair is to be seen on the head.",
+        f"There is {told.hat} on top of the head." if told.hat else "No hat and no cap covers the head.",
+        f"The {noun} is {doing}." if doing else "Both hands are empty, and there is no bag anywhere.",
+    ]
+    return " ".join([*picture, *(person[int(index)] for index in rng.permutation(len(person)))])
 
 
 def _pick(options: tuple[str, ...], rng: Rng) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _says(thing: str, rng: Rng) -> bool:
-    return bool(rng.random() < MENTIONED[thing])
+def _says(thing: str, rng: Rng, kept: float) -> bool:
+    return bool(rng.random() < MENTIONED[thing] * kept)
 
 
-def _choose_mentions(person: Attributes, view: str, rng: Rng) -> Mentions:
+def _choose_mentions(person: Attributes, view: str, rng: Rng, kept: float) -> Mentions:
     upper = lower = shoes = hat = carrying = ""
-    if _says("lower", rng) and person.lower_kind != "none":
-        lower = _thing(person.lower_kind, person.lower_colour, person.lower_pattern, rng)
-    if _says("upper", rng) or not lower:  # a caption names at least one garment
-        upper = _thing(person.upper_kind, person.upper_colour, person.upper_pattern, rng)
-        if person.upper_pattern == "logo" and view == "front" and _says("pattern", rng):
+    if _says("lower", rng, kept) and person.lower_kind != "none":
+        lower = _thing(person.lower_kind, person.lower_colour, person.lower_pattern, rng, kept)
+    if _says("upper", rng, kept) or not lower:  # a caption names at least one garment
+        upper = _thing(person.upper_kind, person.upper_colour, person.upper_pattern, rng, kept)
+        if person.upper_pattern == "logo" and view == "front" and _says("pattern", rng, kept):
             upper += _pick((" with a logo on the chest", " with a printed logo"), rng)
-    if _says("shoes", rng):
-        shoes = _thing(person.shoes_kind, person.shoes_colour, "plain", rng)
-    if person.hat != "none" and _says("hat", rng):
-        hat = _thing(person.hat, person.hat_colour, "plain", rng)
-    if person.carried != "none" and _says("carried", rng):
-        thing = _thing(person.carried, person.carried_colour, "plain", rng)
+    if _says("shoes", rng, kept):
+        shoes = _thing(person.shoes_kind, person.shoes_colour, "plain", rng, kept)
+    if person.hat != "none" and _says("hat", rng, kept):
+        hat = _thing(person.hat, person.hat_colour, "plain", rng, kept)
+    if person.carried != "none" and _says("carried", rng, kept):
+        thing = _thing(person.carried, person.carried_colour, "plain", rng, kept)
         carrying = _pick(_CARRYING[person.carried], rng).format(thing)
     return Mentions(
-        who=person.gender if _says("gender", rng) else "person",
-        upper=upper, lower=lower, shoes=shoes, hat=hat, hair=_hair(person, rng), carrying=carrying,
-        seen=_pick(_SEEN[view], rng) if _says("view", rng) else "",
+        who=person.gender if _says("gender", rng, kept) else "person",
+        upper=upper, lower=lower, shoes=shoes, hat=hat, hair=_hair(person, rng, kept), carrying=carrying,
+        seen=_pick(_SEEN[view], rng) if _says("view", rng, kept) else "",
     )  # fmt: skip
 
 
-def _thing(kind: str, colour: str, pattern: str, rng: Rng) -> str:
+def _thing(kind: str, colour: str, pattern: str, rng: Rng, kept: float) -> str:
     """Return a noun phrase such as "a navy striped shirt" or "white trainers"."""
-    words = [_pick(COLOUR_WORDS.get(colour, (colour,)), rng)] if _says("colour", rng) else []
-    if pattern in PATTERN_WORDS and _says("pattern", rng):
+    words = [_pick(COLOUR_WORDS.get(colour, (colour,)), rng)] if _says("colour", rng, kept) else []
+    if pattern in PATTERN_WORDS and _says("pattern", rng, kept):
         words.insert(int(rng.integers(len(words) + 1)), _pick(PATTERN_WORDS[pattern], rng))
     phrase = " ".join([*words, _pick(NOUNS[kind], rng)])
     if kind not in PLURAL:
@@ -182,13 +227,13 @@ def _thing(kind: str, colour: str, pattern: str, rng: Rng) -> str:
     return f"a pair of {phrase}" if rng.random() < 0.25 else phrase
 
 
-def _hair(person: Attributes, rng: Rng) -> str:
-    if not _says("hair", rng):
+def _hair(person: Attributes, rng: Rng, kept: float) -> str:
+    if not _says("hair", rng, kept):
         return ""
     if person.hair_length == "bald":  # a hat hides the bald head
         return "a bald head" if person.hat == "none" else ""
-    words = [person.hair_length] if _says("hair_length", rng) else []
-    if _says("hair_colour", rng) or not words:
+    words = [person.hair_length] if _says("hair_length", rng, kept) else []
+    if _says("hair_colour", rng, kept) or not words:
         words.append(_pick(HAIR_WORDS.get(person.hair_colour, (person.hair_colour,)), rng))
     return " ".join([*words, "hair"])
 

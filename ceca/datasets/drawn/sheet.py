@@ -35,7 +35,7 @@ def contact_sheet(folder: Path, out: Path, *, rows: int, columns: int, seed: int
         raise ValueError(
             f"{folder} has no annotation file; looked for {', '.join(layout.annotation for layout in LAYOUTS.values())}"
         )
-    records = json.loads((folder / layout.annotation).read_text())
+    records = [record for record in json.loads((folder / layout.annotation).read_text()) if record["captions"]]
     people = sorted({record["id"] for record in records})
     if not 1 <= rows * columns <= len(people):
         raise ValueError(

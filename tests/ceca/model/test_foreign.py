@@ -285,3 +285,14 @@ def test_an_imported_model_is_published_and_its_clip_part_loads_into_open_clip(r
             F.normalize(clip.encode_image(images), dim=1), model.embed_gallery(images, None)[0], rtol=1e-4, atol=1e-5
         )
     assert clip.logit_scale.exp().item() == pytest.approx(50, rel=1e-3)
+
+    # A longer context is open_clip's, too, once it is told.
+    import_weights(data, checkpoint=str(tmp_path / "clip.safetensors"), name="long", context=168, **settings)
+    export_weights(data, tmp_path / "long.safetensors", model="long")
+    long, told = load_model(Store(data), "long")[0], {"force_image_size": (128, 64), "force_context_length": 168}
+    theirs = open_clip.create_model("ceca-tiny", pretrained=str(tmp_path / "long.safetensors"), **told).eval()
+    ids = tokenize(["a red coat", "a man in a grey coat " * 20 + "with a bag"], 168)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            F.normalize(theirs.encode_text(ids), dim=1), long.embed_queries(ids)[0], rtol=1e-4, atol=1e-5
+        )
