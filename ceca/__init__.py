@@ -20,16 +20,17 @@ __version__ = "0.1.0"
 __all__ = ["Hits", "Model", "People", "load", "losses", "metrics", "open"]
 
 
-def open(uri: str, model: str = "") -> People:
+def open(uri: str, model: str = "", approximate: float = 0.0) -> People:
     """Open a dataset.
 
     Args:
         uri: the dataset: a folder, file://… or s3://bucket/prefix.
         model: name or URI of the model that searches; empty means the model that made the gallery.
+        approximate: share of the images that a search compares exactly, 0 to 1 (docs/gallery.md); 0 searches exactly.
     """
     from ceca.people import People
 
-    return People(uri, model)
+    return People(uri, model, approximate)
 
 
 def load(model: str, data: str = ".", device: str = "cpu") -> Model:

@@ -35,10 +35,16 @@ class People:
     Args:
         uri: the dataset.
         model: name or URI of the model that searches; empty means the model that made the gallery.
+        approximate: share of the images that a search compares exactly, 0 to 1 (docs/gallery.md); 0 searches exactly.
+
+    Raises:
+        UserError: `approximate` is no share.
     """
 
-    def __init__(self, uri: str, model: str = ""):
-        self.store, self._model = Store(uri), model
+    def __init__(self, uri: str, model: str = "", approximate: float = 0.0):
+        if not 0 <= approximate <= 1:
+            raise UserError(f"approximate is a share from 0 to 1, found {approximate}")
+        self.store, self._model, self._approximate = Store(uri), model, approximate
 
     def __repr__(self) -> str:
         return f"ceca.open({self.store.uri!r}): {', '.join(self.tables) or 'no table'}"
@@ -147,7 +153,7 @@ class People:
         found = self._searcher.search(query, omega=omega, top_k=k, where=where)
         confidence = self._searcher.confidence(found, omega, where)
         if confidence is not None and confidence < min_confidence:
-            return Hits(query, (), confidence)
+            return Hits(query, (), confidence, self._approximate > 0)
         hits = []
         paths = self._catalogue.source_paths([hit.image_id for hit in found])
         for hit, path in zip(found, paths, strict=True):
@@ -155,7 +161,7 @@ class People:
             identity = None if hit.identity == NOBODY else hit.identity
             similarities = (hit.similarity, hit.global_similarity, hit.local_similarity)
             hits.append(Hit(hit.image_id, identity, *similarities, path or "", picture.content if picture else b""))
-        return Hits(query, tuple(hits), confidence)
+        return Hits(query, tuple(hits), confidence, self._approximate > 0)
 
     def model(self, device: str = "cpu") -> Model:
         """The model that made the gallery.
@@ -180,7 +186,7 @@ class People:
     def _searcher(self) -> Searcher:
         from ceca.search.searcher import Searcher
 
-        return Searcher(self.store, self._model)
+        return Searcher(self.store, self._model, approximate=self._approximate)
 
     @functools.cached_property
     def _catalogue(self) -> Catalogue:
@@ -217,12 +223,13 @@ class Hits(Sequence[Hit]):
     """The hits of a search, best first. A notebook shows their pictures.
 
     `confidence` is the probability that the first one shows the person asked for; None if the model was not calibrated
-    (`ceca evaluate --split val`).
+    (`ceca evaluate --split val`). `approximate` says whether better images may have been missed.
     """
 
     query: str
     hits: tuple[Hit, ...]
     confidence: float | None = None
+    approximate: bool = False
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -241,9 +248,10 @@ class Hits(Sequence[Hit]):
 
     @property
     def _told(self) -> str:
-        if self.confidence is None:
-            return ""
-        return f" (confidence {self.confidence:.2f}{'' if self.hits else ': probably nobody'})"
+        notes = ["approximate"] if self.approximate else []
+        if self.confidence is not None:
+            notes.append(f"confidence {self.confidence:.2f}{'' if self.hits else ': probably nobody'}")
+        return f" ({', '.join(notes)})" if notes else ""
 
     def _repr_html_(self) -> str:
         from ceca.datasets.images import mime_type

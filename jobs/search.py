@@ -27,6 +27,9 @@ def search(
     rerank: Annotated[
         int, tyro.conf.arg(help="number of best images ranked again by similarity to the first five; 0 is off")
     ] = 0,
+    approximate: Annotated[
+        float, tyro.conf.arg(help="share of the images compared exactly, e.g. 0.005, which may miss some; 0 is exact")
+    ] = 0.0,
     where: Annotated[
         tuple[str, ...], tyro.conf.arg(help="conditions on the images: camera=c1,c2 hat=cap split=test")
     ] = (),
@@ -43,15 +46,17 @@ def search(
             "--top-k must be at least 1, --omega between 0 and 1, --neighbours and --rerank not negative, "
             f"found {top_k}, {omega}, {neighbours} and {rerank}"
         )
-    if not 0 <= min_confidence <= 1:
-        raise UserError(f"--min-confidence must be between 0 and 1, found {min_confidence}")
+    if not 0 <= min_confidence <= 1 or not 0 <= approximate <= 1:
+        raise UserError(
+            f"--min-confidence and --approximate must be between 0 and 1, found {min_confidence} and {approximate}"
+        )
     from ceca.search.catalogue import Catalogue
     from ceca.search.confidence import require_confidence
     from ceca.search.facets import parse_conditions
     from ceca.search.searcher import Searcher
     from jobs.reports.hits import ranked_list
 
-    searcher = Searcher(Store(data), model, neighbours=neighbours)
+    searcher = Searcher(Store(data), model, neighbours=neighbours, approximate=approximate)
     if min_confidence:
         require_confidence(None if rerank else searcher.calibration, omega)
     conditions = parse_conditions(where)
@@ -66,7 +71,9 @@ def search(
         )
         return
     catalogue = Catalogue(searcher.edition)
-    title = query if confidence is None else f"{query} (confidence {confidence:.2f})"
+    notes = [] if confidence is None else [f"confidence {confidence:.2f}"]
+    notes += ["approximate"] if approximate else []
+    title = f"{query} ({', '.join(notes)})" if notes else query
     table = text_table(title, "", "similarity", "global", "local", "identity", "image", left="image")
     paths = catalogue.source_paths([hit.image_id for hit in hits])
     for rank, (hit, path) in enumerate(zip(hits, paths, strict=True), 1):

@@ -152,7 +152,8 @@ class SearchResponse(Record):
 
     `query` is null for a search by image. `next_offset` is null after the last page. `confidence` is the probability
     that the most similar image shows the person described, answers aside; null for a search by image, without images,
-    and where the model was not calibrated for this ω.
+    and where the model was not calibrated for this ω. `approximate` is true if the service searches approximately: it
+    may have missed some of the best images.
     """
 
     query: str | None
@@ -164,6 +165,7 @@ class SearchResponse(Record):
     next_offset: int | None
     question: Proposed | None
     confidence: float | None = None
+    approximate: bool = False
 
 
 class Word(Record):

@@ -1,4 +1,4 @@
-"""The search of the service: each deployment holds one shard of the gallery and answers exactly.
+"""The search of the service: each deployment holds one shard of the gallery and answers for it.
 
 Plain Python; `serve.app` makes it one deployment per shard.
 """
@@ -54,7 +54,7 @@ class GalleryShard:
 
 
 class GallerySearch:
-    """Searches one shard of the gallery exactly. Queries that wait at the same time are answered in one pass over it.
+    """Searches one shard of the gallery. Queries that wait at the same time are answered in one pass over it.
 
     Args:
         data: dataset URI.
@@ -93,7 +93,12 @@ class GallerySearch:
         edition, shards = key
         config = self.config
         gallery = open_gallery(
-            edition, self.device, neighbours=config.neighbours, omega=config.omega, shard=(self.number, shards)
+            edition,
+            self.device,
+            neighbours=config.neighbours,
+            omega=config.omega,
+            shard=(self.number, shards),
+            approximate=config.approximate,
         )
         if len(gallery):
             widths = (gallery.global_dim, gallery.rows.width - gallery.global_dim)

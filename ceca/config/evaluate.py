@@ -108,6 +108,10 @@ class ServeConfig:
     The service then compares all images with all when it starts: some minutes for 100,000 images on a CPU."""
     rerank: NonNegative = 0
     """Number of best images per query that are ranked again by similarity to the first five; 0 is off."""
+    approximate: Share = 0.0
+    """Share of the images that a search compares exactly, after a first look at short sketches of all, which may miss
+    some; 0 searches exactly. 0.005 finds more than 99 % of the ten best images where people resemble each other by
+    their attributes (benchmarks/README.md)."""
     top_k_limit: Annotated[int, Field(ge=10)] = 200
     """Maximum number of images that a query can reach over all its pages; a query gets 10 by default."""
     text_limit: Positive = 2000
@@ -172,3 +176,5 @@ class ServeConfig:
                 raise ValueError(f"{name}_replicas_max {most} must be at least {name}_replicas {least}")
         if self.neighbours and self.shards > 1:
             raise ValueError("neighbours compares all images with all, so it needs shards 1")
+        if self.approximate and self.gpus:
+            raise ValueError("approximate search is made for CPUs: it needs gpus 0")

@@ -1,4 +1,4 @@
-"""A gallery in memory, and exact search over it.
+"""A gallery in memory, and search over it: exact, or approximate where that is asked for.
 
 A gallery image is one row `[g/|g| , l/|l|]`. Scaling only the query by (1-ω, ω) makes the fused similarity one inner
 product, so each query can have its own ω without another copy of the rows. Rows stay in fp16, as in the table; on a CPU
@@ -19,8 +19,9 @@ from ceca.search.agreement import agree_with_neighbours
 from ceca.search.edition import Edition
 from ceca.search.ranking import Candidates, Hit, rank
 from ceca.search.rounding import Rounded
-from ceca.search.shards import open_names, open_rounded, open_shards, shards_folder, sweep
-from ceca.search.sources import list_sources
+from ceca.search.shards import open_names, open_rounded, open_shards, open_sketches, shards_folder, sweep
+from ceca.search.sketches import Sketches, find_near, sketch_all
+from ceca.search.sources import StoredPart, list_sources
 from ceca.search.topk import Best, Rows
 from ceca.search.topk import top_k as find_best
 
@@ -37,6 +38,11 @@ class Gallery:
         global_dim: width D of the global embeddings.
         present: [N] booleans, false for rows that were removed; None means that all rows may be found.
         rounded: on a CPU, the same rows in 8 bits; None makes them.
+        approximate: share of the rows that an approximate search compares exactly (`ceca.search.sketches`); 0 is off.
+        sketches: of the rows, for approximate search; None makes them.
+
+    Raises:
+        UserError: an approximate search is asked for, and the rows are on a GPU.
     """
 
     def __init__(
@@ -47,10 +53,18 @@ class Gallery:
         global_dim: int,
         present: Tensor | None = None,
         rounded: Sequence[Rounded] | None = None,
+        *,
+        approximate: float = 0.0,
+        sketches: Sketches | None = None,
     ):
+        if approximate and any(rows.device.type != "cpu" for rows in shards):
+            raise UserError("approximate search is made for CPUs, and the gallery is on a GPU: leave one of them out")
         self.ids, self.identities = ids, identities
         self.rows, self.global_dim = Rows(shards, rounded), global_dim
         self.present = present
+        self.approximate, self.sketches = approximate, sketches
+        if approximate and sketches is None and len(self):
+            self.sketches = sketch_all(self.rows)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -130,7 +144,10 @@ class Gallery:
             allowed = self.present if allowed is None else allowed & self.present
         omegas = torch.as_tensor(omega, dtype=torch.float32).expand(len(query_global))[:, None]
         scaled = torch.cat([(1 - omegas) * query_global.float(), omegas * query_local.float()], dim=1)
-        best = find_best(self.rows, scaled, top_k, allowed)
+        if self.sketches is not None:
+            best = find_near(self.rows, self.sketches, scaled, top_k, self.approximate, allowed)
+        else:
+            best = find_best(self.rows, scaled, top_k, allowed)
         step = max(1, TOGETHER // top_k)
         candidates: list[Candidates] = []
         for start in range(0, len(scaled), step):
@@ -172,6 +189,7 @@ def open_gallery(
     neighbours: int = 0,
     omega: float = 0.3,
     shard: tuple[int, int] = (0, 1),
+    approximate: float = 0.0,
 ) -> Gallery:
     """Open the gallery of an edition, or one shard of it.
 
@@ -187,9 +205,11 @@ def open_gallery(
         omega: ω of that comparison.
         shard: (number, count). The gallery is split into `count` shards; shard `number`, from 0, holds every
             count-th stored object.
+        approximate: share of the rows that an approximate search compares exactly (`ceca.search.sketches`); 0 is off.
+            Sketches are a file of this machine, too. With `neighbours` they are made of the averaged rows, in memory.
 
     Raises:
-        UserError: neighbours are asked for, and the gallery is split.
+        UserError: neighbours are asked for, and the gallery is split; or approximate search on a GPU.
         StoreError: a table of the edition is gone, or the folder of the shards cannot be written.
         FileNotFoundError: an object of `added` was replaced in the meantime.
     """
@@ -216,5 +236,13 @@ def open_gallery(
         pair = rows[:, :global_dim], rows[:, global_dim:]
         shards = [torch.cat(agree_with_neighbours(pair, neighbours, omega), dim=1).half()]
         named, present = named[present.numpy()], torch.ones(int(present.sum()), dtype=torch.bool)
+    sketches = None
+    if approximate and rounded:
+        parts = [source.digest for source in held if isinstance(source, StoredPart)]
+        sketches = open_sketches(parts, Rows(shards, rounded), folder)
     ids, identities = named["id"].copy(), named["identity"].copy()
-    return Gallery(ids, identities, shards, global_dim, None if present.all() else present, rounded)
+    return Gallery(
+        *(ids, identities, shards, global_dim, None if present.all() else present, rounded),
+        approximate=approximate,
+        sketches=sketches,
+    )

@@ -25,14 +25,23 @@ class Searcher:
         model: name below the dataset, or URI; empty means the model that made the gallery.
         device: device of the model and the gallery.
         neighbours: number of nearest images averaged into each gallery embedding; 0 is off.
+        approximate: share of the images that an approximate search compares exactly; 0 searches exactly.
 
     Raises:
         StoreError: there is nothing to search (`find_edition`).
     """
 
-    def __init__(self, store: Store, model: str = "", device: str | torch.device = "cpu", *, neighbours: int = 0):
+    def __init__(
+        self,
+        store: Store,
+        model: str = "",
+        device: str | torch.device = "cpu",
+        *,
+        neighbours: int = 0,
+        approximate: float = 0.0,
+    ):
         self.edition = find_edition(store, model)
-        self.gallery = open_gallery(self.edition, device, neighbours=neighbours)
+        self.gallery = open_gallery(self.edition, device, neighbours=neighbours, approximate=approximate)
         self.model = load_weights(store, self.edition.model, self.edition.digest, device)
         self.device = device
         self.calibration = None if neighbours else read_calibration(store, self.edition.digest)

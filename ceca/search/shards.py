@@ -2,6 +2,8 @@
 
 A stored object has `<digest>.npy`, its rows in fp16, and `<digest>.named.npy`, their image ids and identities. Where a
 CPU searches, `<digest>.codes.npy` and `<digest>.bounds.npy` are the same rows in 8 bits (`ceca.search.rounding`).
+Where it searches approximately, `<digest>.<version>.sketches.npy` holds the sketches of all parts, below the digest of
+the first one (`ceca.search.sketches`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from ceca.data.keys import numbers
 from ceca.data.store import Store, StoreError, version_of
 from ceca.environment import cache_folder
 from ceca.search.rounding import Rounded, round_rows
+from ceca.search.sketches import Sketches, find_directions, sketch, sketch_all
 from ceca.search.sources import Source
+from ceca.search.topk import Rows
 
 NAMED = np.dtype([("id", np.uint64), ("identity", np.int64)])
 CACHED_DAYS = 30  # a shard that was not opened for this long is removed
@@ -65,6 +69,40 @@ def open_rounded(sources: Sequence[Source], shards: Sequence[Tensor], folder: Pa
     """
     with _writing_in(folder):
         return [_rounded(source.digest, rows, folder) for source, rows in zip(sources, shards, strict=True)]
+
+
+def open_sketches(parts: Sequence[str], rows: Rows, folder: Path) -> Sketches | None:
+    """Map the sketches of rows into memory; what is not in the folder is made first.
+
+    They depend on the parts alone: images that were added one by one have sketches by the same directions, made in
+    memory, so that an edition with one more of them opens at once.
+
+    Args:
+        parts: digests of the first stored objects, those of the gallery's table.
+        rows: the rows of all stored objects.
+        folder: as in `open_shards`.
+
+    Returns:
+        None if there is no row.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    count = int(rows.starts[len(parts)])
+    if not count:
+        return sketch_all(rows) if len(rows) else None
+    path, height = folder / f"{parts[0]}.{version_of(list(parts))}.sketches.npy", 4 * (rows.width + 1)
+    with _writing_in(folder):
+        if not _used(path):
+            for old in folder.glob(f"{parts[0]}.*.sketches.npy"):  # of another set of parts
+                old.unlink(missing_ok=True)
+            directions = find_directions(rows, count)
+            # One file, so that nobody reads sketches beside the directions of another process.
+            head = directions.view(np.int8).reshape(height, -1)
+            _write(path, np.concatenate([head, sketch(rows, directions, 0, count)]))
+        held = _mapped(path)
+    directions = np.ascontiguousarray(held[:height]).view(np.float32).reshape(rows.width + 1, -1)
+    return Sketches(directions, [held[height:], sketch(rows, directions, count, len(rows))])
 
 
 def open_names(sources: Sequence[Source], folder: Path) -> np.ndarray:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,12 +98,6 @@ class Rows:
         ascending, back = numbers.flatten().sort()
         return self[ascending][back.argsort()].view(*numbers.shape, self.width)
 
-    def blocks(self, size: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Codes [n, W] of at most `size` rows each, and the number of the first of them."""
-        for codes, start in zip(self.codes, self.starts.tolist(), strict=False):
-            for first in range(0, len(codes), size):
-                yield codes[first : first + size], start + first
-
 
 def top_k(rows: Rows, queries: Tensor, k: int, allowed: Tensor | None = None) -> Best:
     """Find the k rows with the largest inner products, exact in fp32.
@@ -132,14 +127,45 @@ def _best_one_by_one(rows: Rows, queries: Tensor, compared: Compared, k: int) ->
         inside = upper[near].float()
         wanted = torch.nonzero((inside >= least) & (inside > -torch.inf))
         numbers, values = near[wanted[:, 0]] * GROUP + wanted[:, 1], inside[wanted[:, 0], wanted[:, 1]]
-        if len(numbers) > 2 * k:  # the exact k-th similarity of the best-looking rows is a tighter bound
-            looks_best = numbers[values.topk(k).indices].sort().values
-            numbers = numbers[values >= _rescore(rows, query, looks_best, k)[0][-1] - error]
-        return _rescore(rows, query, numbers, k)
+        return _best_of(rows, query, numbers, values, error, k)
 
-    spread = _single_threads(torch.get_num_threads()).map if rows.on_cpu and len(queries) > FEW else map
-    per_query = spread(best, queries, compared.upper, compared.highest, least, compared.error)
+    over = spread(rows.on_cpu and len(queries) > FEW)
+    per_query = over(best, queries, compared.upper, compared.highest, least, compared.error)
     return Best(*(torch.stack(parts) for parts in zip(*per_query, strict=True)))
+
+
+def best_among(rows: Rows, query: Tensor, numbers: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k best of some rows, exact in fp32, on a CPU, without reading the others.
+
+    Args:
+        rows: the rows.
+        query: [W] fp32.
+        numbers: [R] numbers of the rows to compare, ascending.
+        k: number of rows to find.
+
+    Returns:
+        Similarities and numbers of rows, [k] each, as one query of `Best` has them.
+    """
+    products, vector, compare = np.empty(len(numbers), np.float32), query.numpy(), kernels().multiply_some
+    ends = np.searchsorted(numbers, rows.starts.numpy()).tolist()
+    for codes, start, low, high in zip(rows.codes, rows.starts.tolist(), ends, ends[1:], strict=False):
+        if low < high:
+            compare(codes, numbers[low:high] - start, vector, products[low:high])
+    scale, slack, norm = rows.bounds.reshape(3, -1)[:, numbers]
+    length = query_bounds(query[None], query[None], 0.0)[0, 0]
+    upper = torch.from_numpy(products * scale + slack * length)
+    error = 2 * gamma(rows.width + 4) * float(norm.max(initial=0)) * float(length)
+    return _best_of(rows, query, torch.from_numpy(numbers), upper, error, k)
+
+
+def _best_of(
+    rows: Rows, query: Tensor, numbers: Tensor, upper: Tensor, error: Tensor | float, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best of one query's rows (ascending numbers) with upper bounds of their similarities."""
+    if len(numbers) > 2 * k:  # the exact k-th similarity of the best-looking rows is a tight bound
+        looks_best = numbers[upper.topk(k).indices].sort().values
+        numbers = numbers[upper >= _rescore(rows, query, looks_best, k)[0][-1] - error]
+    return _rescore(rows, query, numbers, k)
 
 
 def _best_at_once(rows: Rows, queries: Tensor, compared: Compared, k: int) -> Best:
@@ -203,34 +229,49 @@ def _compare_rounded(rows: Rows, queries: Tensor, allowed: Tensor | None) -> Com
     as_multiplied = queries.to("cpu", precision)
     products = np.empty((len(queries), rows.groups * GROUP), np.float32)
     products[:, len(rows) :] = 0
-    cores = torch.get_num_threads()
-
-    def run(work: Callable[[int], None]) -> None:
-        list(_single_threads(cores).map(work, range(SLICES * cores)))
-
-    blocks = list(rows.blocks(FEW_BLOCK if few else BLOCK))
-
-    def multiply(number: int) -> None:
-        mine = blocks[number * len(blocks) // (SLICES * cores) : (number + 1) * len(blocks) // (SLICES * cores)]
-        (_multiply_few if few else _multiply_many)(mine, as_multiplied, products)
-
-    run(multiply)
+    multiply(rows.codes, as_multiplied, products)
     may = np.zeros(rows.groups * GROUP, np.bool_)
     may[: len(rows)] = True if allowed is None else allowed.cpu().numpy()
     factors = query_bounds(queries.cpu(), as_multiplied, ROUNDING[precision])
     highest, lower = np.empty((2, len(queries), rows.groups), np.float32)
     upper = products.reshape(len(queries), rows.groups, GROUP)
 
-    def bound(number: int) -> None:
-        first, last = (n * rows.groups // (SLICES * cores) for n in (number, number + 1))
-        kernels().bound(upper, rows.bounds, may.reshape(-1, GROUP), factors, highest, lower, first, last)
+    def bound(mine: slice) -> None:
+        kernels().bound(upper, rows.bounds, may.reshape(-1, GROUP), factors, highest, lower, mine.start, mine.stop)
 
-    run(bound)
+    _in_slices(bound, rows.groups)
     error = torch.from_numpy(2 * gamma(rows.width + 4) * rows.bounds[2].max() * factors[0])
     return Compared(torch.from_numpy(upper), torch.from_numpy(highest), torch.from_numpy(lower), error)
 
 
 Blocks = Sequence[tuple[np.ndarray, int]]  # codes [n, W], and the number of the first row
+
+
+def multiply(codes: Sequence[np.ndarray], queries: Tensor, products: np.ndarray) -> None:
+    """Multiply rows of 8 bits with queries, on all cores.
+
+    Args:
+        codes: [n, W] int8 each, N rows in all.
+        queries: [Q, W], in fp32 if they are few.
+        products: [Q, N] fp32, or longer; they are written here.
+    """
+    few = len(queries) <= FEW
+    size = FEW_BLOCK if few else BLOCK
+    starts = itertools.accumulate(map(len, codes), initial=0)
+    blocks = [
+        (part[first : first + size], start + first)
+        for part, start in zip(codes, starts, strict=False)
+        for first in range(0, len(part), size)
+    ]
+    work = _multiply_few if few else _multiply_many
+    _in_slices(lambda mine: work(blocks[mine], queries, products), len(blocks))
+
+
+def _in_slices(work: Callable[[slice], None], count: int) -> None:
+    """Do work on `count` things in slices, on all cores."""
+    cores = torch.get_num_threads()
+    ends = [number * count // (SLICES * cores) for number in range(SLICES * cores + 1)]
+    list(_single_threads(cores).map(work, itertools.starmap(slice, itertools.pairwise(ends))))
 
 
 def _multiply_few(blocks: Blocks, queries: Tensor, products: np.ndarray) -> None:
@@ -265,6 +306,11 @@ def _compare_half(rows: Rows, queries: Tensor, allowed: Tensor | None) -> Compar
     groups = coarse.view(len(queries), -1, GROUP)
     highest = groups.amax(dim=2).float()
     return Compared(groups, highest, highest - 2 * error[:, None], error)
+
+
+def spread(on_all_cores: bool) -> Callable[..., Iterator[Any]]:
+    """`map`, or the same on all cores, each call on one."""
+    return _single_threads(torch.get_num_threads()).map if on_all_cores else map
 
 
 @functools.cache

@@ -152,7 +152,7 @@ async def _answer(
         answers=sorted(query.answers),
         images=[hit.image_id for hit in result.hits[page.offset : page.end]],
     )
-    return _response(query, result, page, started)
+    return _response(query, result, page, started, config.approximate > 0)
 
 
 def _page(offset: int, top_k: int, limit: int) -> Page:
@@ -164,7 +164,7 @@ def _page(offset: int, top_k: int, limit: int) -> Page:
     return Page(offset, min(top_k, limit - offset), limit)
 
 
-def _response(query: Query, result: SearchResult, page: Page, started: float) -> SearchResponse:
+def _response(query: Query, result: SearchResult, page: Page, started: float, approximate: bool) -> SearchResponse:
     hits = result.hits[page.offset : page.end]
     beliefs = [None] * len(hits) if result.beliefs is None else result.beliefs[page.offset : page.end]
     edition = result.snapshot.edition
@@ -179,6 +179,7 @@ def _response(query: Query, result: SearchResult, page: Page, started: float) ->
         next_offset=page.next_offset(len(result.hits)),
         question=result.question,
         confidence=result.confidence,
+        approximate=approximate,
     )
 
 

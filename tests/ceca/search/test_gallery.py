@@ -19,6 +19,7 @@ from ceca.metrics import PER_QUERY, Matches, rank_embeddings
 from ceca.search.agreement import agree_with_neighbours
 from ceca.search.edition import Edition
 from ceca.search.gallery import Gallery, open_gallery
+from ceca.search.sketches import sketch_all
 
 
 def unit(*rows: list[float]) -> torch.Tensor:
@@ -178,3 +179,39 @@ def test_views_agree_in_a_gallery_that_is_opened_so(tmp_path, monkeypatch):
     (rows,) = open_gallery(edition, neighbours=3).rows.shards
     torch.testing.assert_close(rows.float(), torch.cat(agree_with_neighbours(pair, 3, 0.3), dim=1), rtol=0, atol=2e-3)
     assert not torch.equal(rows, torch.cat(open_gallery(edition).rows.shards))
+
+
+def test_sketches_are_a_file_of_this_machine_made_anew_when_the_parts_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
+    edition, parts = published(tmp_path / "data", random_pairs(30, 0))
+    queries = random_pairs(2, 1)
+    exact = open_gallery(edition).search(*queries, omega=0.3, top_k=5)
+    (folder,) = (tmp_path / "cache" / "shards").iterdir()
+    (folder / f"{parts[0].sha256}.of-other-parts.sketches.npy").touch()
+    made = []
+    for _ in range(2):
+        gallery = open_gallery(edition, approximate=1.0)
+        assert gallery.search(*queries, omega=0.3, top_k=5) == exact
+        (file,) = folder.glob("*.sketches.npy")
+        made.append(file.stat().st_ino)
+        rows = gallery.rows
+        again = sketch_all(rows)
+        assert np.array_equal(gallery.sketches.directions, again.directions)
+        assert np.array_equal(np.concatenate(gallery.sketches.codes), np.concatenate(again.codes))
+    assert made[0] == made[1]  # the second time it was read
+    open_gallery(edition)
+    assert file.exists()  # an exact search leaves it for the next approximate one
+    for number in (0, 1):  # each shard has its own
+        assert len(open_gallery(edition, shard=(number, 2), approximate=1.0).sketches.codes[0]) == (20, 10)[number]
+    assert open_gallery(edition, shard=(2, 3), approximate=1.0).search(*queries, omega=0.3, top_k=5) == [[], []]
+
+
+def test_an_approximate_search_looks_at_averaged_rows_where_views_agree(tmp_path, monkeypatch):
+    monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
+    edition, _ = published(tmp_path / "data", random_pairs(30, 0))
+    queries = random_pairs(2, 1)
+    near = open_gallery(edition, neighbours=3, approximate=1.0)
+    exact = open_gallery(edition, neighbours=3)
+    assert near.search(*queries, omega=0.3, top_k=5) == exact.search(*queries, omega=0.3, top_k=5)
+    assert np.array_equal(near.sketches.codes[0], sketch_all(exact.rows).codes[0])
+    assert not list((tmp_path / "cache").rglob("*.sketches.npy"))

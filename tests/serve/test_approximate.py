@@ -1,0 +1,56 @@
+"""Approximate search says so: in Python, in the shell and over HTTP."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.testclient import TestClient
+
+import ceca
+from ceca.config import ServeConfig
+from ceca.data.store import Store
+from ceca.errors import UserError
+from ceca.settings import ConfigError
+from jobs.search import search
+from serve.access import Gate
+from serve.api import make_api
+from tests.serve.dataset import QUERY, publish_gallery, publish_people, publish_tiny
+from tests.serve.inside import InProcess
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("approximate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CECA_CACHE", str(folder / "cache"))
+        store = Store(str(folder / "data"))
+        publish_people(store, 17)
+        publish_gallery(store, *publish_tiny(store, "tiny", seed=0), "tiny")
+        yield store
+
+
+def test_answers_over_http_say_that_they_are_approximate(store: Store):
+    answers = {}
+    for share in (0.0, 0.5):
+        config = ServeConfig(approximate=share)
+        service = TestClient(make_api(InProcess(store, config, ()), config, Gate(())), "http://localhost:8000")
+        answers[share] = service.post("/v1/search", json={"query": QUERY, "where": {"camera": ["c1"]}}).json()
+    assert [answers[share]["approximate"] for share in answers] == [False, True]
+    assert answers[0.5]["hits"] == answers[0.0]["hits"]  # of so few images that fulfil the condition, all are compared
+
+
+def test_so_do_those_in_python_and_in_the_shell(store: Store, capsys: pytest.CaptureFixture):
+    exact, near = ceca.open(store.uri).search(QUERY, k=3), ceca.open(store.uri, approximate=0.5).search(QUERY, k=3)
+    assert (exact.approximate, near.approximate) == (False, True)
+    assert [hit.image_id for hit in near] == [hit.image_id for hit in exact]
+    assert "(approximate)" in str(near)
+    search(QUERY, data=store.uri, top_k=1, approximate=0.5)
+    assert "(approximate)" in capsys.readouterr().err
+
+
+def test_what_is_no_share_and_a_gpu_are_refused(store: Store):
+    with pytest.raises(UserError, match="share from 0 to 1, found 2"):
+        ceca.open(store.uri, approximate=2)
+    with pytest.raises(UserError, match="--approximate must be between 0 and 1"):
+        search(QUERY, data=store.uri, approximate=-1)
+    with pytest.raises(ConfigError, match="made for CPUs"):
+        ServeConfig(approximate=0.5, gpus=0.5)
