@@ -110,8 +110,7 @@ class ServeConfig:
     """Number of best images per query that are ranked again by similarity to the first five; 0 is off."""
     approximate: Share = 0.0
     """Share of the images that a search compares exactly, after a first look at short sketches of all, which may miss
-    some; 0 searches exactly. 0.005 finds more than 99 % of the ten best images where people resemble each other by
-    their attributes (benchmarks/README.md)."""
+    some; 0 searches exactly. benchmarks/README.md has the share of the ten best images that 0.005 and 0.01 find."""
     top_k_limit: Annotated[int, Field(ge=10)] = 200
     """Maximum number of images that a query can reach over all its pages; a query gets 10 by default."""
     text_limit: Positive = 2000
