@@ -46,10 +46,9 @@ def search(
             "--top-k must be at least 1, --omega between 0 and 1, --neighbours and --rerank not negative, "
             f"found {top_k}, {omega}, {neighbours} and {rerank}"
         )
-    if not 0 <= min_confidence <= 1 or not 0 <= approximate <= 1:
-        raise UserError(
-            f"--min-confidence and --approximate must be between 0 and 1, found {min_confidence} and {approximate}"
-        )
+    for option, share in (("--min-confidence", min_confidence), ("--approximate", approximate)):
+        if not 0 <= share <= 1:
+            raise UserError(f"{option} must be between 0 and 1, found {share}")
     from ceca.search.catalogue import Catalogue
     from ceca.search.confidence import require_confidence
     from ceca.search.facets import parse_conditions
