@@ -33,7 +33,7 @@ serve: install  ## the search page on the demo's result
 	@test -e demo/data/gallery/manifest.json || { echo "error: no gallery in demo/data; run make demo first"; exit 1; }
 	$(BIN)/ceca serve --data demo/data
 
-test: install lint browser  ## lint, types and tests, two at a time
+test: install browser  ## the tests, two at a time
 	$(BIN)/python -m pytest -n 2 --durations=20
 
 drill: install  ## the slow tests: losing actors, nodes and jobs, reads cut, a full disk, wrong clocks
