@@ -105,6 +105,8 @@ class RayCluster:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
+        # A Ray that a test starts in this process changes this variable for good; these nodes stay as they are.
+        self.authentication = os.environ.get("RAY_AUTH_MODE", "disabled")
         self.dashboard_port = free_port()
         # An agent at Ray's usual port would be missing, and jobs refused, where another cluster runs.
         head = {"num_cpus": 6, "include_dashboard": True, "dashboard_port": self.dashboard_port}
@@ -113,7 +115,7 @@ class RayCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"RAY_ADDRESS": self.nodes.address}
+        return {"RAY_ADDRESS": self.nodes.address, "RAY_AUTH_MODE": self.authentication}
 
 
 @pytest.fixture(scope="session")
