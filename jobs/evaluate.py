@@ -40,7 +40,7 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
         the validation split also has the `calibration` that searches read. A table beside the file has the figures of
         every query.
     """
-    from ceca.evaluation.evaluation import embedded_sides, per_query_table, result_name, summarise
+    from ceca.evaluation.evaluation import embedded_sides, per_query_table, result_name, summarise, texts_of
     from ceca.evaluation.open_set import Trials, calibrate, open_set
     from ceca.evaluation.statistics import share_cut
     from jobs.evaluations.embedding import embed_split
@@ -90,8 +90,7 @@ def evaluate(data: str, config: EvaluateConfig, *, redo: bool = False) -> dict[s
             result["open_set"] = open_set(trials, total, kept if kept is not None and kept.fits(omega) else None)
     name = result_name(config)
     captions = store.read(store.captions(store.current("images", "ingest")), ["caption_id", "text"])
-    said = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
-    asked = [said.get(caption, "") for caption in queries["caption_id"].to_pylist()]
+    asked = [text or "" for text in texts_of(queries, captions)]
     result |= {"context": model.context, "queries_cut": share_cut(asked, model.context)}
     content = per_query_table(queries, captions, figures)
     store.write_bytes(content, EVALUATIONS, model.digest, f"{name}.queries.parquet")

@@ -24,8 +24,8 @@ class DrawConfig:
     split_identities: tuple[int, int, int] | None = None
     """Number of people in train, val and test; none means about 70, 10 and 20 %."""
     level: Literal["easy", "medium", "hard"] = added("easy")
-    """Difficulty: `medium` and `hard` have tracklets, cameras with their own light, look-alikes in all but one or two
-    attributes, captions with errors, long captions, and people in test whom nobody asks for."""
+    """Difficulty. `medium` and `hard` have tracklets, cameras with their own light, and people who are alike in all but
+    one or two attributes. Some captions are wrong or long. Some people of test have no caption."""
     lookalike_share: Share | None = None
     """Share of people, 0 to 1, who differ from another person in only two or three attributes, one or two above the
     level easy; none takes the level's (0.3, 0.5, 0.7)."""

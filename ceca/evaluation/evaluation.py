@@ -79,6 +79,12 @@ def summarise(figures: Mapping[str, np.ndarray], queries: Embedded, gallery: Emb
     return {**rows, "chance": chance(queries.identities, gallery.identities)}
 
 
+def texts_of(queries: pa.Table, captions: pa.Table) -> list[str | None]:
+    """The text of each query, from the columns caption_id and text of the captions; None for a caption that is gone."""
+    texts = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
+    return [texts.get(caption) for caption in queries["caption_id"].to_pylist()]
+
+
 def per_query_table(queries: pa.Table, captions: pa.Table, figures: Mapping[str, np.ndarray]) -> bytes:
     """A Parquet file with a row per caption: its text, and the figures of `PER_QUERY` by each similarity.
 
@@ -87,11 +93,10 @@ def per_query_table(queries: pa.Table, captions: pa.Table, figures: Mapping[str,
         captions: columns caption_id and text.
         figures: similarity → [Q, 8], columns `PER_QUERY`.
     """
-    texts = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
     columns = {
         "caption_id": queries["caption_id"],
         "identity": queries["identity"],
-        "text": pa.array([texts.get(caption) for caption in queries["caption_id"].to_pylist()], pa.string()),
+        "text": pa.array(texts_of(queries, captions), pa.string()),
     }
     for similarity, per_query in figures.items():
         for name, values in zip(PER_QUERY, per_query.T, strict=True):

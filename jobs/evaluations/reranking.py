@@ -14,7 +14,7 @@ from ceca.data.tables import find_images
 from ceca.dialogue.attributes import Choices, read_vocabulary
 from ceca.dialogue.verdicts import Claim, stated
 from ceca.errors import UserError
-from ceca.evaluation.evaluation import Embedded, best_images, embedded_sides
+from ceca.evaluation.evaluation import Embedded, best_images, embedded_sides, texts_of
 from ceca.evaluation.reranking import Best, learn_weight
 from ceca.evaluation.significance import COMPARED, paired_bootstrap
 from ceca.metrics import PER_QUERY, Matches
@@ -62,13 +62,6 @@ class _Side:
         )
 
 
-def _words(store: Store, queries: pa.Table) -> list[str]:
-    """The caption of each query."""
-    captions = store.read(store.captions(store.current("images", "ingest")), ["caption_id", "text"])
-    texts = dict(zip(captions["caption_id"].to_pylist(), captions["text"].to_pylist(), strict=True))
-    return [texts[caption] for caption in queries["caption_id"].to_pylist()]
-
-
 def _side(
     store: Store,
     config: EvaluateConfig,
@@ -89,11 +82,15 @@ def _side(
         figures=figures,
     )
     asked = worth_asking(nearest.similarity, config.rerank_margin)
-    words = _words(store, queries)
+    captions = store.read(store.captions(store.current("images", "ingest")), ["caption_id", "text"])
+    texts_asked = texts_of(queries, captions)
     return _Side(
         best,
         np.array(gallery["image_id"].to_pylist(), object)[nearest.positions],
-        [stated(text, vocabulary) if ask else () for text, ask in zip(words, asked.tolist(), strict=True)],
+        [
+            stated(text, vocabulary) if text and ask else ()
+            for text, ask in zip(texts_asked, asked.tolist(), strict=True)
+        ],
     )
 
 

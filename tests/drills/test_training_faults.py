@@ -135,14 +135,18 @@ def test_a_killed_worker_is_replaced_and_training_goes_on_from_its_checkpoint(st
 def test_a_killed_node_is_replaced_by_another(cluster, start, undisturbed, dataset):
     process = start("train", *TRAIN, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
-    lost = node_with(cluster, training_workers()[-1])
-    cluster.remove_node(lost, allow_graceful=False)
-    try:
-        output = finish(process)
-    finally:
-        cluster.add_node(num_cpus=3)
+    output = finish_without_a_node(cluster, process)
     assert "ceca: resuming after" in output
     assert_same_curve(dataset, undisturbed, 1e-6)
+
+
+def finish_without_a_node(cluster: Any, process: subprocess.Popen[str]) -> str:
+    """Take the node of the last training worker away, and return what the command says until its end."""
+    cluster.remove_node(node_with(cluster, training_workers()[-1]), allow_graceful=False)
+    try:
+        return finish(process)
+    finally:
+        cluster.add_node(num_cpus=3)
 
 
 def node_with(cluster: Any, worker: psutil.Process) -> Any:
@@ -239,11 +243,6 @@ def test_a_loss_that_is_no_number_ends_the_training_with_its_step(start, dataset
 def test_an_elastic_run_goes_on_with_the_workers_that_are_left(cluster, start, undisturbed, dataset):
     process = start("train", *TRAIN, "--workers", 3, "--workers-min", 2, "--data", dataset)
     wait_for_a_checkpoint(dataset, process)
-    lost = node_with(cluster, training_workers()[-1])
-    cluster.remove_node(lost, allow_graceful=False)
-    try:
-        output = finish(process)
-    finally:
-        cluster.add_node(num_cpus=3)
+    output = finish_without_a_node(cluster, process)
     assert "from 3 workers to 2" in output
     assert_same_curve(dataset, undisturbed, OTHER_ORDER)
