@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,13 +99,21 @@ def fastest(call: Callable[[], Any], times: int = 9) -> float:
 
     The fastest, because other work on the machine only makes a call slower.
     """
-    call()
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
+    (seconds,) = fastest_each([call], times)
+    return seconds
+
+
+def fastest_each(calls: Sequence[Callable[[], Any]], times: int = 9) -> list[float]:
+    """The same of several calls in turns, so that what slows the machine for a while slows all of them."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for call in calls:
         call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    for _ in range(times):
+        for call, its in zip(calls, seconds, strict=True):
+            started = time.perf_counter()
+            call()
+            its.append(time.perf_counter() - started)
+    return [min(its) for its in seconds]
 
 
 def peak_memory() -> int:

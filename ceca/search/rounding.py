@@ -32,7 +32,6 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ceca.environment import cache_folder
@@ -86,9 +85,10 @@ def query_bounds(queries: Tensor, rounded: Tensor, rounding: float) -> np.ndarra
     Returns:
         [2, Q] fp32, rounded up.
     """
-    length = queries.double().norm(dim=1)
-    off = (queries.double() - rounded.double()).norm(dim=1)
-    return _up(torch.stack([length, 1.01 * (off + rounding * (length + off))]).numpy())
+    exact = queries.double().numpy()
+    length = np.linalg.norm(exact, axis=1)
+    off = np.linalg.norm(exact - rounded.double().numpy(), axis=1)
+    return _up(np.stack([length, 1.01 * (off + rounding * (length + off))]))
 
 
 def _up(numbers: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ceca.search.rounding import LARGEST, gamma
-from ceca.search.topk import FEW, Best, Rows, best_among, multiply, spread
+from ceca.search.topk import Best, Rows, best_among, multiply, spread
 
 DIRECTIONS = 128
 SAMPLE = 8192  # rows whose principal directions are taken
@@ -107,5 +107,5 @@ def find_near(
         least = np.partition(estimate, len(rows) - count)[len(rows) - count] - error
         return best_among(rows, query, np.flatnonzero(estimate >= max(least, np.finfo(np.float32).min)), k)
 
-    over = spread(len(queries) > FEW)
+    over = spread(True)
     return Best(*(torch.stack(part) for part in zip(*over(near, queries, estimates, errors), strict=True)))

@@ -129,7 +129,7 @@ def _best_one_by_one(rows: Rows, queries: Tensor, compared: Compared, k: int) ->
         numbers, values = near[wanted[:, 0]] * GROUP + wanted[:, 1], inside[wanted[:, 0], wanted[:, 1]]
         return _best_of(rows, query, numbers, values, error, k)
 
-    over = spread(rows.on_cpu and len(queries) > FEW)
+    over = spread(rows.on_cpu)
     per_query = over(best, queries, compared.upper, compared.highest, least, compared.error)
     return Best(*(torch.stack(parts) for parts in zip(*per_query, strict=True)))
 
@@ -151,7 +151,7 @@ def best_among(rows: Rows, query: Tensor, numbers: np.ndarray, k: int) -> tuple[
     for codes, start, low, high in zip(rows.codes, rows.starts.tolist(), ends, ends[1:], strict=False):
         if low < high:
             compare(codes, numbers[low:high] - start, vector, products[low:high])
-    scale, slack, norm = rows.bounds.reshape(3, -1)[:, numbers]
+    scale, slack, norm = rows.bounds.reshape(3, -1).take(numbers, axis=1)
     length = query_bounds(query[None], query[None], 0.0)[0, 0]
     upper = torch.from_numpy(products * scale + slack * length)
     error = 2 * gamma(rows.width + 4) * float(norm.max(initial=0)) * float(length)
@@ -309,7 +309,11 @@ def _compare_half(rows: Rows, queries: Tensor, allowed: Tensor | None) -> Compar
 
 
 def spread(on_all_cores: bool) -> Callable[..., Iterator[Any]]:
-    """`map`, or the same on all cores, each call on one."""
+    """`map`, or the same on all cores, each call on one.
+
+    One call is worth it, too: where torch uses all cores for something small, they spin for a while afterwards, and the
+    next first pass waits for them.
+    """
     return _single_threads(torch.get_num_threads()).map if on_all_cores else map
 
 
