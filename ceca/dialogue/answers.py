@@ -1,4 +1,4 @@
-"""What counts of a model's text: thoughts are removed, refusals recognised, and characters made storable."""
+"""What counts of a model's text: thoughts go, refusals and empty words are recognised, characters made storable."""
 
 from __future__ import annotations
 
@@ -146,3 +146,25 @@ def refuses(text: str) -> bool:
         sorry |= bool(_JUST_SORRY.search(clause))
     nothing_else = sorry and len(clauses) == 1
     return (refusing or nothing_else) and not describing
+
+
+_NOTHING = re.compile(
+    r"(?:the |a )?(?:(?:short |final |brief )?"
+    r"(?:summary|description|answer|caption|person|output|response)(?: is)?\b)?\W*"
+    r"(?:n[/. ]?a|nan|none|null|nil|nothing|undefined|unknown|unavailable|empty|error|tbd|unclear|"
+    r"(?:is )?(?:not|un)[ -]?(?:applicable|available|known|specified|provided|visible|clear|sure|determined)|"
+    r"no (?:summary|description|answer|caption|person|data|text|information|info|output|response|comment)"
+    r"(?: (?:is |was )?(?:available|provided|given|visible|found|possible))?)?",
+    re.IGNORECASE,
+)
+
+
+def says_nothing(text: str) -> bool:
+    """Whether a summary has no word that describes: "N/A", "None.", "Summary: unknown", "...", "{}".
+
+    An answer may be such a word ("None." to what somebody carries); a summary may not.
+
+    Args:
+        text: a summary on one line, without thoughts.
+    """
+    return len(text) <= 80 and _NOTHING.fullmatch(re.sub(r"^\W+|\W+$", "", text)) is not None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
-from ceca.dialogue.answers import refuses, spoken
+from ceca.dialogue.answers import refuses, says_nothing, spoken
 from ceca.dialogue.attributes import Choices, read_attributes
 from ceca.errors import UserError
 
@@ -180,7 +180,8 @@ async def converse(
         attribute_tokens: length limit of the structured answer.
 
     Raises:
-        DialogueError: the engine cannot answer about this image, an answer is empty, or the summary is a refusal.
+        DialogueError: the engine cannot answer about this image, an answer is empty, or the summary refuses or says
+            nothing.
         EngineError: the engine cannot answer about any image.
     """
     turns: list[Turn] = []
@@ -191,6 +192,8 @@ async def converse(
     summary = await ask(engine, subject, turns, SUMMARY_REQUEST, summary_tokens)
     if refuses(summary.text):
         raise DialogueError("refused", f"{engine.model} refuses to describe the person: {summary.text:.200}")
+    if says_nothing(summary.text):
+        raise DialogueError("empty_answer", f"{engine.model} says nothing in its summary: {summary.text!r}")
     flags = []
     if any(answer.cut_off for answer in answers):
         flags.append("answer_cut_off")

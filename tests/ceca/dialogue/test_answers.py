@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ceca.dialogue.answers import Spoken, one_line, refuses, spoken
+from ceca.dialogue.answers import Spoken, one_line, refuses, says_nothing, spoken
 
 
 @pytest.mark.parametrize(
@@ -203,3 +203,28 @@ def test_a_long_text_of_marks_takes_no_time(text: str):
     begun = time.process_time()
     refuses(spoken(text * (200_000 // len(text))).text)
     assert time.process_time() - begun < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("N/A", "n/a.", "N.A.", "NA", "None", "none.", "**None**", "null", "nil", "NaN", "Nothing.", "undefined"),
+        *("Unknown.", "unavailable", "Not available.", "not applicable", "Not specified", "Unclear", "-", "...", "…"),
+        *("{}", "[]", '""', "```", "?", "Summary:", "Summary: N/A", "The description is not available.", "Error"),
+        *("No description.", "No description available.", "No answer was given", "no information is available", "。"),
+        *("The person is not visible.", "No person visible", "Final answer: None"),
+    ],
+)
+def test_a_summary_without_a_word_that_describes_says_nothing(text: str):
+    assert says_nothing(one_line(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a man", "A woman in red.", "Nothing is carried by the man.", "A man with no bag.", "man", "N/A jacket, man"),
+        *("The person is unknown but wears a coat.", "None of the clothes is red.", "Navy coat", "一个男人", "мужчина"),
+    ],
+)
+def test_a_short_description_says_something(text: str):
+    assert not says_nothing(one_line(text))

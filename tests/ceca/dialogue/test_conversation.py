@@ -130,6 +130,13 @@ def test_a_summary_that_is_a_refusal_rejects_the_image():
     assert caught.value.reason == "refused"
 
 
+def test_a_summary_that_says_nothing_rejects_the_image_but_an_answer_may():
+    assert talk(Scripted("None.", *"bcde", "A man.")).turns[0].answer == "None."
+    with pytest.raises(DialogueError, match="scripted says nothing in its summary: 'N/A'") as caught:
+        talk(Scripted(*"abcde", "N/A"))
+    assert caught.value.reason == "empty_answer"
+
+
 def test_a_refused_question_is_flagged_if_the_summary_describes():
     dialogue = talk(Scripted("I'm sorry, I can't identify people.", *"bcde", "A man in a red coat."))
     assert dialogue.flags == ("answer_refused",)
