@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import re
 from collections.abc import Iterable
 
@@ -10,8 +11,7 @@ import pyarrow as pa
 
 AT_ONCE = 2**18  # keys that are looked up together: a few MB, however many there are
 DIGITS = 16  # of a key, see `ceca.data.schema.image_id`
-_VALUE = np.full(256, 255, np.uint8)  # byte → value of a hex digit
-_VALUE[list(b"0123456789abcdef")] = range(16)
+_NOWHERE = np.zeros(1, np.int64)
 
 
 def numbers(ids: pa.Array | pa.ChunkedArray | Iterable[str]) -> np.ndarray:
@@ -25,16 +25,16 @@ def numbers(ids: pa.Array | pa.ChunkedArray | Iterable[str]) -> np.ndarray:
     """
     if not isinstance(ids, pa.Array | pa.ChunkedArray):
         ids = pa.array(ids, pa.string())
-    whole = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    whole = (ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids).cast(pa.large_binary())
     try:
-        fixed = whole.cast(pa.binary()).cast(pa.binary(DIGITS))
-    except pa.ArrowInvalid:
+        _, ends, content = whole.buffers()
+        places = np.frombuffer(ends, np.int64)[whole.offset : whole.offset + len(whole) + 1] if len(whole) else _NOWHERE
+        digits = bytes(content[places[0] : places[-1]]) if content is not None else b""
+        if whole.null_count or (np.diff(places) != DIGITS).any() or digits != digits.lower():
+            raise ValueError
+        return np.frombuffer(binascii.unhexlify(digits), ">u8").astype(np.uint64)
+    except ValueError:
         raise ValueError(f"keys of images have {DIGITS} hex digits, and some of these do not") from None
-    content = np.frombuffer(fixed.buffers()[1] or b"", np.uint8)
-    values = _VALUE[content[DIGITS * fixed.offset : DIGITS * (fixed.offset + len(fixed))]].reshape(-1, DIGITS // 2, 2)
-    if values.max(initial=0) > 15:
-        raise ValueError(f"keys of images have {DIGITS} hex digits, and some of these do not")
-    return (values[..., 0] << 4 | values[..., 1]).view(">u8").ravel().astype(np.uint64)
 
 
 def known_numbers(ids: Iterable[str]) -> np.ndarray:
