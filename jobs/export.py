@@ -3,6 +3,7 @@
 ceca export trec --data s3://bucket/cuhk --model ceca-vitb16 --out trec
 ceca export webdataset --data s3://bucket/cuhk --out s3://bucket/cuhk-tar
 ceca export huggingface --data s3://bucket/cuhk --out cuhk-parquet
+ceca export lance --data s3://bucket/cuhk --out cuhk.lance
 """
 
 from __future__ import annotations
@@ -79,6 +80,18 @@ def export_huggingface(
     _write_files(write_parquet, data, out, split, images_per_file, "Parquet files and README.md")
 
 
+def export_lance(
+    data: Data,
+    out: Out,
+    split: Annotated[Split | None, tyro.conf.arg(help="only images of this split; none means all")] = None,
+    images_per_file: Annotated[int, tyro.conf.arg(help="images in a file")] = 1000,
+) -> None:
+    """Write the images, with their captions and all that is known of them, as a Lance dataset."""
+    from ceca.data.lance import write_lance
+
+    _write_files(write_lance, data, out, split, images_per_file, "files")
+
+
 def _write_files(
     write: Callable[..., Iterator[int]], data: str, out: str, split: Split | None, images_per_file: int, what: str
 ) -> None:
@@ -99,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         "trec": export_trec,
         "webdataset": export_webdataset,
         "huggingface": export_huggingface,
+        "lance": export_lance,
     }
     tyro.extras.subcommand_cli_from_dict(kinds, args=argv, prog="ceca export", description="Ways out of the tables.")
 

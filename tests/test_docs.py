@@ -87,6 +87,7 @@ RUN_BY = {
         "tests/jobs/test_export.py",
         "test_parquet_files_for_hugging_face_hold_what_is_known_and_are_read_again",
     ),
+    "ceca export lance": ("tests/jobs/test_export.py", "test_a_lance_dataset_holds_what_is_known_and_is_read_again"),
     "ceca export webdataset": (
         "tests/jobs/test_export.py",
         "test_tar_files_hold_what_is_known_and_are_read_again",

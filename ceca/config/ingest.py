@@ -48,6 +48,7 @@ Source = Literal[
     "table",
     "webdataset",
     "huggingface",
+    "lance",
 ]
 
 
@@ -57,7 +58,7 @@ class IngestConfig:
 
     source: str = ""
     """Folder, file or URI: a published layout, a folder of pictures, tables (CSV, JSON, Parquet), WebDataset tar files,
-    or a dataset that Hugging Face's library saved."""
+    a dataset that Hugging Face's library saved, or Lance datasets."""
     layout: Source = "auto"
     """Form of the source; `auto` finds it by what lies there."""
     columns: tuple[str, ...] = added(())

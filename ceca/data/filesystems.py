@@ -46,7 +46,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         checksums = ("request_checksum_calculation", "response_checksum_validation")
         # s3fs would find the endpoint by itself. fsspec caches filesystems by their options, and the endpoint among
         # them keeps two servers apart.
-        endpoint = _s3_endpoint()
+        endpoint = s3_endpoint()
         settings: dict[str, Any] = dict.fromkeys(checksums, "when_required")
         if on_this_machine(endpoint):  # asked directly, whatever proxy the environment names
             settings["proxies"] = {}
@@ -94,7 +94,7 @@ def below(root: str, *names: str) -> str:
     return "/".join([root, *names])
 
 
-def _s3_endpoint() -> str:
+def s3_endpoint() -> str:
     """Address of the S3 server; empty for AWS.
 
     Raises:
@@ -119,7 +119,7 @@ def _s3_endpoint() -> str:
 
 def behind_proxy() -> str:
     """Words for an error about the proxy that requests to the S3 server go through; empty if there is none."""
-    endpoint = _s3_endpoint() or "https://s3.amazonaws.com"
+    endpoint = s3_endpoint() or "https://s3.amazonaws.com"
     proxy = None if on_this_machine(endpoint) else find_proxy(endpoint)
     return f", and the proxy {proxy.address} of ${proxy.variable}" if proxy else ""
 

@@ -24,7 +24,7 @@ from ceca.evaluation.evaluation import Embedded, embedded_sides
 from ceca.evaluation.trec import qrel_lines
 from ceca.metrics import Matches, RetrievalMetrics, rank_embeddings
 from jobs.evaluations.embedding import embed_split
-from jobs.export import export_huggingface, export_trec, export_webdataset, main
+from jobs.export import export_huggingface, export_lance, export_trec, export_webdataset, main
 from tests.serve.dataset import draw_person, publish_people, publish_tiny, summarize, taken
 
 
@@ -147,3 +147,26 @@ def test_parquet_files_for_hugging_face_hold_what_is_known_and_are_read_again(tm
 
     with pytest.raises(UserError, match="--images-per-file must be at least 1"):
         export_huggingface(store.uri, str(out), images_per_file=0)
+
+
+def test_a_lance_dataset_holds_what_is_known_and_is_read_again(tmp_path: Path):
+    import lance
+
+    store = Store(str(tmp_path / "data"))
+    publish_people(store, 9)
+    removed = store.read(store.current("images"), ["image_id"])["image_id"][2].as_py()
+    hide(store, [removed])
+    out = tmp_path / "out.lance"
+    main(["lance", "--data", store.uri, "--out", str(out), "--images-per-file", "5"])
+    dataset = lance.dataset(out)
+    assert [fragment.count_rows() for fragment in dataset.get_fragments()] == [5, 3]
+    first = dataset.take([0]).to_pylist()[0]
+    assert len(first.pop("image_id")) == 16
+    texts = {"captions": [summarize(0)], "summary": summarize(0)}
+    known = {"identity": 0, "split": "test", "camera": "c0", "time": taken(0), "source_path": "0000.jpg"}
+    assert first == {"image": draw_person(0), **known, **texts}
+
+    read_again(out)
+
+    export_lance(store.uri, str(out), split="train")
+    assert (lance.dataset(out).count_rows(), lance.dataset(out, version=1).count_rows()) == (1, 8)

@@ -76,7 +76,7 @@ def _rows(
         for column, inner in pictures.items()
         if inner == "path" and column in batch.schema.names
     }
-    values = _values(pa.RecordBatch.from_arrays(list(given.values()), names=list(given))) if given else []
+    values = values_of(pa.RecordBatch.from_arrays(list(given.values()), names=list(given))) if given else []
     for number in range(batch.num_rows):
         where = f"{name} row {group}-{first + number}"
         value = values[number] if values else {}
@@ -90,14 +90,14 @@ def _rows(
         yield Row(row, where, [name, group, first + number] if pictures else None, pictures)
 
 
-def _values(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
+def values_of(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
     """The rows of a batch. A row with a cell that cannot be read becomes its error."""
     try:
         return batch.to_pylist()  # type: ignore[no-any-return]
     except (ValueError, OverflowError, pa.ArrowException) as error:
         if len(batch) == 1:
             return [error]
-    return [value for number in range(len(batch)) for value in _values(batch.slice(number, 1))]
+    return [value for number in range(len(batch)) for value in values_of(batch.slice(number, 1))]
 
 
 def picture_columns(schema: pa.Schema) -> dict[str, str]:

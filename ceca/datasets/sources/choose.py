@@ -17,6 +17,7 @@ from ceca.datasets.records import DatasetError
 from ceca.datasets.rows import SPLIT_NAMES, Row, find_columns, parse_columns
 from ceca.datasets.sources.arrow import STATE, arrow_rows, parquet_rows, saved_files
 from ceca.datasets.sources.files import Files, folder_rows
+from ceca.datasets.sources.lance import lance_folders, lance_rows
 from ceca.datasets.sources.layout import LayoutSource
 from ceca.datasets.sources.source import Source
 from ceca.datasets.sources.tables import ENDINGS, ending, text_rows
@@ -78,7 +79,7 @@ PRESETS = {
         endings=(".jpeg", ".jpg", ".png"),
     ),
 }
-KINDS = ("folder", "table", "webdataset", "huggingface")
+KINDS = ("folder", "table", "webdataset", "huggingface", "lance")
 
 
 def open_source(
@@ -124,6 +125,10 @@ def _open_table(
         return Source("folder", source, Files(fs, root), lambda: [folder_rows(fs, root)], {"image": ("image",)})
     if layout == "huggingface":
         return Source(layout, source, Files(fs, root), partial(_saved_rows, fs, root), given)
+    if layout == "lance":
+        if not fs.isdir(root) or not (folders := lance_folders(fs, root)):
+            raise DatasetError(f"{source!r} is no Lance dataset, and holds none")
+        return Source(layout, source, Files(fs, root), partial(_lance_rows, fs, root, folders), given)
     home, names = root, files
     if not fs.isdir(root):
         home, _, name = root.rpartition("/")
@@ -161,6 +166,13 @@ def _saved_rows(fs: Any, root: str) -> Iterator[Iterator[Row | Reject]]:
     for name, split, of in saved_files(fs, root):
         require_inside(fs, root, name)
         yield _marked(arrow_rows(fs, f"{root}/{name}", name, of), split)
+
+
+def _lance_rows(fs: Any, root: str, folders: Sequence[str]) -> Iterator[Iterator[Row | Reject]]:
+    for name in folders:
+        if name:
+            require_inside(fs, root, name)
+        yield _marked(lance_rows(fs, f"{root}/{name}".rstrip("/"), name), _split_of(name))
 
 
 def _rows_of(fs: Any, home: str, name: str) -> Iterable[Row | Reject]:
@@ -218,6 +230,8 @@ def _find_kind(fs: Any, root: str, source: str, files: list[str], given: Mapping
         raise DatasetError(f"{source!r} is no source: expected a folder, {', '.join(TABLES)} or .tar")
     if STATE in files or "dataset_dict.json" in files:
         return "huggingface"
+    if lance_folders(fs, root):
+        return "lance"
     if present_layouts(fs, root) and not given:
         return find_layout(fs, root, source).name
     presets = {name for name, preset in PRESETS.items() if any(_fits(file, preset.files) for file in files)}

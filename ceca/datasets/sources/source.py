@@ -12,6 +12,7 @@ from ceca.datasets.records import DatasetError, Record
 from ceca.datasets.rows import Row, RowReader, find_columns
 from ceca.datasets.sources.arrow import read_cells
 from ceca.datasets.sources.files import Files
+from ceca.datasets.sources.lance import read_lance
 from ceca.datasets.sources.tars import read_members
 
 PEEKED = 100  # rows that tell the columns
@@ -99,8 +100,10 @@ class Source:
         return [contents[number] for number in range(len(records))]
 
     def _inside(self, file: str, column: str, places: list[tuple[int, int]]) -> list[bytes | None]:
-        path = f"{self.files.root}/{file}"
+        path = f"{self.files.root}/{file}".rstrip("/")
         try:
+            if self.name == "lance":
+                return list(read_lance(self.files.fs, path, column, places))
             if file.endswith(".tar"):
                 return list(read_members(self.files.fs, path, places))
             return list(read_cells(self.files.fs, path, column, places))
