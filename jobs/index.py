@@ -29,6 +29,7 @@ from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel, require_model
 from ceca.settings import to_mapping
+from jobs.evaluations.recall import measure_recall
 from jobs.runtime.console import console, entry
 from jobs.runtime.embed import ImagePlan, plan_images
 from jobs.runtime.records import Joined, Units, from_json, to_json
@@ -41,7 +42,7 @@ SMALL_PARTS = 8  # up to this many parts below half the usual size are kept; eac
 
 
 def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Manifest]:
-    """Publish the table gallery.
+    """Publish the table gallery, and the recall of approximate search over it where that is asked for.
 
     Args:
         data: dataset URI.
@@ -49,13 +50,21 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
         redo: make a new version even if this one is published.
 
     Returns:
-        The manifest of the gallery.
+        The manifest of the gallery, and of the recall.
 
     Raises:
         StoreError: the split has no image to index.
         UserError: with `only_missing`, the published gallery was made by another model.
     """
     store = Store(data)
+    published = _index(store, config, redo)
+    if config.approximate:
+        published["recall"] = measure_recall(store, published["gallery"], config.model, config.approximate, redo=redo)
+    return published
+
+
+def _index(store: Store, config: IndexConfig, redo: bool) -> dict[str, Manifest]:
+    """Publish the table gallery."""
     model = require_model(store, config.model)
     images = _searchable(store, plan_images(store, model, config.split))
     if not len(images.images):

@@ -30,6 +30,7 @@ from ceca.data.store import Store
 from ceca.errors import UserError
 from ceca.machines import machines_for
 from ceca.search.edition import Edition, find_edition
+from ceca.search.recall import require_recall
 from ceca.settings import from_mapping
 from serve.access import read_keys
 from serve.describer import engine_settings
@@ -81,7 +82,11 @@ def application(edition: Edition, config: ServeConfig) -> Application:
     Args:
         edition: what the dataset has to search now; it was read, so it is in order. Its dataset is served.
         config: settings of the service.
+
+    Raises:
+        UserError: approximate search finds less than the settings ask for.
     """
+    require_recall(edition.store, edition, config.approximate, config.least_recall)
     keys = read_keys(Path(config.keys).expanduser()) if config.keys else ()
     issuer = read_issuer(Path(config.oidc).expanduser()) if config.oidc else None
     data = edition.data

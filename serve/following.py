@@ -13,6 +13,7 @@ from ceca.config import ServeConfig
 from ceca.data.names import REMOVED
 from ceca.data.store import Store
 from ceca.search.edition import find_edition
+from ceca.search.recall import require_recall
 from serve.metrics import Metrics
 from serve.replicas import Replicas
 from serve.snapshot import Snapshot, read_snapshot
@@ -65,11 +66,15 @@ class Following:
 
         Raises:
             StoreError: it cannot be read; the current one stays.
+            UserError: so it does if approximate search finds too little in the newest gallery.
         """
         async with self.lock:
             edition = await asyncio.to_thread(find_edition, self.store, self.config.model)
             if edition == self.snapshot.edition:
                 return
+            if edition.gallery != self.snapshot.edition.gallery:
+                shares = self.config.approximate, self.config.least_recall
+                await asyncio.to_thread(require_recall, self.store, edition, *shares)
             if edition.digest != self.snapshot.edition.digest:
                 await self.replicas.change_model(edition)
             for left in reversed(range(OPENINGS)):

@@ -72,6 +72,9 @@ class IndexConfig:
     Images are recognised by their path."""
     images_per_part: Positive = 2048
     """Images per file of the gallery."""
+    approximate: Share = execution(0.0)
+    """Measure how many of the ten best images an approximate search finds that compares this share of the images
+    exactly, e.g. 0.005; 0 measures nothing."""
     batch: Positive = execution(64)
     """Images embedded at once."""
     replicas: Positive = execution(1)
@@ -110,7 +113,9 @@ class ServeConfig:
     """Number of best images per query that are ranked again by similarity to the first five; 0 is off."""
     approximate: Share = 0.0
     """Share of the images that a search compares exactly, after a first look at short sketches of all, which may miss
-    some; 0 searches exactly. benchmarks/README.md has the share of the ten best images that 0.005 and 0.01 find."""
+    some; 0 searches exactly. `ceca index --approximate` measures the share of the ten best images that it finds."""
+    least_recall: Share = 0.0
+    """Do not serve an approximate search that finds a smaller share of the ten best images, or is not measured."""
     top_k_limit: Annotated[int, Field(ge=10)] = 200
     """Maximum number of images that a query can reach over all its pages; a query gets 10 by default."""
     text_limit: Positive = 2000

@@ -10,6 +10,7 @@ rejects/<stage>/                       a table of rows that a stage could not us
 .leases/<name>/<claim>.json            holders of names, see `ceca.data.lease`
 models/<name>/<digest>/                published models
 evaluations/<digest>/                  embeddings and figures of a model
+recall/                                a table of what approximate search finds of the published gallery
 verdicts/<engine>/                     a table of what an engine says about images, by a digest of its settings
 comparisons/<recipe>.json              figures of a benchmark's methods and seeds
 removed/, arrivals/, added/, failed/   changes of single images, see `ceca.data.changes`
@@ -28,6 +29,7 @@ MODELS = "models"
 EVALUATIONS = "evaluations"
 COMPARISONS = "comparisons"
 VERDICTS = "verdicts"
+RECALL = "recall"
 REMOVED = "removed"
 ARRIVALS = "arrivals"
 ADDED = "added"

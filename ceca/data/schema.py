@@ -77,6 +77,16 @@ VERDICTS = pa.schema(
     ]
 )
 
+# What approximate search finds of the best images of exact search, for an ω (ceca/search/recall.py).
+RECALL = pa.schema(
+    [
+        pa.field("omega", pa.float64(), nullable=False),
+        pa.field("top_k", pa.int32(), nullable=False),
+        pa.field("queries", pa.int32(), nullable=False),
+        pa.field("recall", pa.float64(), nullable=False),
+    ]
+)
+
 REJECTS = pa.schema(
     [
         pa.field("stage", pa.string(), nullable=False),

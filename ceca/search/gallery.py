@@ -7,6 +7,7 @@ they are also held in 8 bits, which a search reads first (`ceca.search.rounding`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -74,6 +75,12 @@ class Gallery:
         if self.present is not None:
             allowed = self.present if allowed is None else allowed & self.present
         return len(self) if allowed is None else int(allowed.sum())
+
+    def exact(self) -> Gallery:
+        """The same gallery, searched exactly."""
+        exact = copy.copy(self)
+        exact.approximate, exact.sketches = 0.0, None
+        return exact
 
     def search(
         self,
