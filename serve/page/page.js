@@ -303,7 +303,8 @@ function appendAnswer(answer) {
   const found = grid.children.length;
   const took = Math.max(1, Math.round(answer.took_ms));
   status.textContent = `${found} ${found === 1 ? "image" : "images"}, best first, in ${took} ms${
-    answer.confidence === null ? "" : ` · the first is the person with a confidence of ${percent(answer.confidence)}`}`;
+    answer.confidence === null ? "" : ` · the first is the person with a confidence of ${percent(answer.confidence)}`}${
+    answer.approximate ? " · approximate: some of the best may be missing" : ""}`;
   if (before) grid.children[before]?.querySelector("a").focus({ preventScroll: true });
 }
 

@@ -135,7 +135,7 @@ def test_http_refuses_a_least_confidence_that_it_cannot_know(store: Store, servi
 @pytest.fixture
 def address(store: Store) -> Iterator[str]:
     """A service on a port of this machine, without Ray."""
-    config, port = ServeConfig(), free_port()
+    config, port = ServeConfig(approximate=1), free_port()  # all images are compared, and the page says what it may say
     api = make_api(InProcess(store, config, ()), config, Gate(()))
     server = uvicorn.Server(uvicorn.Config(api, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
@@ -160,6 +160,7 @@ def test_the_page_and_the_client_say_that_probably_nobody_fits(browser: Browser,
     page.get_by_label("Description of the person").fill(QUERY)
     page.get_by_role("button", name="Search", exact=True).click()
     expect(page.locator("#status")).to_contain_text("with a confidence of")
+    expect(page.locator("#status")).to_contain_text("approximate: some of the best may be missing")
     sure = page.get_by_label("% sure")
     sure.fill("99")
     sure.press("Tab")
