@@ -83,7 +83,7 @@ def test_the_recall_of_a_gallery_is_measured_and_a_service_asks_for_enough(
 
         monkeypatch.setattr(sketches, "PER_HIT", 0)  # as over a large gallery: two of 16 images are compared
         index(store.uri, config, redo=True)
-    with pytest.raises(UserError, match="finds 20.0% of the ten best images, and 90.0% are asked for"):
+    with pytest.raises(UserError, match=r"finds 20.0% of the ten best images, and 90.0% are asked for"):
         serve(0.12)
     said = " ".join(capsys.readouterr().err.split())
     assert "is published already" in said
