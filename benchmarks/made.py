@@ -43,25 +43,27 @@ VERSION = "made"
 Make = Callable[["Made", int, int], pa.Table]  # (…, first image, number of images) → rows of a part
 
 
-def make_dataset(uri: str, images: int, *, embeddings: bool = True, model: bool = True, seed: int = 0) -> Store:
+def make_dataset(
+    uri: str, images: int, *, widths: tuple[int, int] | None = WIDTHS, model: bool = True, seed: int = 0
+) -> Store:
     """Publish the tables images, captions, dialogues and gallery of N images, all of the split test.
 
     Args:
         uri: where the dataset is made. One that is there already is returned as it is.
         images: number of images N.
-        embeddings: make the table gallery: 3 kB per image in fp16.
-        model: publish the tiny model; it needs torch. The gallery's embeddings are wider than its.
+        widths: numbers in the global and the local embedding of the table gallery, in fp16; None makes no gallery.
+        model: publish the tiny model; it needs torch. The gallery's embeddings have other widths than its.
         seed: of all random choices.
     """
     store = Store(uri)
-    if store.manifest("gallery" if embeddings else "dialogues") is None:
+    if store.manifest("gallery" if widths else "dialogues") is None:
         digest = _publish_model(store) if model else VERSION
-        made = Made.of_people(seed, digest)
+        made = Made.of_people(seed, digest, widths or WIDTHS)
         ingest, dialogue, index = IngestConfig(), DialogueConfig(), IndexConfig()
         publish = functools.partial(_publish, store, made, images)
         publish("ingest", {}, ingest.images_per_part, {"captions": Made.captions, "images": Made.images})
         publish("dialogue", {"images": VERSION}, dialogue.images_per_part, {"dialogues": Made.dialogues})
-        if embeddings:
+        if widths:
             sources = {"images": VERSION, "dialogues": VERSION, "model": digest}
             publish("index", sources, index.images_per_part, {"gallery": Made.gallery})
     return store
@@ -74,6 +76,7 @@ class Made:
     Attributes:
         seed: of all random choices.
         digest: of the model that the gallery names.
+        widths: of the gallery's embeddings.
         picture: the encoded image.
         told: captions.
         begun: first sentences of summaries; `ended`: the others.
@@ -82,6 +85,7 @@ class Made:
 
     seed: int
     digest: str
+    widths: tuple[int, int]
     picture: bytes
     told: pa.Array
     begun: pa.Array
@@ -89,7 +93,7 @@ class Made:
     answers: list[pa.Array]
 
     @classmethod
-    def of_people(cls, seed: int, digest: str) -> Made:
+    def of_people(cls, seed: int, digest: str, widths: tuple[int, int]) -> Made:
         """Draw people's attributes, write their captions and ask the simulated annotator about them."""
         random = np.random.default_rng(seed)
         people = [sample_person(random) for _ in range(PEOPLE)]
@@ -109,6 +113,7 @@ class Made:
         return cls(
             seed,
             digest,
+            widths,
             content.getvalue(),
             told=pa.array(told),
             begun=pa.array([half[0] for half in halves]),
@@ -160,11 +165,11 @@ class Made:
     def gallery(self, start: int, count: int) -> pa.Table:
         columns = {**_named(start, count), "model_digest": pa.repeat(self.digest, count)}
         random = self._random("gallery", start)
-        for name, width in zip(("global", "local"), WIDTHS, strict=True):
+        for name, width in zip(("global", "local"), self.widths, strict=True):
             values = random.standard_normal((count, width), dtype=np.float32)
             values /= np.linalg.norm(values, axis=1, keepdims=True)
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float16).ravel()), width)
-        return _table(columns, schema.gallery(*WIDTHS))
+        return _table(columns, schema.gallery(*self.widths))
 
     def _random(self, table: str, start: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, len(table), start])

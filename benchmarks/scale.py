@@ -1,7 +1,8 @@
-"""What planning costs as a dataset grows: seconds and memory of the driver, for every stage.
+"""What planning and serving cost as a dataset grows: seconds and memory of drivers and of replicas.
 
     python benchmarks/scale.py                              # 10^5 and 10^6 images
     python benchmarks/scale.py --images 1000000 --keep /data/made --sections index train
+    python benchmarks/scale.py --images 10000000 --no-embeddings
     python benchmarks/scale.py --images 100000 300000 1000000 --picture docs/scale.webp
 
 Each section is measured in a process of its own over a dataset of `benchmarks.made`. Memory is the peak beyond Python,
@@ -13,6 +14,10 @@ its libraries and the dataset's manifests. The second table has the cost per ima
     train      the pairs of images and captions with their summaries
     tokens     token ids of the captions of a dataset
     receipts   the receipts of a finished stage of 128 images a unit, and a look for their parts
+    ingress    what an ingress replica reads before it is ready, on a machine that has served nothing
+    ingress 2  the next such replica on that machine
+    replica    a search replica opens the gallery, on a machine that has served nothing
+    replica 2  the next one; memory is its own, without the files that it maps
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -31,11 +37,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import ArmFailed, in_own_process, machine, peak_memory, run_benchmark
-from benchmarks.made import make_dataset
+from benchmarks.common import ArmFailed, in_own_process, machine, own_memory, peak_memory, run_benchmark
+from benchmarks.made import WIDTHS, make_dataset
 from ceca.config import DialogueConfig, EvaluateConfig, IndexConfig, TrainConfig
 from ceca.data.store import Receipt, Store
 
+FEW = 4, 4  # numbers in the embeddings where only what is known of them is measured
 UNFINISHED = "unfinished"  # version of the receipts that are read
 
 
@@ -47,6 +54,8 @@ class Settings:
     """Numbers of images; a column each."""
     sections: tuple[str, ...] = ()
     """What is measured; by default everything."""
+    embeddings: bool = True
+    """Make embeddings of 512 + 1,024 numbers, of which the replicas are opened; else of 4 + 4, and no replica."""
     keep: str = ""
     """Folder in which the datasets are left, and found again by the next run."""
     picture: str = ""
@@ -72,12 +81,18 @@ def main(settings: Settings) -> None:
             place = Path(folder) / str(images)
             place.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
-            make_dataset(str(place / "data"), images, embeddings=False)
+            make_dataset(str(place / "data"), images, widths=WIDTHS if settings.embeddings else FEW)
             print(f"\n{images:,} images, made in {time.perf_counter() - started:.0f} s")
             print(f"{'':12}{'seconds':>10}{'of a CPU':>10}{'memory':>12}{'CPU µs/image':>14}{'bytes/image':>13}")
             for section in settings.sections or SECTIONS:
+                if section.startswith("replica") and not settings.embeddings:
+                    continue
                 try:
-                    cost = Cost(**in_own_process(__file__, section, settings, place))
+                    cost = Cost(
+                        **in_own_process(
+                            __file__, section, settings, place, environment={"CECA_CACHE": str(place / "cache")}
+                        )
+                    )
                 except ArmFailed as error:
                     print(f"{section:12} failed: {str(error).splitlines()[-1]}")
                     continue
@@ -106,7 +121,7 @@ def draw(costs: dict[tuple[str, int], Cost], picture: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     times, memory = figure.subplots(1, 2)
-    planned = [section for section in SECTIONS if section not in ("tokens", "receipts")]  # what grows with the images
+    planned = [section for section in SECTIONS if section not in ("tokens", "receipts", "replica", "replica 2")]
     for section in planned:
         sizes = sorted(images for name, images in costs if name == section)
         times.plot(sizes, [1e6 * costs[section, images].cpu / images for images in sizes], marker="o", label=section)
@@ -226,6 +241,25 @@ def receipts(store: Store) -> Callable[[], str]:
     return read
 
 
+def ingress(store: Store) -> Callable[[], str]:
+    from serve.snapshot import read_snapshot
+
+    return lambda: f"{len(read_snapshot(store, 'random').catalogue):,} images"
+
+
+def replica(store: Store) -> Callable[[], str]:
+    from ceca.search.edition import find_edition
+    from ceca.search.gallery import open_gallery
+
+    edition, opened = find_edition(store, "random"), []
+
+    def work() -> str:
+        opened.append(open_gallery(edition))  # kept, so that its memory counts
+        return f"{len(opened[0]):,} rows"
+
+    return work
+
+
 SECTIONS: dict[str, Callable[[Store], Callable[[], str]]] = {
     "dialogue": plan_dialogue,
     "index": plan_index,
@@ -233,16 +267,23 @@ SECTIONS: dict[str, Callable[[Store], Callable[[], str]]] = {
     "train": pair,
     "tokens": tokens,
     "receipts": receipts,
+    "ingress": ingress,
+    "ingress 2": ingress,
+    "replica": replica,
+    "replica 2": replica,
 }
 
 
 def measure(section: str, settings: Settings, folder: Path) -> dict[str, Any]:
     """Cost of one section over the dataset in `folder`."""
+    if section in ("ingress", "replica"):
+        shutil.rmtree(folder / "cache", ignore_errors=True)
     work = SECTIONS[section](Store(str(folder / "data")))
-    before, started, cpu = peak_memory(), time.perf_counter(), time.process_time()
+    memory = own_memory if section.startswith("replica") else peak_memory
+    before, started, cpu = memory(), time.perf_counter(), time.process_time()
     said = work()
     spent = time.perf_counter() - started, time.process_time() - cpu
-    return dataclasses.asdict(Cost(*spent, peak_memory() - before, said))
+    return dataclasses.asdict(Cost(*spent, memory() - before, said))
 
 
 if __name__ == "__main__":

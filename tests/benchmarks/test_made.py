@@ -32,7 +32,7 @@ def test_a_made_dataset_has_the_schema_and_its_tables_fit_together():
 
 
 def test_a_dataset_that_is_there_is_not_made_again():
-    made = make_dataset("memory://twice", 10, model=False, embeddings=False).current("dialogues")
-    again: Store = make_dataset("memory://twice", 10, model=False, embeddings=False)
+    made = make_dataset("memory://twice", 10, model=False, widths=None).current("dialogues")
+    again: Store = make_dataset("memory://twice", 10, model=False, widths=None)
     assert again.current("dialogues").created == made.created
     assert again.manifest("gallery") is None

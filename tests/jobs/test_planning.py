@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("without_ray")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    make_dataset(str(folder), IMAGES, embeddings=False)
+    make_dataset(str(folder), IMAGES, widths=None)
     return folder
 
 
