@@ -17,7 +17,7 @@ from ceca.config import TrainConfig
 from ceca.data.tables import ImageRow
 from ceca.datasets.images import decode_image
 from ceca.machines import machines_for
-from ceca.training.order import Batches, epoch_order, epoch_partners
+from ceca.training.order import Batches, Portion, epoch_order, epoch_pairs, epoch_partners
 from jobs.training.images import EncodedImages
 
 
@@ -40,16 +40,19 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
-    """All P pairs in a fixed order: place of the image, identity, and texts as token ids."""
+    """All P pairs of all sets in a fixed order: place of the image, identity, and texts as token ids."""
 
-    part: np.ndarray  # [P] part of the images table
+    part: np.ndarray  # [P] part of the images tables, counted through the sets
     row: np.ndarray  # [P] row in the part
     identity: np.ndarray  # [P], numbered from 0
     caption: Texts
     summary: Texts
+    portions: tuple[Portion, ...]  # of each set
 
-    def __len__(self) -> int:
-        return len(self.identity)
+    @property
+    def visited(self) -> int:
+        """Number of pairs that an epoch may visit."""
+        return sum(portion.taken for portion in self.portions)
 
     @property
     def identities(self) -> int:
@@ -115,7 +118,7 @@ class LoadSamples:
         self.config, self.start = config, start
         self.samples: TrainingSet = ray.get(samples)
         self.images = images
-        self.places = worker_places(Batches.of(len(self.samples), config), rank, size)
+        self.places = worker_places(Batches.of(self.samples.visited, config), rank, size)
         self.epoch = -1
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -143,7 +146,8 @@ class LoadSamples:
     def _begin(self, epoch: int) -> None:
         config, samples = self.config, self.samples
         self.epoch = epoch
-        self.order = epoch_order(samples.identity, config.seed, epoch, config.pairs_per_identity)
+        pairs = epoch_pairs(samples.portions, config.seed, epoch)
+        self.order = pairs[epoch_order(samples.identity[pairs], config.seed, epoch, config.pairs_per_identity)]
         views = (samples.identity, samples.image, config.seed, epoch)
         self.captions = epoch_partners(*views, config.caption_swap, "captions")
         self.summaries = epoch_partners(*views, config.summary_swap, "summaries")
@@ -191,7 +195,7 @@ def stream_batches(
         images: the encoded images.
         start_step: finished training steps. A division's pass comes before the first step of its epoch.
     """
-    numbered = samples_to_load(config, Batches.of(len(ray.get(samples)), config), rank, size, start_step)
+    numbered = samples_to_load(config, Batches.of(ray.get(samples).visited, config), rank, size, start_step)
     sizes, most = numbered.sizes, max(numbered.sizes, default=0)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -72,7 +72,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     model = start.model
     if {"identity", "words"} & set(config.losses.terms):
         model.add_heads(samples.identities)
-    batches = Batches.of(len(samples), config)
+    batches = Batches.of(samples.visited, config)
     scratch = _scratch()
     engine = make_engine(model, config, len(batches))
     progress = _resume(engine, config, len(batches))
