@@ -81,6 +81,10 @@ class LossConfig:
     """γ of cawl's confidence weights; 0 gives all samples the same weight."""
     weight_range: tuple[float, float] = (0.2, 5.0)
     """Smallest and largest confidence weight in cawl."""
+    soft_labels: Share = added(0.0)
+    """Share of common words, above 0 to 1, from which two captions count as one description. For an image whose person
+    nobody named, others of the same description are no negatives, and those of a similar one are less of one; 0 is
+    off."""
 
     def __post_init__(self) -> None:
         low, high = self.weight_range

@@ -45,6 +45,7 @@ class TrainingSet:
     part: np.ndarray  # [P] part of the images tables, counted through the sets
     row: np.ndarray  # [P] row in the part
     identity: np.ndarray  # [P], numbered from 0
+    nobody: np.ndarray  # [P] whether nobody named the image's person
     caption: Texts
     summary: Texts
     portions: tuple[Portion, ...]  # of each set
@@ -133,6 +134,7 @@ class LoadSamples:
             "caption": samples.caption[captions].astype(np.int32),
             "summary": samples.summary[summaries].astype(np.int32),
             "identity": samples.identity[pairs],
+            "nobody": samples.nobody[pairs],
         }
 
     def _pair(self, sample: int) -> tuple[int, int, int]:
@@ -219,7 +221,8 @@ def empty_batch(config: TrainConfig) -> dict[str, np.ndarray]:
     """The part of a batch with fewer pairs than workers, for a worker that gets none."""
     pixels = np.zeros((0, config.model.image_height, config.model.image_width, 3), np.uint8)
     ids = np.zeros((0, config.model.context), np.int32)
-    return {"image": pixels, "caption": ids, "summary": ids, "identity": np.zeros(0, np.int64)}
+    no_people = {"identity": np.zeros(0, np.int64), "nobody": np.zeros(0, bool)}
+    return {"image": pixels, "caption": ids, "summary": ids, **no_people}
 
 
 def cut_batches(

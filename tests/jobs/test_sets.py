@@ -140,7 +140,7 @@ def test_fewer_pairs_than_a_batch_are_counted_over_all_sets(places: tuple[str, s
         training_set(input_sets(Store(places[0]), more), more)
 
 
-def test_a_set_in_which_nobody_is_named_validates_nothing(
+def test_a_set_in_which_nobody_is_named_validates_nothing_and_is_marked(
     places: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, settings = Store(places[0]), TrainConfig(**TWO)
@@ -156,6 +156,7 @@ def test_a_set_in_which_nobody_is_named_validates_nothing(
     assert held_out(store, tables, "released") is None
     assert "nobody is named in the split test: the last epoch is kept" in " ".join(capsys.readouterr().err.split())
     samples = training_set(input_sets(store, settings), settings)
+    assert samples.nobody.all()
     assert samples.identity.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -184,7 +185,7 @@ def test_two_drawn_sets_train_one_model_that_is_measured_on_each(run, told: Path
     annotation.write_text(json.dumps(unnamed))
     run("ingest", *SMALL, "--source", tmp_path / "drawn", "--data", second)
     run("dialogue", *SMALL, "--data", second)
-    together = ("--sets", second, "--set-weights", 0.5, "--global-batch", 12)
+    together = ("--sets", second, "--set-weights", 0.5, "--losses.soft-labels", 0.5, "--global-batch", 12)
     models = []
     for workers in (2, 3):
         name = f"of-{workers}"
