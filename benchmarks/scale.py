@@ -193,8 +193,8 @@ def _plan(module: str, stage: Callable[[], Any]) -> Callable[[], str]:
 
 
 def pair(store: Store) -> Callable[[], str]:
-    from jobs.train import input_tables
     from jobs.training.samples import training_pairs
+    from jobs.training.sets import input_tables
 
     config = TrainConfig(split="test")
 

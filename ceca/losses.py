@@ -35,8 +35,12 @@ class RowLoss(Protocol):
     """A loss of one row of similarities: a text with all images, or an image with all texts.
 
     `value` gives the losses [K, b], and `slope` their derivatives by the similarities [K, b, B]. Both take similarities
-    [K, b, B] in fp32, and positives [b, B] that say which columns belong to a row's person.
+    [K, b, B] in fp32, and positives [b, B] that say which columns belong to a row's person. A similarity counts by its
+    exponential, after it was divided by `temperature`.
     """
+
+    @property
+    def temperature(self) -> float: ...
 
     def value(self, similarity: Tensor, positive: Tensor) -> Tensor: ...
 
@@ -76,6 +80,10 @@ class IdentityCrossEntropy:
 
     scale: float
 
+    @property
+    def temperature(self) -> float:
+        return 1 / self.scale
+
     def value(self, similarity: Tensor, positive: Tensor) -> Tensor:
         logits = self.scale * similarity
         return logits.logsumexp(dim=-1) - logits.masked_fill(~positive, -torch.inf).logsumexp(dim=-1)
@@ -91,6 +99,10 @@ class DistributionMatching:
     """One direction of SDM: KL(p‖q), p = softmax(scale·S) and q the normalised identity matches."""
 
     scale: float
+
+    @property
+    def temperature(self) -> float:
+        return 1 / self.scale
 
     def value(self, similarity: Tensor, positive: Tensor) -> Tensor:
         log_p, difference = self._parts(similarity, positive)
@@ -109,7 +121,12 @@ class DistributionMatching:
 
 
 def compare(
-    loss: RowLoss, rows: Sequence[Tensor], columns: Sequence[Tensor], row_of: Tensor, column_of: Tensor
+    loss: RowLoss,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    row_of: Tensor,
+    column_of: Tensor,
+    log_weights: Tensor | None = None,
 ) -> Tensor:
     """Losses of K comparisons of b rows with B columns: [K, b], with gradients.
 
@@ -121,8 +138,9 @@ def compare(
         columns: K normalised features, [B, D] each, of the whole batch.
         row_of: [b] identities of the rows.
         column_of: [B] identities of the columns.
+        log_weights: [b, B] log w, the weight of each column in a row's sums over exponentials; None: 1 for all.
     """
-    losses: Tensor = _Compare.apply(loss, row_of, column_of, *rows, *columns)
+    losses: Tensor = _Compare.apply(loss, row_of, column_of, log_weights, *rows, *columns)
     return losses
 
 
@@ -130,27 +148,36 @@ class _Compare(torch.autograd.Function):
     """Values in the forward pass, slopes in the backward pass, both from features alone."""
 
     @staticmethod
-    def forward(ctx: Any, loss: RowLoss, row_of: Tensor, column_of: Tensor, *features: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, loss: RowLoss, row_of: Tensor, column_of: Tensor, log_weights: Tensor | None, *features: Tensor
+    ) -> Tensor:
         ctx.loss = loss
-        ctx.save_for_backward(row_of, column_of, *features)
+        ctx.save_for_backward(row_of, column_of, log_weights, *features)
         rows, columns = torch.stack(features[: len(features) // 2]), torch.stack(features[len(features) // 2 :])
         values = [
-            loss.value(rows[:, piece] @ columns.mT, same_identity(row_of[piece], column_of))
+            loss.value(_weighted(loss, rows, columns, piece, log_weights), same_identity(row_of[piece], column_of))
             for piece in _pieces(rows, columns)
         ]
         return torch.cat(values, dim=1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        row_of, column_of, *features = ctx.saved_tensors
+        row_of, column_of, log_weights, *features = ctx.saved_tensors
         rows, columns = torch.stack(features[: len(features) // 2]), torch.stack(features[len(features) // 2 :])
         to_rows, to_columns = torch.empty_like(rows), torch.zeros_like(columns)
         for piece in _pieces(rows, columns):
-            slope = ctx.loss.slope(rows[:, piece] @ columns.mT, same_identity(row_of[piece], column_of))
+            similarity = _weighted(ctx.loss, rows, columns, piece, log_weights)
+            slope = ctx.loss.slope(similarity, same_identity(row_of[piece], column_of))
             slope = slope * gradient[:, piece, None]
             torch.bmm(slope, columns, out=to_rows[:, piece])
             to_columns.baddbmm_(slope.mT, rows[:, piece])
-        return None, None, None, *to_rows, *to_columns
+        return None, None, None, None, *to_rows, *to_columns
+
+
+def _weighted(loss: RowLoss, rows: Tensor, columns: Tensor, piece: slice, log_weights: Tensor | None) -> Tensor:
+    """Similarities of a piece of the rows. exp(S/τ) of a column is multiplied by its weight: S becomes S + τ·log w."""
+    similarity = rows[:, piece] @ columns.mT
+    return similarity if log_weights is None else similarity + loss.temperature * log_weights[piece]
 
 
 def _pieces(rows: Tensor, columns: Tensor) -> list[slice]:

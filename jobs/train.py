@@ -14,13 +14,14 @@ from typing import Any
 from ceca.commandline import parse_arguments
 from ceca.config import TrainConfig
 from ceca.data.schema import SCHEMA_VERSION
-from ceca.data.store import Manifest, Store, version_of
+from ceca.data.store import Store, version_of
 from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel, find_model, find_named
 from ceca.settings import to_mapping
 from jobs.runtime.alone import alone
 from jobs.runtime.console import console, entry
+from jobs.training.sets import input_sets, versions_of
 
 
 def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedModel:
@@ -37,8 +38,8 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
     if config.precision == "fp16" and not usable_gpus(config.gpus_per_worker):
         raise UserError("precision fp16 needs GPUs, and this cluster only declares some; use bf16 or fp32")
     store = Store(data)
-    tables = input_tables(store, config)
-    made_from = {name: manifest.version for name, manifest in tables.items()}
+    sets = input_sets(store, config)
+    made_from = versions_of(sets)
     if config.noise_file is not None:  # by content: a copy elsewhere gives the same model
         from jobs.training.samples import read_noise_file
 
@@ -53,32 +54,19 @@ def train(data: str, config: TrainConfig, *, redo: bool = False) -> PublishedMod
             return published
         from jobs.training.run import train_and_publish
 
-        return train_and_publish(store, config, tables, made_from, version, redo=redo, check=lease.check)
+        return train_and_publish(store, config, sets, made_from, version, redo=redo, check=lease.check)
 
 
 def dry_run(data: str, config: TrainConfig) -> list[float]:
-    """Take two steps of a recipe on this machine's CPUs and keep nothing; returns the losses.
+    """Take two steps of a recipe, with each of its sets, on this machine's CPUs and keep nothing; returns the losses.
 
     Model, losses and data are the recipe's. The weights are random, the batch is small, and precision and workers fit
     any machine.
     """
     from jobs.training.dry_run import shrink, take_steps
 
-    store, small = Store(data), shrink(config)
-    return take_steps(store, small, input_tables(store, small))
-
-
-def input_tables(store: Store, config: TrainConfig) -> dict[str, Manifest]:
-    """The tables to learn from, by name; dialogues only if summaries are used.
-
-    Raises:
-        StoreError: a table is missing, or no captions belong to the images.
-    """
-    images = store.current("images", "ingest")
-    tables = {"images": images, "captions": store.captions(images)}
-    if config.model.summary_weight > 0:
-        tables["dialogues"] = store.current("dialogues", "dialogue")
-    return tables
+    small = shrink(config)
+    return take_steps(input_sets(Store(data), small), small)
 
 
 def _published(store: Store, config: TrainConfig, version: str) -> PublishedModel | None:

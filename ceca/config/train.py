@@ -81,6 +81,10 @@ class LossConfig:
     """γ of cawl's confidence weights; 0 gives all samples the same weight."""
     weight_range: tuple[float, float] = (0.2, 5.0)
     """Smallest and largest confidence weight in cawl."""
+    soft_labels: Share = added(0.0)
+    """Share of common words, above 0 to 1, from which two captions count as one description. For an image whose person
+    nobody named, others of the same description are no negatives, and those of a similar one are less of one; 0 is
+    off."""
 
     def __post_init__(self) -> None:
         low, high = self.weight_range
@@ -156,13 +160,20 @@ class TrainConfig:
     seed: NonNegative = 0
     """Seed of all random choices."""
     split: Split = "train"
-    """Split to train on."""
+    """Split to train on, in every set."""
+    sets: tuple[str, ...] = execution(())
+    """URIs of further datasets to learn from, beside `--data`. Their people are others, whatever their numbers are.
+    The epoch is chosen on `--data` alone."""
+    set_weights: tuple[PositiveFloat, ...] = added(())
+    """One number per further dataset: how often an epoch visits each of its pairs, e.g. 0.5 for half of them; none
+    means 1 for all."""
     pairs_per_identity: Positive = 1
     """Number of consecutive pairs of one identity in the training order; 1 shuffles all pairs."""
     caption_noise: Share = 0.0
     """Fraction of training pairs, 0 to 1, that exchange captions with each other (noisy correspondence); 0 is off."""
     noise_file: str | None = execution(None)
-    """Path or URI of a published index file of noisy correspondence (.npy), used instead of `caption_noise`."""
+    """Path or URI of a published index file of noisy correspondence (.npy), used instead of `caption_noise`. It is for
+    the pairs of `--data`."""
     division: Literal["none", "consensus"] = added("none")
     """`consensus` finds noisy pairs before each epoch by the losses of both branches, and learns from the others only,
     as RDE does."""
@@ -215,6 +226,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.global_batch < self.workers:
             raise ValueError(f"global_batch {self.global_batch} must be at least workers {self.workers}")
+        if self.set_weights and len(self.set_weights) != len(self.sets):
+            raise ValueError(
+                f"set_weights needs one number per dataset of sets, found {len(self.set_weights)} for {len(self.sets)}"
+            )
         if self.noise_file is not None and self.caption_noise:
             raise ValueError("caption_noise makes noise and noise_file reads it: choose one of them")
         if self.workers_min is not None and self.workers_min > self.workers:

@@ -2,20 +2,22 @@
 
 Notable: everything follows from (seed, epoch) alone, so the order is the same for any number of workers and after any
 restart. Each purpose has a random stream of its own: changing how often summaries are swapped leaves the order as it
-is. A pair is one (image, caption) of the training split; P is their number.
+is. A pair is one (image, caption) of the training split of a set; P is their number in all sets.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ceca.config import TrainConfig
 
-STREAMS = {"order": 0, "summaries": 1, "captions": 2, "noise": 3, "division": 4}  # one random stream per purpose
+# One random stream per purpose.
+STREAMS = {"order": 0, "summaries": 1, "captions": 2, "noise": 3, "division": 4, "portions": 5}
 
 
 def batch_slice(rank: int, size: int, batch: int) -> slice:
@@ -34,7 +36,7 @@ class Batches:
     """The global batches of an epoch, one per step: equal ones, and if `keep_last` a smaller one at the end.
 
     Attributes:
-        pairs: P, number of training pairs.
+        pairs: number of pairs that an epoch may visit.
         batch: samples in an equal batch.
         keep_last: whether the pairs that fill no batch make a smaller one, or are left out.
     """
@@ -67,8 +69,41 @@ class Batches:
         return range(first + rows.start, first + rows.stop)
 
 
+class Portion(NamedTuple):
+    """What an epoch takes of a set: `taken` of its `pairs`, or each of them several times."""
+
+    pairs: int
+    taken: int
+
+    @classmethod
+    def of(cls, pairs: int, weight: float) -> Portion:
+        """The portion of a set whose pairs are visited `weight` times per epoch on average; at least one pair."""
+        return cls(pairs, max(1, round(weight * pairs)))
+
+
+def epoch_pairs(portions: Sequence[Portion], seed: int, epoch: int) -> np.ndarray:
+    """The pairs that an epoch visits, [sum of taken] int64 ascending; a pair of a set with a large weight repeats.
+
+    Each set is an endless row of shuffles of its pairs, and an epoch takes the next ones. So after any number of epochs
+    no pair of a set was visited more than once oftener than another, and a set that is taken whole is the same in each.
+
+    Args:
+        portions: of the sets, whose pairs are numbered one set after the other.
+        seed: seed of the run.
+        epoch: number of the epoch, from 0.
+    """
+    first, chosen = 0, []
+    for pairs, taken in portions:
+        places = np.arange(epoch * taken, (epoch + 1) * taken)
+        for shuffle in range(places[0] // pairs, places[-1] // pairs + 1):
+            order = random_stream(seed, shuffle, "portions").permutation(pairs)
+            chosen.append(first + order[places[places // pairs == shuffle] % pairs])
+        first += pairs
+    return np.sort(np.concatenate(chosen))
+
+
 def epoch_order(identities: np.ndarray, seed: int, epoch: int, group: int = 1) -> np.ndarray:
-    """The order in which an epoch visits all pairs, [P] int64.
+    """The order in which an epoch visits its pairs, [P] int64.
 
     Args:
         identities: [P] of the pairs.

@@ -35,6 +35,7 @@ from ceca.training.augment import augment_images, draw, generator, hide_words, m
 from ceca.training.engine import take_step
 from ceca.training.order import batch_slice
 from ceca.training.precision import BF16Backward
+from ceca.training.soft_labels import soft_labels
 from ceca.training.workers import (
     gather_features,
     gather_identities,
@@ -63,7 +64,7 @@ def train_step(
         The features and identities of the global batch, and the loss terms.
     """
     features, identities = batch_features(engine, batch, config, epoch, step, device, whole)
-    terms = loss_terms(features, identities, config.losses, clean)
+    terms = loss_terms(features, identities, config.losses, clean, soft_labels(batch, identities, config.losses))
     engine.backward(scaled_loss(terms))
     take_step(engine)
     return features, identities, terms
@@ -119,7 +120,11 @@ def batch_features(
 
 
 def loss_terms(
-    features: Features, identities: Tensor, config: LossConfig, clean: Tensor | None = None
+    features: Features,
+    identities: Tensor,
+    config: LossConfig,
+    clean: Tensor | None = None,
+    log_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The configured losses over a batch: name of the term → fp32 scalar.
 
@@ -131,18 +136,21 @@ def loss_terms(
         identities: [B] of its samples.
         config: the terms and their constants.
         clean: [B] booleans. The losses of other samples do not count, but others are compared with them. None: all.
+        log_weights: [b, B] of `soft_labels`; None: every sample of another identity is a whole negative.
 
     Raises:
         ValueError: a term needs features that the model does not compute.
     """
-    batch = _Batch(features, identities, config)
+    batch = _Batch(features, identities, config, log_weights)
     own = [_term(term, batch, clean) for term in config.terms]
     return dict(zip(config.terms, sum_over_workers(torch.stack(own)).unbind(), strict=True))
 
 
-def branch_losses(features: Features, identities: Tensor, config: LossConfig) -> Tensor:
+def branch_losses(
+    features: Features, identities: Tensor, config: LossConfig, log_weights: Tensor | None = None
+) -> Tensor:
     """The triplet alignment loss of every sample by the global and the local branch, [2, B], without gradients."""
-    batch = _Batch(features, identities, config)
+    batch = _Batch(features, identities, config, log_weights)
     own = torch.stack([batch.triplets(name) for name in ("tal_global", "tal_local")])
     return gather_rows(own.T, len(identities)).T
 
@@ -154,10 +162,11 @@ class _Batch:
         features: of the global batch.
         identities: [B] of its samples.
         config: the constants of the losses.
+        log_weights: [b, B] of the samples as negatives of this worker's own; None: all count once.
     """
 
-    def __init__(self, features: Features, identities: Tensor, config: LossConfig):
-        self.features, self.identities, self.config = features, identities, config
+    def __init__(self, features: Features, identities: Tensor, config: LossConfig, log_weights: Tensor | None = None):
+        self.features, self.identities, self.config, self.log_weights = features, identities, config, log_weights
         self.own = batch_slice(*world(), len(identities))
         self.unit: dict[str, Tensor] = {}  # normalised features by name
 
@@ -172,7 +181,8 @@ class _Batch:
         """Losses of own samples, [b]: a text with all images plus an image with all texts."""
         sides = self.needed(term, text, visual)
         people = self.identities if people is None else people
-        return compare(loss, [side[self.own] for side in sides], sides[::-1], people[self.own], people).sum(dim=0)
+        rows = [side[self.own] for side in sides]
+        return compare(loss, rows, sides[::-1], people[self.own], people, self.log_weights).sum(dim=0)
 
     def triplets(self, term: str) -> Tensor:
         """TAL of own samples, [b], by the branch that the term names."""
@@ -184,7 +194,7 @@ class _Batch:
         summary, text, image = self.needed("cawl", "summary", "text", "image")
         loss = IdentityCrossEntropy(self.config.scale)
         sides = cawl_comparisons(summary, text, image, self.own)
-        entropies = compare(loss, *sides, self.identities[self.own], self.identities)
+        entropies = compare(loss, *sides, self.identities[self.own], self.identities, self.log_weights)
         of_all = gather_rows(entropies[:2].detach().T, len(self.identities)).T
         weight = confidence_weights(*of_all, gamma=self.config.gamma, weight_range=self.config.weight_range)
         return weigh_entropies(entropies, weight[self.own])

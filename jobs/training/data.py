@@ -17,7 +17,7 @@ from ceca.config import TrainConfig
 from ceca.data.tables import ImageRow
 from ceca.datasets.images import decode_image
 from ceca.machines import machines_for
-from ceca.training.order import Batches, epoch_order, epoch_partners
+from ceca.training.order import Batches, Portion, epoch_order, epoch_pairs, epoch_partners
 from jobs.training.images import EncodedImages
 
 
@@ -40,16 +40,20 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
-    """All P pairs in a fixed order: place of the image, identity, and texts as token ids."""
+    """All P pairs of all sets in a fixed order: place of the image, identity, and texts as token ids."""
 
-    part: np.ndarray  # [P] part of the images table
+    part: np.ndarray  # [P] part of the images tables, counted through the sets
     row: np.ndarray  # [P] row in the part
     identity: np.ndarray  # [P], numbered from 0
+    nobody: np.ndarray  # [P] whether nobody named the image's person
     caption: Texts
     summary: Texts
+    portions: tuple[Portion, ...]  # of each set
 
-    def __len__(self) -> int:
-        return len(self.identity)
+    @property
+    def visited(self) -> int:
+        """Number of pairs that an epoch may visit."""
+        return sum(portion.taken for portion in self.portions)
 
     @property
     def identities(self) -> int:
@@ -115,7 +119,7 @@ class LoadSamples:
         self.config, self.start = config, start
         self.samples: TrainingSet = ray.get(samples)
         self.images = images
-        self.places = worker_places(Batches.of(len(self.samples), config), rank, size)
+        self.places = worker_places(Batches.of(self.samples.visited, config), rank, size)
         self.epoch = -1
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -130,6 +134,7 @@ class LoadSamples:
             "caption": samples.caption[captions].astype(np.int32),
             "summary": samples.summary[summaries].astype(np.int32),
             "identity": samples.identity[pairs],
+            "nobody": samples.nobody[pairs],
         }
 
     def _pair(self, sample: int) -> tuple[int, int, int]:
@@ -143,7 +148,8 @@ class LoadSamples:
     def _begin(self, epoch: int) -> None:
         config, samples = self.config, self.samples
         self.epoch = epoch
-        self.order = epoch_order(samples.identity, config.seed, epoch, config.pairs_per_identity)
+        pairs = epoch_pairs(samples.portions, config.seed, epoch)
+        self.order = pairs[epoch_order(samples.identity[pairs], config.seed, epoch, config.pairs_per_identity)]
         views = (samples.identity, samples.image, config.seed, epoch)
         self.captions = epoch_partners(*views, config.caption_swap, "captions")
         self.summaries = epoch_partners(*views, config.summary_swap, "summaries")
@@ -191,7 +197,7 @@ def stream_batches(
         images: the encoded images.
         start_step: finished training steps. A division's pass comes before the first step of its epoch.
     """
-    numbered = samples_to_load(config, Batches.of(len(ray.get(samples)), config), rank, size, start_step)
+    numbered = samples_to_load(config, Batches.of(ray.get(samples).visited, config), rank, size, start_step)
     sizes, most = numbered.sizes, max(numbered.sizes, default=0)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -215,7 +221,8 @@ def empty_batch(config: TrainConfig) -> dict[str, np.ndarray]:
     """The part of a batch with fewer pairs than workers, for a worker that gets none."""
     pixels = np.zeros((0, config.model.image_height, config.model.image_width, 3), np.uint8)
     ids = np.zeros((0, config.model.context), np.int32)
-    return {"image": pixels, "caption": ids, "summary": ids, "identity": np.zeros(0, np.int64)}
+    no_people = {"identity": np.zeros(0, np.int64), "nobody": np.zeros(0, bool)}
+    return {"image": pixels, "caption": ids, "summary": ids, **no_people}
 
 
 def cut_batches(

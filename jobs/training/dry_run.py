@@ -1,20 +1,21 @@
-"""Two small steps of a recipe on this machine's CPUs, to find mistakes before a long run."""
+"""Small steps of a recipe on this machine's CPUs, two per set, to find mistakes before a long run."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from ceca.config import TrainConfig
 from ceca.data.parts import decode
-from ceca.data.store import Manifest, Store
+from ceca.data.store import Store
 from jobs.runtime.console import console
 from jobs.runtime.ray_session import connect
 from jobs.training.run import fit, make_run
-from jobs.training.samples import training_pairs
+from jobs.training.samples import training_set
+from jobs.training.sets import InputSet
 
 FOLDER = "models/dry-run/run"
 STEPS = 2
@@ -30,6 +31,7 @@ def shrink(config: TrainConfig) -> TrainConfig:
         epochs=1,
         precision="fp32",
         noise_file=None,
+        set_weights=(),
         validate_every=0,
         workers=1,
         workers_min=None,
@@ -40,19 +42,17 @@ def shrink(config: TrainConfig) -> TrainConfig:
     )
 
 
-def take_steps(store: Store, config: TrainConfig, tables: Mapping[str, Manifest]) -> list[float]:
+def take_steps(sets: Sequence[InputSet], config: TrainConfig) -> list[float]:
     """Take the steps in a temporary folder; returns the losses.
 
     Args:
-        store: the dataset.
+        sets: what to learn from.
         config: settings from `shrink`.
-        tables: the input tables by name.
     """
     connect()
     with tempfile.TemporaryDirectory(prefix="ceca-dry-run-") as folder:
         scratch = Store(folder)
-        pairs = training_pairs(store, config, tables, steps=STEPS)
-        run = make_run(store, config, FOLDER, pairs, None)
+        run = make_run(sets, config, FOLDER, training_set(sets, config, steps=STEPS), None)
         checkpoint = fit(scratch, config, dataclasses.replace(run, store_uri=scratch.uri))
         curve = decode(pa.BufferReader(scratch.read_bytes(FOLDER, checkpoint, "curve.parquet")))
     losses = curve["loss"].to_pylist()

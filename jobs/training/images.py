@@ -11,9 +11,9 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import ray
@@ -28,6 +28,27 @@ FITS = 0.5  # share of the object stores that encoded images may take; the strea
 OPEN = 256  # files that a process has open
 KEPT_DAYS = 2  # files of a run that nobody used for so long are removed
 FILES = "training"  # folder of the files below CECA_CACHE
+
+
+class ImagePart(NamedTuple):
+    """A part of a dataset's images table."""
+
+    uri: str
+    table: Manifest
+    number: int
+
+    def read(self) -> pa.Table:
+        """Its encoded images."""
+        return Store(self.uri).read_part(self.table, self.number, ["image"])
+
+
+def parts_of(tables: Sequence[tuple[str, Manifest]]) -> list[ImagePart]:
+    """The parts of the images tables of several datasets, one dataset after the other.
+
+    Args:
+        tables: URI and images table of each.
+    """
+    return [ImagePart(uri, table, number) for uri, table in tables for number in range(len(table.parts))]
 
 
 class EncodedImages(Protocol):
@@ -60,14 +81,14 @@ class InFiles:
     """Encoded images in files of this machine, mapped into memory.
 
     Args:
-        uri: the dataset.
-        table: its images.
+        uri: the dataset of the training.
         run: the training, which alone uses these files.
+        parts: the parts by number.
     """
 
     uri: str
-    table: Manifest
     run: str
+    parts: Mapping[int, ImagePart]
     columns: dict[int, pa.ChunkedArray] = dataclasses.field(default_factory=dict)
 
     def read(self, parts: Sequence[int], rows: Sequence[int]) -> list[bytes]:
@@ -84,7 +105,8 @@ class InFiles:
         return cache_folder(FILES, version_of([self.uri, self.run]))
 
     def _open(self, part: int) -> pa.ChunkedArray:
-        path = self.folder / f"{self.table.parts[part].sha256}.arrow"
+        stored = self.parts[part]
+        path = self.folder / f"{stored.table.parts[stored.number].sha256}.arrow"
         if not path.exists():
             self._fetch(part, path)
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["image"]
@@ -94,7 +116,7 @@ class InFiles:
             with FileLock(path.with_suffix(".lock")):  # one process of this machine reads it for all
                 if path.exists():
                     return
-                table = Store(self.uri).read_part(self.table, part, ["image"])
+                table = self.parts[part].read()
                 with writing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
                     writer.write_table(table)
         except OSError as error:
@@ -107,32 +129,33 @@ class InFiles:
 
 
 @ray.remote(num_cpus=0.5, max_retries=-1)  # on a full disk workers die until there is room again
-def _load_part(uri: str, manifest: Manifest, part: int) -> pa.Table:
-    return Store(uri).read_part(manifest, part, ["image"])
+def _load_part(part: ImagePart) -> pa.Table:
+    return part.read()
 
 
 def hold_images(
-    store: Store, images: Manifest, parts: Collection[int], run: str, machines: dict[str, str]
+    store: Store, tables: Sequence[tuple[str, Manifest]], parts: Collection[int], run: str, machines: dict[str, str]
 ) -> EncodedImages:
     """Encoded images for the workers of a training. Where they fit, Ray tasks begin to fetch them.
 
     Args:
-        store: the dataset.
-        images: the images table.
-        parts: numbers of the parts that are needed.
+        store: the dataset of the training.
+        tables: URI and images table of each dataset that it reads.
+        parts: numbers of the parts that are needed, counted through the tables.
         run: the training's folder below the dataset.
         machines: label selector of the machines that fetch them and hold them in memory.
     """
-    needed = sum(images.parts[part].bytes for part in parts)
+    stored = {part: found for part, found in enumerate(parts_of(tables)) if part in parts}
+    needed = sum(table.parts[number].bytes for _, table, number in stored.values())
     room = FITS * ray.cluster_resources().get("object_store_memory", 0)
     if needed > room:
         console.print(
             f"train: {needed / 1e9:,.1f} GB of images, and Ray's object stores have room for {room / 1e9:,.1f}: "
             "each machine keeps them in files (CECA_CACHE)"
         )
-        return InFiles(store.uri, images, run)
+        return InFiles(store.uri, run, stored)
     fetch = _load_part.options(label_selector=machines)
-    return InMemory({part: fetch.remote(store.uri, images, part) for part in sorted(parts)})
+    return InMemory({part: fetch.remote(found) for part, found in stored.items()})
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,7 @@ from ceca.config import TrainConfig
 from ceca.data.filesystems import as_pyarrow
 from ceca.data.names import MODELS
 from ceca.data.replacing import Check, unchecked
-from ceca.data.store import Manifest, Store
-from ceca.data.tables import Pairs
+from ceca.data.store import Store
 from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel
@@ -33,7 +32,8 @@ from jobs.runtime.console import console
 from jobs.runtime.ray_session import connect
 from jobs.training.data import HeldOut, Run, TrainingSet, training_machines
 from jobs.training.images import hold_images
-from jobs.training.samples import held_out, tokenize_pairs, training_pairs
+from jobs.training.samples import held_out, training_set
+from jobs.training.sets import InputSet
 from jobs.training.worker import train_worker
 
 WHOLE = "whole.json"  # in a run's folder, once its training has ended
@@ -42,7 +42,7 @@ WHOLE = "whole.json"  # in a run's folder, once its training has ended
 def train_and_publish(
     store: Store,
     config: TrainConfig,
-    tables: Mapping[str, Manifest],
+    sets: Sequence[InputSet],
     made_from: dict[str, str],
     version: str,
     *,
@@ -54,8 +54,8 @@ def train_and_publish(
     Args:
         store: the dataset.
         config: settings of the training.
-        tables: the input tables by name.
-        made_from: their versions.
+        sets: what to learn from; the epoch is chosen on the first one, the dataset itself.
+        made_from: the versions of their tables.
         version: version of the model.
         redo: train again even if a run of this version has ended.
         check: raises an error if this process may not publish any more.
@@ -65,10 +65,9 @@ def train_and_publish(
         store.remove(folder)
     connect(store)
     started = time.monotonic()
-    pairs = training_pairs(store, config, tables)
-    validation = held_out(store, tables, config.protocol) if config.validate_every else None
-    run = make_run(store, config, folder, pairs, validation)
-    samples: TrainingSet = ray.get(run.samples)
+    samples = training_set(sets, config)
+    validation = held_out(store, sets[0].tables, config.protocol) if config.validate_every else None
+    run = make_run(sets, config, folder, samples, validation)
     texts_cut = {"captions": samples.caption.cut, "summaries": samples.summary.cut}
     checkpoint = fit(store, config, run)
     record, weights, curve = _best(store, folder, checkpoint)
@@ -106,17 +105,20 @@ def train_and_publish(
     return published
 
 
-def make_run(store: Store, config: TrainConfig, folder: str, pairs: Pairs, validation: HeldOut | None) -> Run:
+def make_run(
+    sets: Sequence[InputSet], config: TrainConfig, folder: str, samples: TrainingSet, validation: HeldOut | None
+) -> Run:
     """Put the samples into Ray's object store for the workers.
 
     Args:
-        store: the dataset.
+        sets: what to learn from, the dataset first.
         config: settings of the training.
         folder: the run's folder below the dataset.
-        pairs: training pairs.
-        validation: held-out images, or None.
+        samples: of the sets.
+        validation: held-out images of the dataset, or None.
     """
-    samples = tokenize_pairs(store, pairs, config)
+    store = sets[0].store
+    tables = [(each.store.uri, each.tables["images"]) for each in sets]
     parts = set(np.unique(samples.part).tolist())
     if validation is not None:
         parts |= {row.part for row in validation.images}
@@ -124,7 +126,7 @@ def make_run(store: Store, config: TrainConfig, folder: str, pairs: Pairs, valid
         config=dataclasses.replace(config, gpus_per_worker=usable_gpus(config.gpus_per_worker)),
         store_uri=store.uri,
         run=folder,
-        images=hold_images(store, pairs.images.table, parts, folder, training_machines(config)),
+        images=hold_images(store, tables, parts, folder, training_machines(config)),
         samples=ray.put(samples),
         validation=ray.put(validation) if validation is not None else None,
     )

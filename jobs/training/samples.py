@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,15 +14,75 @@ from ceca.data.store import Manifest, Reject, Store, filesystem
 from ceca.data.tables import Images, Pairs, find_captions, find_dialogues, find_images, list_images, read_texts
 from ceca.errors import UserError
 from ceca.model.tokens import count_tokens, tokenize_numpy
-from ceca.training.order import published_noise, shuffled_captions
+from ceca.training.order import Batches, Portion, published_noise, shuffled_captions
 from jobs.runtime.console import console, label
 from jobs.training.data import HeldOut, Sentence, Texts, TrainingSet
+from jobs.training.sets import InputSet
+
+
+def training_set(sets: Sequence[InputSet], config: TrainConfig, steps: int | None = None) -> TrainingSet:
+    """The samples of all sets, and what an epoch takes of each.
+
+    Args:
+        sets: the dataset, and the further ones.
+        config: settings of the training. Its file of noisy correspondence is for the dataset alone.
+        steps: as in `training_pairs`.
+
+    Raises:
+        UserError: there are fewer pairs than one global batch, or none in one of the sets.
+    """
+    without_file = dataclasses.replace(config, noise_file=None)
+    samples = [
+        tokenize_pairs(
+            each.store,
+            training_pairs(each.store, config, each.tables, steps),
+            without_file if number else config,
+            each.weight,
+        )
+        for number, each in enumerate(sets)
+    ]
+    joined = join_sets(samples, [len(each.tables["images"].parts) for each in sets])
+    if not len(Batches.of(joined.visited, config)):
+        raise UserError(
+            f"split {config.split!r} has {joined.visited} image-caption pairs, fewer than one global batch of "
+            f"{config.global_batch}; lower --global-batch or check the dataset"
+        )
+    return joined
+
+
+def join_sets(sets: Sequence[TrainingSet], parts: Sequence[int]) -> TrainingSet:
+    """Join sets one after the other. Parts of images and identities are counted on, so they are kept apart.
+
+    Args:
+        sets: the samples of each set.
+        parts: number of parts of each set's images table.
+    """
+    first_part = np.cumsum([0, *parts[:-1]])
+    first_identity = np.cumsum([0, *(each.identities for each in sets[:-1])])
+    return TrainingSet(
+        part=np.concatenate([each.part + first for each, first in zip(sets, first_part, strict=True)]),
+        row=np.concatenate([each.row for each in sets]),
+        identity=np.concatenate([each.identity + first for each, first in zip(sets, first_identity, strict=True)]),
+        nobody=np.concatenate([each.nobody for each in sets]),
+        caption=_join_texts([each.caption for each in sets]),
+        summary=_join_texts([each.summary for each in sets]),
+        portions=tuple(portion for each in sets for portion in each.portions),
+    )
+
+
+def _join_texts(texts: Sequence[Texts]) -> Texts:
+    sizes = [len(each.tokens) for each in texts]
+    return Texts(
+        np.concatenate([each.tokens for each in texts]),
+        np.concatenate([each.of_pair + sum(sizes[:number]) for number, each in enumerate(texts)]),
+        sum(each.cut * size for each, size in zip(texts, sizes, strict=True)) / sum(sizes),
+    )
 
 
 def training_pairs(
     store: Store, config: TrainConfig, tables: Mapping[str, Manifest], steps: int | None = None
 ) -> Pairs:
-    """Find the (image, caption) pairs to learn from, and print their number.
+    """Find the (image, caption) pairs of a set to learn from, and print their number.
 
     Args:
         store: the dataset.
@@ -30,16 +91,16 @@ def training_pairs(
         steps: take only this many global batches of pairs, spread evenly over the split; None: all pairs.
 
     Raises:
-        UserError: the split has fewer pairs than one global batch.
+        UserError: the split has no pairs.
     """
     images, missing = _described(store, tables, config.split)
     if missing:
         label("warning", "yellow", f"{len(missing)} images have no summary and are left out of training")
     pairs = find_captions(store, images, tables["captions"])
-    if not len(pairs) or (len(pairs) < config.global_batch and config.last_batch == "drop"):
+    if not len(pairs):
         raise UserError(
-            f"split {config.split!r} has {len(pairs)} image-caption pairs, fewer than one global batch of "
-            f"{config.global_batch}; lower --global-batch or check the dataset"
+            f"split {config.split!r} of {store.uri} has no pairs of an image and a caption to learn from; check the "
+            "dataset, or take another --split"
         )
     if steps is not None:
         pairs = pairs.take(np.linspace(0, len(pairs) - 1, steps * config.global_batch).astype(int))
@@ -48,8 +109,14 @@ def training_pairs(
     return pairs
 
 
-def tokenize_pairs(store: Store, pairs: Pairs, config: TrainConfig) -> TrainingSet:
-    """Number the identities and tokenise the texts of all pairs, once for all epochs.
+def tokenize_pairs(store: Store, pairs: Pairs, config: TrainConfig, weight: float = 1.0) -> TrainingSet:
+    """Number the identities and tokenise the texts of a set's pairs, once for all epochs.
+
+    Args:
+        store: the set.
+        pairs: its pairs.
+        config: settings of the training.
+        weight: how often an epoch visits each of them.
 
     Raises:
         UserError: `config.noise_file` does not fit the pairs.
@@ -71,8 +138,10 @@ def tokenize_pairs(store: Store, pairs: Pairs, config: TrainConfig) -> TrainingS
         part=places[:, 0],
         row=places[:, 1],
         identity=number_identities(pairs.identities, rows),
+        nobody=pairs.identities == NOBODY,
         caption=caption,
         summary=summary,
+        portions=(Portion.of(len(pairs), weight),),
     )
 
 
@@ -141,6 +210,9 @@ def held_out(store: Store, tables: Mapping[str, Manifest], protocol: Protocol = 
     if not len(pairs):
         return None
     asked = pairs.take(pairs.identities != NOBODY)
+    if not len(asked):
+        label("warning", "yellow", f"nobody is named in the split {split}: the last epoch is kept")
+        return None
     texts = itertools.chain.from_iterable(read_texts(store, asked.captions, asked.rows, "text"))
     sentences = [Sentence(text, identity) for text, identity in zip(texts, asked.identities.tolist(), strict=True)]
     return HeldOut(split, list_images(store, images), sentences)

@@ -46,6 +46,7 @@ from ceca.training.engine import (
 )
 from ceca.training.order import Batches
 from ceca.training.precision import keep_freed_memory
+from ceca.training.soft_labels import soft_labels
 from ceca.training.step import batch_features, branch_losses, cawl, train_step
 from ceca.training.workers import on_any_worker, world
 from jobs.runtime.noise import tell, tell_warnings
@@ -72,7 +73,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     model = start.model
     if {"identity", "words"} & set(config.losses.terms):
         model.add_heads(samples.identities)
-    batches = Batches.of(len(samples), config)
+    batches = Batches.of(samples.visited, config)
     scratch = _scratch()
     engine = make_engine(model, config, len(batches))
     progress = _resume(engine, config, len(batches))
@@ -219,8 +220,10 @@ def _divide(
     engine.eval()
     losses = []
     for step in range(len(batches)):
-        features, identities = batch_features(engine, next(stream), config, epoch, step, device, batches.size(step))
-        losses.append(branch_losses(features, identities, config.losses))
+        batch = next(stream)
+        features, identities = batch_features(engine, batch, config, epoch, step, device, batches.size(step))
+        log_weights = soft_labels(batch, identities, config.losses)
+        losses.append(branch_losses(features, identities, config.losses, log_weights))
     engine.train()
     clean = divide(torch.cat(losses, dim=1).cpu().numpy(), config.seed, epoch, config.division_fit)
     if world()[1] > 1:  # machines of different kinds may differ in the last digit

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ceca.config import TrainConfig
 from ceca.settings import from_mapping
-from ceca.training.order import Batches
+from ceca.training.order import Batches, Portion
 from jobs.training.data import (
     LoadSamples,
     Texts,
@@ -52,7 +52,9 @@ def test_workers_load_an_epochs_order_twice_where_it_is_divided_first(
 ) -> None:
     """Eleven pairs in batches of four, the last of three: the same places in both passes, other ones in each epoch."""
     said = Texts(np.ones((1, 77), np.uint16), np.zeros(11, int))
-    samples = TrainingSet(np.zeros(11, int), np.arange(11), np.arange(11), said, said)
+    samples = TrainingSet(
+        np.zeros(11, int), np.arange(11), np.arange(11), np.zeros(11, bool), said, said, (Portion(11, 11),)
+    )
     config = from_mapping(TrainConfig, {**SMALL, "global_batch": 4, "last_batch": "keep", "division": division})
     monkeypatch.setattr("ray.get", lambda reference: reference)
     found: list[list[int]] = [[] for _ in range(2 * passes(config))]

@@ -14,8 +14,8 @@ from ceca.data.tables import Pairs
 from ceca.errors import UserError
 from ceca.model.tokens import tokenize_numpy
 from ceca.settings import ConfigError, from_mapping
-from jobs.train import input_tables
 from jobs.training.samples import tokenize_pairs, training_pairs
+from jobs.training.sets import input_tables
 from tests.ceca.data.dataset import IDS, filled_with, publish, table_of, write
 
 SPLIT = {"model": {"summary_weight": 0.3}, "split": "test", "global_batch": 2, "last_batch": "keep"}

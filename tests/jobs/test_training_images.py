@@ -22,7 +22,7 @@ from ceca.data.store import Receipt, Store, StoreError
 from ceca.environment import cache_folder
 from ceca.model.registry import find_model
 from jobs.training import images as training_images
-from jobs.training.images import InFiles, InMemory, hold_images, kept_while_training
+from jobs.training.images import ImagePart, InFiles, InMemory, hold_images, kept_while_training
 from tests.ceca.data.dataset import IDS, word, write
 
 
@@ -33,7 +33,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InFiles:
     store = Store(str(tmp_path / "data"))
     parts = write(store, "images", "v", IDS[:6], IDS[6:10])
     store.publish("images", "v", ("images",), [Receipt({"images": part}) for part in parts], made_from={}, config={})
-    return InFiles(store.uri, store.current("images"), "models/m/run-1")
+    table = store.current("images")
+    return InFiles(store.uri, "models/m/run-1", {part: ImagePart(store.uri, table, part) for part in (0, 1)})
 
 
 def content(number: int) -> bytes:
@@ -49,9 +50,10 @@ def test_files_hold_the_bytes_of_the_table_in_any_order(files: InFiles):
 def test_a_part_is_read_from_the_dataset_once_by_all_processes(files: InFiles):
     files.read([0], [0])
     store = Store(files.uri)
-    store.remove("images", files.table.parts[0].path)
-    assert pickle.loads(pickle.dumps(InFiles(files.uri, files.table, files.run))).read([0], [1]) == [content(1)]
-    store.remove("images", files.table.parts[1].path)
+    table = store.current("images")
+    store.remove("images", table.parts[0].path)
+    assert pickle.loads(pickle.dumps(InFiles(files.uri, files.run, files.parts))).read([0], [1]) == [content(1)]
+    store.remove("images", table.parts[1].path)
     with pytest.raises(StoreError, match="is named by its manifest but missing"):
         files.read([1], [0])
 
@@ -64,8 +66,8 @@ def test_few_files_are_open_at_a_time(files: InFiles, monkeypatch: pytest.Monkey
 
 
 def test_files_go_with_their_training_and_what_was_left_behind_after_days(files: InFiles):
-    left = InFiles(files.uri, files.table, "models/m/run-0")
-    recent = InFiles(files.uri, files.table, "models/n/run-0")
+    left = InFiles(files.uri, "models/m/run-0", files.parts)
+    recent = InFiles(files.uri, "models/n/run-0", files.parts)
     for other in (left, recent):
         other.read([0], [0])
     days_ago = time.time() - 3 * 86_400
@@ -90,23 +92,24 @@ def test_a_disk_that_is_full_is_an_error_that_names_the_variable(files: InFiles,
 def test_images_are_held_in_memory_if_half_of_the_object_stores_has_room(
     files: InFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    needed = files.table.parts[0].bytes
     store = Store(files.uri)
+    table = store.current("images")
+    needed, tables = table.parts[0].bytes, [(store.uri, table)]
     fetched: list[int] = []
 
     class Fetch:
         def options(self, **_: object) -> Fetch:
             return self
 
-        def remote(self, uri: str, table: object, part: int) -> int:
-            fetched.append(part)
-            return part
+        def remote(self, part: ImagePart) -> int:
+            fetched.append(part.number)
+            return part.number
 
     monkeypatch.setattr(training_images, "_load_part", Fetch())
     monkeypatch.setattr(training_images.ray, "cluster_resources", lambda: {"object_store_memory": 2.0 * needed})
-    assert hold_images(store, files.table, {0}, "r", {}) == InMemory({0: 0})
+    assert hold_images(store, tables, {0}, "r", {}) == InMemory({0: 0})
     assert fetched == [0]
-    assert hold_images(store, files.table, {0, 1}, "r", {}) == InFiles(store.uri, files.table, "r")
+    assert hold_images(store, tables, {0, 1}, "r", {}) == InFiles(store.uri, "r", files.parts)
     assert "each machine keeps them in files (CECA_CACHE)" in " ".join(capsys.readouterr().err.split())
     assert fetched == [0]
 

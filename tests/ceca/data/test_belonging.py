@@ -7,7 +7,7 @@ import pytest
 from ceca.config import TrainConfig
 from ceca.data.store import Receipt, Store, StoreError
 from ceca.dialogue.attributes import PERSON, read_vocabulary
-from jobs.train import input_tables
+from jobs.training.sets import input_tables
 from tests.ceca.data.dataset import IDS, filled_with, publish, table_of, write
 
 TABLES = ("captions", "attributes", "images")

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceca.training.order import Batches, epoch_order, epoch_partners, published_noise, shuffled_captions
+from ceca.training.order import (
+    Batches,
+    Portion,
+    epoch_order,
+    epoch_pairs,
+    epoch_partners,
+    published_noise,
+    shuffled_captions,
+)
 
 
 @settings(deadline=None)
@@ -23,6 +31,32 @@ def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own(pairs: int, seed
     if pairs > 20:
         assert not np.array_equal(order, epoch_order(people, seed, epoch + 1))
         assert not np.array_equal(order, epoch_order(people, seed + 1, epoch))
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3), seed=st.integers(0, 50), epochs=st.integers(1, 6),
+    data=st.data(),
+)  # fmt: skip
+def test_an_epoch_takes_each_sets_portion_and_every_pair_of_it_equally_often(sizes, seed: int, epochs: int, data):
+    portions = [Portion.of(size, data.draw(st.sampled_from([0.1, 0.5, 0.8, 1.0, 1.5, 3.0]))) for size in sizes]
+    visits = np.zeros(sum(sizes), int)
+    for epoch in range(epochs):
+        pairs = epoch_pairs(portions, seed, epoch)
+        assert np.array_equal(pairs, epoch_pairs(portions, seed, epoch))
+        np.add.at(visits, pairs, 1)
+    for portion, of_set in zip(portions, np.split(visits, np.cumsum(sizes)[:-1]), strict=True):
+        assert of_set.sum() == epochs * portion.taken
+        assert np.ptp(of_set) <= 1
+
+
+def test_a_weight_is_how_often_a_pair_is_visited():
+    assert Portion.of(10, 0.5) == Portion(10, 5)
+    assert Portion.of(10, 2.0) == Portion(10, 20)
+    assert Portion.of(3, 0.01) == Portion(3, 1)  # at least one
+    halves = [epoch_pairs([Portion(4, 4), Portion(6, 3)], 0, epoch) for epoch in range(2)]
+    assert all(pairs[:4].tolist() == [0, 1, 2, 3] for pairs in halves)  # as if it were the only set
+    assert sorted([*halves[0][4:], *halves[1][4:]]) == [4, 5, 6, 7, 8, 9]
 
 
 identities = st.lists(st.integers(0, 8), min_size=1, max_size=60).map(np.array)

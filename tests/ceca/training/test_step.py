@@ -99,6 +99,7 @@ METHODS = {
     "selected tokens": (ModelConfig(token_ratio=0.5), LossConfig(terms=("tal_global", "tal_local"))),
     "irra": (ModelConfig(local_branch=False, summary_weight=0.0), LossConfig(terms=("sdm", "identity", "words"))),
     "clip": (ModelConfig(local_branch=False, summary_weight=0.0), LossConfig(terms=("infonce",))),
+    "soft labels": (ModelConfig(), LossConfig(soft_labels=0.5)),
 }
 
 
@@ -111,6 +112,7 @@ def test_the_host_never_waits_for_the_device_in_a_step(method):
     ids = tokenize(["a man in a red coat", "a woman with a bag", "a child", "a man"]).numpy()
     batch = {
         "image": np.zeros((4, 32, 32, 3), np.uint8), "caption": ids, "summary": ids, "identity": np.array([0, 1, 2, 0]),
+        "nobody": np.array([False, True, True, False]),
     }  # fmt: skip
     engine = MetaEngine(config)
     with Waits() as waits:
