@@ -16,11 +16,11 @@ from ceca.config import DialogueConfig
 from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.store import Manifest, Receipt, Store, version_of
 from ceca.data.tables import Images, find_images
-from ceca.dialogue.attributes import read_vocabulary
+from ceca.dialogue.attributes import oracle_attributes, read_vocabulary
 from ceca.dialogue.conversation import PROMPT_VERSION
 from ceca.settings import to_mapping
 from jobs.dialogues.authors import import_published
-from jobs.dialogues.engine import engine_workers, oracle_attributes
+from jobs.dialogues.engine import engine_workers
 from jobs.dialogues.missing import deciding_settings, missing_images
 from jobs.dialogues.report import print_report, progress_words
 from jobs.dialogues.worker import DialogueWorker

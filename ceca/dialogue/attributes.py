@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ceca.data.store import Manifest, Store
+from ceca.errors import UserError
 
 Choices = Mapping[str, Sequence[str]]  # attribute → possible values
 
@@ -44,6 +45,32 @@ def read_vocabulary(store: Store, images: Manifest | None = None) -> Choices:
     if attributes is None:
         return PERSON
     return {name: tuple(values) for name, values in attributes.notes["vocabulary"].items()}
+
+
+def oracle_attributes(store: Store, images: Manifest) -> Manifest:
+    """Return the table that the oracle answers from.
+
+    Raises:
+        UserError: these images have none.
+    """
+    attributes = store.belonging("attributes", images)
+    if attributes is None:
+        raise UserError(
+            f"the oracle reads its answers from the attributes of drawn pedestrians, and {store.uri} has no table "
+            "of attributes of its images; choose --engine vllm or --engine openai"
+        )
+    return attributes
+
+
+def read_truth(store: Store, images: Manifest) -> dict[str, dict[str, Any]]:
+    """Return what the oracle knows of each image: image id → fields of `ceca.dialogue.conversation.Subject`.
+
+    Raises:
+        UserError: as `oracle_attributes`.
+    """
+    table = store.read(oracle_attributes(store, images), ["image_id", "view", "attributes"])
+    rows = zip(*(table[name].to_pylist() for name in ("image_id", "view", "attributes")), strict=True)
+    return {key: {"view": view, "attributes": dict(pairs)} for key, view, pairs in rows}
 
 
 # --- structured answers -----------------------------------------------------------------------------------

@@ -6,11 +6,17 @@ one description is known for the next one that states the same.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
+from ceca.config import DialogueConfig, EvaluateConfig
+from ceca.data.names import EVALUATIONS
+from ceca.data.store import Store, version_of
 from ceca.dialogue.answers import spoken
 from ceca.dialogue.attributes import Choices, attributes_of, denied, read_attributes
 from ceca.dialogue.conversation import QUESTIONS, Engine, Subject
+from ceca.dialogue.engines import generation_settings
+from ceca.settings import ConfigError, from_mapping
 
 VERDICT_VERSION = "verdict-1"  # must change if the question changes
 TOKENS = 64  # length limit of an answer; the longest one is a short line of JSON
@@ -92,3 +98,53 @@ async def judge(engine: Engine, subject: Subject, claim: Claim) -> Verdict:
     if seen is None:
         return "unseen"
     return "fits" if seen == claim.value else "differs"
+
+
+# --- what they weigh --------------------------------------------------------------------------------------
+
+
+def engine_digest(config: DialogueConfig) -> str:
+    """A digest of what decides an engine's verdicts."""
+    return version_of("verdicts", VERDICT_VERSION, generation_settings(config))
+
+
+def learned_weights(store: Store, model_digest: str, engine: DialogueConfig, neighbours: int = 0) -> dict[float, float]:
+    """Read the weights of an engine's verdicts that evaluations of a model learned (`ceca evaluate --rerank-engine`).
+
+    Args:
+        store: the dataset.
+        model_digest: digest of the model.
+        engine: the engine.
+        neighbours: number of nearest images averaged into each gallery embedding.
+
+    Returns:
+        ω → weight. Of several evaluations with one ω, that counts which asked about the most images of a query, and of
+        these that which asked about the most queries.
+    """
+    found: list[_Learned] = []
+    for name in store.names(EVALUATIONS, model_digest):
+        if "-by-" in name and name.endswith(".json"):  # `ceca.evaluation.evaluation.result_name`
+            found += _read_learned(store.read_json(EVALUATIONS, model_digest, name), engine, neighbours)
+    return {learned.omega: learned.weight for learned in sorted(found)}  # the last one counts
+
+
+class _Learned(NamedTuple):
+    """What an evaluation learned, in the order in which it counts."""
+
+    images: int
+    margin: float
+    omega: float
+    weight: float
+
+
+def _read_learned(evaluation: Any, engine: DialogueConfig, neighbours: int) -> list[_Learned]:
+    """What an evaluation learned; nothing if it is about another engine, or is no such evaluation."""
+    try:
+        config, reranking = from_mapping(EvaluateConfig, evaluation["config"]), evaluation["reranking"]
+        margin = math.inf if config.rerank_margin is None else config.rerank_margin
+        learned = _Learned(config.rerank_images, margin, float(evaluation["omega"]), float(reranking["weight"]))
+    except (ConfigError, KeyError, TypeError, ValueError):
+        return []
+    asked = config.engine
+    same = asked is not None and engine_digest(asked) == engine_digest(engine) and config.neighbours == neighbours
+    return [learned] if same and math.isfinite(learned.weight) and learned.weight >= 0 else []

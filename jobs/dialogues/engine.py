@@ -12,10 +12,9 @@ from typing import Any
 
 from ceca.config import DialogueConfig
 from ceca.data.store import Manifest, Store
-from ceca.dialogue.attributes import Choices
+from ceca.dialogue.attributes import Choices, read_truth
 from ceca.dialogue.conversation import AT_ONCE, EngineError, Subject
 from ceca.dialogue.engines import make_engine
-from ceca.errors import UserError
 from ceca.settings import from_mapping
 from jobs.runtime.records import rows_in
 from jobs.runtime.team import WorkerLost
@@ -43,21 +42,6 @@ def engine_workers(config: DialogueConfig, images_per_unit: int) -> Workers:
     )
 
 
-def oracle_attributes(store: Store, images: Manifest) -> Manifest:
-    """The table that the oracle answers from.
-
-    Raises:
-        UserError: these images have none.
-    """
-    attributes = store.belonging("attributes", images)
-    if attributes is None:
-        raise UserError(
-            f"the oracle reads its answers from the attributes of drawn pedestrians, and {store.uri} has no table "
-            "of attributes of its images; choose --engine vllm or --engine openai"
-        )
-    return attributes
-
-
 class CanaryError(EngineError):
     """The model does not describe what it is shown."""
 
@@ -79,9 +63,7 @@ class EngineWorker:
         self.config = from_mapping(DialogueConfig, config)
         self.truth: dict[str, dict[str, Any]] = {}  # image id → fields of Subject, for drawn pedestrians
         if self.config.engine == "oracle":
-            table = self.store.read(oracle_attributes(self.store, images), ["image_id", "view", "attributes"])
-            rows = zip(*(table[name].to_pylist() for name in ("image_id", "view", "attributes")), strict=True)
-            self.truth = {key: {"view": view, "attributes": dict(pairs)} for key, view, pairs in rows}
+            self.truth = read_truth(self.store, images)
         self.engine = make_engine(self.config, vocabulary)
         self.occupancy = Occupancy()
         self.loop = asyncio.new_event_loop()

@@ -23,12 +23,12 @@ from ceca.data.schema import SCHEMA_VERSION
 from ceca.data.schema import VERDICTS as COLUMNS
 from ceca.data.store import Manifest, Receipt, Reject, Store, version_of
 from ceca.data.tables import Images
-from ceca.dialogue.attributes import Choices
+from ceca.dialogue.attributes import Choices, oracle_attributes
 from ceca.dialogue.conversation import DialogueError, Subject
 from ceca.dialogue.engines import generation_settings
-from ceca.dialogue.verdicts import VERDICT_VERSION, Claim, judge
+from ceca.dialogue.verdicts import Claim, engine_digest, judge
 from ceca.settings import to_mapping
-from jobs.dialogues.engine import EngineWorker, engine_workers, oracle_attributes
+from jobs.dialogues.engine import EngineWorker, engine_workers
 from jobs.runtime.records import Units
 from jobs.runtime.units import Output, Plan, run_plan
 
@@ -55,11 +55,6 @@ class Verdicts:
     known: Mapping[Question, str]
     asked: int
     question_s: float
-
-
-def engine_digest(config: DialogueConfig) -> str:
-    """A digest of what decides an engine's verdicts."""
-    return version_of("verdicts", VERDICT_VERSION, generation_settings(config))
 
 
 def ask_verdicts(

@@ -12,11 +12,10 @@ from ceca.data.erase import erase
 from ceca.data.names import VERDICTS
 from ceca.data.store import Store
 from ceca.dialogue.attributes import read_vocabulary
-from ceca.dialogue.verdicts import stated
+from ceca.dialogue.verdicts import engine_digest, learned_weights, stated
 from ceca.errors import UserError
 from ceca.settings import ConfigError
 from jobs.evaluate import evaluate
-from jobs.evaluations.verdicts import engine_digest
 from jobs.reports.page import reranked_section
 from tests.jobs.conftest import in_this_process
 from tests.serve.dataset import publish_people, publish_tiny
@@ -61,6 +60,9 @@ def test_an_engine_that_knows_the_truth_raises_the_figures_at_the_stated_cost(da
     assert cost["queries_asked"] == len(claims) == result["queries"]
     assert cost["different_questions"] < cost["questions"]
     assert cost["engine_seconds_per_query"] > 0
+    engine = settings(0.0).engine
+    assert engine is not None
+    assert learned_weights(store, result["model_digest"], engine) == {result["omega"]: cost["weight"]}  # for searches
     stored = [name for name in store.names("evaluations", result["model_digest"]) if "-10-by-oracle-" in name]
     assert len(stored) == 2  # the result, and the figures of every query
 
