@@ -25,8 +25,10 @@ IMAGES = pa.schema(
     ]
 )
 
-# A further column of IMAGES where the source says when a picture was taken. Where it is missing, it is read as null.
+# Further columns of IMAGES where the source says when a picture was taken, and in which tracklet: a camera's pictures
+# of one person who walks by. Where they are missing, they are read as null.
 TIME = pa.field("time", pa.timestamp("us", tz="UTC"))
+TRACKLET = pa.field("tracklet", pa.string())
 
 CAPTIONS = pa.schema(
     [
