@@ -9,10 +9,10 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ceca.data.schema import TIME, TRACKLET
+from ceca.data.schema import OWN_SUMMARY, SUMMARY_OF, TIME, TRACKLET
 
 ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
-OPTIONAL = (TIME, TRACKLET)  # columns that a table may lack: nobody said what they would hold
+OPTIONAL = (TIME, TRACKLET, OWN_SUMMARY, SUMMARY_OF)  # columns that a table may lack
 
 
 def encode(rows: pa.Table) -> bytes:

@@ -69,6 +69,12 @@ DIALOGUES = pa.schema(
     ]
 )
 
+# Further columns of DIALOGUES whose summary may be written from those of several images of one person: the image's own
+# summary, and these images. Both are null where `summary` is the image's own. If one of the images is erased, `summary`
+# becomes the image's own, and the list is empty.
+OWN_SUMMARY = pa.field("own_summary", pa.string())
+SUMMARY_OF = pa.field("summary_of", pa.list_(pa.string()))
+
 # What an engine says about images: whether an attribute has a value (ceca/dialogue/verdicts.py).
 VERDICTS = pa.schema(
     [

@@ -254,7 +254,7 @@ class Store(Objects):
     def rejects(self) -> pa.Table:
         """Rejected rows of the current version of every stage: schema `REJECTS`."""
         tables = [REJECTS.empty_table()]
-        for stage in ("ingest", "dialogue", "evaluate", "index"):
+        for stage in ("ingest", "dialogue", "agree", "evaluate", "index"):
             manifest = self.manifest(rejects_table(stage))
             if manifest is not None and manifest.rows:
                 tables.append(self.read(manifest))
