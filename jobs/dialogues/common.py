@@ -11,16 +11,17 @@ import asyncio
 import dataclasses
 import hashlib
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ceca.config import DialogueConfig
 from ceca.data.schema import DIALOGUES, OWN_SUMMARY, SCHEMA_VERSION, SUMMARY_OF
 from ceca.data.store import Manifest, Reject, Store, version_of
 from ceca.data.tables import Images, Positions, read_keys
-from ceca.dialogue.attributes import read_vocabulary
+from ceca.dialogue.attributes import Choices, read_vocabulary
 from ceca.dialogue.common import COMMON_VERSION, ask_common, spread
 from ceca.dialogue.conversation import Answer, DialogueError, Subject, View
 from ceca.dialogue.engines import generation_settings
@@ -134,6 +135,14 @@ def plan_units(keys: np.ndarray, images: Images, groups: np.ndarray, size: int) 
     return units
 
 
+class Group(NamedTuple):
+    """Dialogues about one person: their rows, the images whose summaries the engine gets, what it is asked about."""
+
+    rows: slice
+    told: list[str]
+    subject: Subject
+
+
 class CommonWorker(EngineWorker):
     """Asks for common summaries. A unit of work is as `plan_units` makes it.
 
@@ -145,47 +154,47 @@ class CommonWorker(EngineWorker):
         vocabulary: as in `EngineWorker`.
     """
 
-    def __init__(self, uri: str, images: Manifest, dialogues: Manifest, config: dict[str, Any], vocabulary: Any):
+    def __init__(self, uri: str, images: Manifest, dialogues: Manifest, config: dict[str, Any], vocabulary: Choices):
         super().__init__(uri, images, config, vocabulary)
         self.dialogues = dialogues
 
     def __call__(self, work: dict[str, Any]) -> Output:
         rows = self.store.take(self.dialogues, self.dialogues.places(rows_in(work["dialogues"])), COLUMNS)
-        return self.use_engine(self._agree(rows, work["groups"], self.subjects(work)))
+        own = pc.coalesce(rows[OWN_SUMMARY.name], rows["summary"]).to_pylist()
+        groups = self._groups(rows["image_id"].to_pylist(), own, work["groups"], self.subjects(work))
+        return self.use_engine(self._agree(rows, own, groups))
 
-    async def _agree(self, rows: pa.Table, groups: list[int], subjects: list[Subject]) -> Output:
-        ids = rows["image_id"].to_pylist()
-        own = [
-            mine or said for mine, said in zip(*(rows[n].to_pylist() for n in ("own_summary", "summary")), strict=True)
-        ]
-        waiting = iter(subjects)
-        asked: list[tuple[slice, list[str], Subject]] = []
-        start = 0
-        for size in groups:
-            members, start = slice(start, start + size), start + size
-            if size == 1:
-                continue
-            subject = next(waiting)
-            if len(set(own[members])) > 1:  # else they agree already
-                told = [members.start + place for place in spread(size)]
+    def _groups(self, ids: list[str], own: list[str], sizes: list[int], subjects: list[Subject]) -> list[Group]:
+        """The groups whose summaries differ; others agree already."""
+        found, first, waiting = [], 0, iter(subjects)
+        for size in sizes:
+            if size > 1:
+                told, subject = [first + place for place in spread(size)], next(waiting)
                 views = tuple(View(own[row], self.truth.get(ids[row], {}).get("view")) for row in told)
-                asked.append((members, [ids[row] for row in told], dataclasses.replace(subject, views=views)))
-        results = await asyncio.gather(*(self._ask(subject) for _, _, subject in asked))
-        summaries: list[str] = list(own)
-        mine: list[str | None] = [None] * len(own)
+                if len(set(own[first : first + size])) > 1:
+                    asked = dataclasses.replace(subject, views=views)
+                    found.append(Group(slice(first, first + size), [ids[row] for row in told], asked))
+            first += size
+        return found
+
+    async def _agree(self, rows: pa.Table, own: list[str], groups: list[Group]) -> Output:
+        results = await asyncio.gather(*(self._ask(group.subject) for group in groups))
+        summaries = list(own)
+        kept: list[str | None] = [None] * len(own)
         of: list[list[str] | None] = [None] * len(own)
-        for (members, told_of, _), result in zip(asked, results, strict=True):
+        for group, result in zip(groups, results, strict=True):
             if isinstance(result, Answer):
-                size = members.stop - members.start
-                summaries[members], mine[members], of[members] = [result.text] * size, own[members], [told_of] * size
-        columns = {"summary": summaries, OWN_SUMMARY.name: mine, SUMMARY_OF.name: of}
+                size = group.rows.stop - group.rows.start
+                summaries[group.rows], kept[group.rows] = [result.text] * size, own[group.rows]
+                of[group.rows] = [group.told] * size
+        columns = {"summary": summaries, OWN_SUMMARY.name: kept, SUMMARY_OF.name: of}
         table = pa.table(
             [pa.array(columns[f.name], f.type) if f.name in columns else rows[f.name] for f in TOLD], schema=TOLD
         )
         answers = [result for result in results if isinstance(result, Answer)]
         counts = {
             "common_summaries": len(answers),
-            "images_with_one": sum(one is not None for one in mine),
+            "images_with_one": sum(one is not None for one in kept),
             "cut_off": sum(answer.cut_off for answer in answers),
             "common_over_77_tokens": sum(count_tokens(answer.text) > CONTEXT for answer in answers),
             "prompt_tokens": sum(answer.prompt_tokens for answer in answers),

@@ -23,7 +23,7 @@ from ceca.data.keys import spelled
 from ceca.data.schema import NOBODY
 from ceca.data.store import Manifest, Store
 from ceca.data.tables import Images, find_dialogues, find_images, list_images
-from ceca.dialogue.common import wording
+from ceca.dialogue.common import MOST_VIEWS, spread, wording
 from ceca.dialogue.conversation import View
 from ceca.errors import UserError
 from jobs.dialogue import dialogue
@@ -310,6 +310,15 @@ def test_an_engine_that_refuses_a_group_leaves_its_images_their_own_summaries(st
     for reject in rejects:
         assert rows[reject["key"]]["own_summary"] is None
         assert rows[reject["key"]]["summary"].startswith("A person in")
+
+
+@given(number=st.integers(1, 500))
+@settings(max_examples=40)
+def test_of_many_views_twelve_are_told_from_the_first_to_the_last(number):
+    told = spread(number)
+    assert len(told) == min(number, MOST_VIEWS) == len(set(told))
+    assert (told[0], told[-1]) == (0, number - 1)
+    assert max(np.diff(told), default=0) <= number / (MOST_VIEWS - 1) + 1
 
 
 def test_the_request_holds_the_summaries_of_the_views():
