@@ -98,6 +98,11 @@ class PlannedRun(NamedTuple):
 
 def plan(method: str, recipe: str, seed: int, split: Split, protocol: Protocol | None = None) -> PlannedRun:
     """Combine a method's recipe with the benchmark's. Models of a protocol that is asked for have their own names."""
+    if "dialogue" in load_recipe(method):
+        raise UserError(
+            f"method {method} is another way of making dialogues, and compare takes those that are there: run "
+            f"`ceca dialogue --recipe {method}+{recipe}` on a dataset of its own, and compare `ceca` there"
+        )
     sections = load_recipe(f"{method}+{recipe}")
     training: TrainConfig = from_mapping(TrainConfig, sections.get("train", {}), f"recipe {method}+{recipe}: train")
     name = Path(method).stem if "train" in load_recipe(method) else "ceca"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ceca.commandline import parse_arguments
 from ceca.config import IndexConfig
@@ -211,17 +212,19 @@ def reuse(
 def _unchanged(store: Store, earlier: Manifest, images: Images, made_from: dict[str, str]) -> np.ndarray:
     """Keys of the images that had the same picture and summary when the earlier gallery was made, [N]."""
     images = images.take(_same_pictures(store, earlier, images))
-    if earlier.made_from.get("dialogues") == made_from.get("dialogues"):
+    version = earlier.made_from.get("dialogues")
+    if version is None and "dialogues" not in made_from:
         return images.keys
     # If that version of the dialogues is gone, the earlier summaries are unknown and no image counts as unchanged.
-    version = earlier.made_from.get("dialogues")
     before = store.manifest("dialogues", version) if version else None
     if before is None or not before.rows:
         return images.keys[:0]
     assert images.dialogues is not None, "a model that uses summaries made the earlier gallery"
     told_before = Positions(read_keys(store, before)).find(images.keys)
-    same = _digests(store, before)[told_before] == _digests(store, images.dialogues)[images.told]
-    return images.keys[same & (told_before >= 0)]
+    same = (told_before >= 0) & ~_dropped(store, before)[told_before]
+    if version != made_from.get("dialogues"):
+        same &= _digests(store, before)[told_before] == _digests(store, images.dialogues)[images.told]
+    return images.keys[same]
 
 
 def _same_pictures(store: Store, earlier: Manifest, images: Images) -> np.ndarray:
@@ -259,6 +262,13 @@ def _digests(store: Store, dialogues: Manifest) -> np.ndarray:
             for part in store.read_each(dialogues, ["summary"])
         ]
     )
+
+
+def _dropped(store: Store, dialogues: Manifest) -> np.ndarray:
+    """Which images lost their common summary by an erasure, [N] bool: the gallery may be older, and still have it."""
+    parts = store.read_each(dialogues, ["summary_of"])
+    empty = [pc.equal(pc.list_value_length(part["summary_of"]), 0).fill_null(False) for part in parts]
+    return np.concatenate([part.to_numpy() for part in empty])
 
 
 def _digest(content: bytes | pa.Buffer) -> bytes:

@@ -21,7 +21,7 @@ from ceca.commandline import parse_arguments
 from ceca.config import IngestConfig
 from ceca.data.changes import erased_images
 from ceca.data.names import LISTING, WORK, listing_name
-from ceca.data.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, TIME, caption_id, image_id
+from ceca.data.schema import ATTRIBUTES, CAPTIONS, IMAGES, SCHEMA_VERSION, TIME, TRACKLET, caption_id, image_id
 from ceca.data.store import Manifest, Receipt, Reject, Store, filesystem, version_of
 from ceca.datasets.images import ImageError, check_image
 from ceca.datasets.layouts import LAYOUTS, differences
@@ -147,6 +147,7 @@ def _plan(store: Store, config: IngestConfig, source: Source, listing: Listing, 
             "data": store.uri,
             "version": version,
             "timed": listing.timed,
+            "tracked": listing.tracked,
         },
         made_from=made_from,
         config=settings,
@@ -165,10 +166,13 @@ class IngestWorker:
         data: dataset URI.
         version: the version that is made.
         timed: write the time of each image.
+        tracked: write the tracklet of each image.
     """
 
-    def __init__(self, source: dict[str, Any], data: str, version: str = "", timed: bool = False):
-        self.source, self.timed = open_source(**source), timed
+    def __init__(
+        self, source: dict[str, Any], data: str, version: str = "", timed: bool = False, tracked: bool = False
+    ):
+        self.source, self.timed, self.tracked = open_source(**source), timed, tracked
         self.store, self.version = Store(data), version
         self.erased = erased_images(self.store)  # they do not come back, whatever the source still has
         # Each worker reads the ground truth itself: it is as large as the annotations, too large for the plan.
@@ -194,8 +198,9 @@ class IngestWorker:
                 rejects.append(Reject(path, error.reason, error.detail))
                 continue
             key = image_id(path)
-            when = [datetime.fromisoformat(record.time) if record.time else None] if self.timed else []
-            images.append((key, record.identity, record.split, record.camera, content, width, height, path, *when))
+            more: list[Any] = [datetime.fromisoformat(record.time) if record.time else None] if self.timed else []
+            more += [record.tracklet] if self.tracked else []
+            images.append((key, record.identity, record.split, record.camera, content, width, height, path, *more))
             captions += [
                 (caption_id(key, position), key, record.identity, record.split, text)
                 for position, text in record.captions
@@ -205,7 +210,7 @@ class IngestWorker:
                 attributes.append(
                     (key, truth["view"], truth["lighting"], truth["occluded"], list(truth["attributes"].items()))
                 )
-        schema = IMAGES.append(TIME) if self.timed else IMAGES
+        schema = pa.schema([*IMAGES, *([TIME] if self.timed else []), *([TRACKLET] if self.tracked else [])])
         tables = {"images": _table(images, schema), "captions": _table(captions, CAPTIONS)}
         if self.attributes:
             tables["attributes"] = _table(attributes, ATTRIBUTES)

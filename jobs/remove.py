@@ -31,8 +31,9 @@ from jobs.runtime.console import Track, console, entry
 NOT_REACHED = (
     "copies elsewhere (the source of ingest, backups, reports, and shards below CECA_CACHE of machines that searched, "
     "which are removed at the next search there, or after 30 days), models trained with the images, which keep what "
-    "they learned, and, in a bucket, earlier versions of objects and unfinished uploads, which the bucket's lifecycle "
-    "rules remove. Running services follow by themselves"
+    "they learned, embeddings of images that had a common summary with them (until `ceca index --only-missing`), "
+    "and, in a bucket, earlier versions of objects and unfinished uploads, which the bucket's lifecycle rules remove. "
+    "Running services follow by themselves"
 )
 
 

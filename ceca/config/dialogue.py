@@ -108,6 +108,9 @@ class OracleConfig:
     """Seed of the errors."""
 
 
+Agree = Literal["none", "tracklet", "identity"]
+
+
 @config
 class DialogueConfig:
     """Conversation Attribute Mining: ask a multimodal model about every image, then for a summary."""
@@ -136,6 +139,9 @@ class DialogueConfig:
     """Ask only about this number of images, from the first; none means all."""
     only_missing: bool = False
     """Ask only about images that are not in the published table, and publish old and new dialogues together."""
+    agree: Agree = added("none")
+    """Which images get one common summary, written from their own ones: those of a tracklet, or of the split train also
+    those of an identity."""
     canary: bool = execution(True)
     """First check that the model answers differently for different images."""
     images_per_part: Positive = 128

@@ -62,8 +62,8 @@ class IngestConfig:
     layout: Source = "auto"
     """Form of the source; `auto` finds it by what lies there."""
     columns: tuple[str, ...] = added(())
-    """Columns of a table, such as image=file identity=pid text=caption split=set camera=cam time=ts. Columns with usual
-    names need none, `camera=` leaves one out, and text=a,b takes the captions from two."""
+    """Columns of a table, such as image=file identity=pid text=caption split=set camera=cam time=ts tracklet=track.
+    Columns with usual names need none, `camera=` leaves one out, and text=a,b takes the captions from two."""
     images: str = execution("")
     """Folder of the images that a table names; empty means the table's own."""
     split_share: tuple[Share, Share, Share] | None = added(None)

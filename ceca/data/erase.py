@@ -1,8 +1,9 @@
 """Erasing: delete removed images from every version of every table below a dataset's URI.
 
 This is the one exception to "nothing published is changed in place". A part that holds such an image is written again
-without it, under another name. Then the manifests that name the old part are written again with the new part. When no
-manifest names the old part any more, it is removed. Versions keep their names.
+without it, under another name. A common summary that was written from such an image's summary gives way to the own ones
+of the other images. Then the manifests that name the old part are written again with the new part. When no manifest
+names the old part any more, it is removed. Versions keep their names.
 
 A process that is killed at any moment loses no other row, and calling it again finishes the work. Two erasures at the
 same time also lose nothing. No stage may work on the dataset meanwhile (`undisturbed`). The images to erase are
@@ -29,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
@@ -38,7 +40,7 @@ from ceca.data.names import ADDED, ARRIVALS, FAILED, LISTING, MANIFEST, PART, RE
 from ceca.data.objects import as_json
 from ceca.data.parts import decode, encode
 from ceca.data.replacing import Check, unchecked
-from ceca.data.schema import image_id, image_of
+from ceca.data.schema import OWN_SUMMARY, SUMMARY_OF, image_id, image_of
 from ceca.data.store import READERS, Part, Receipt, Store, StoreError
 from ceca.errors import UserError
 
@@ -126,7 +128,8 @@ def erase(
         check: called before each step.
 
     Returns:
-        Table → number of rows erased from all its versions; for arrivals/ and failed/ the number of objects.
+        Table → number of rows erased from all its versions, or given their own summaries again; for arrivals/ and
+        failed/ the number of objects.
 
     Raises:
         StoreError: an object cannot be read, so it may hold one of the images; or it cannot be written; or erased
@@ -160,7 +163,23 @@ def without(rows: pa.Table, ids: Collection[str]) -> pa.Table:
     column = next((key for key in KEYS if key in rows.column_names), None)
     if column is None or not ids:
         return rows
-    return rows.filter(pa.array([not _belongs(column, key, ids) for key in rows[column].to_pylist()], pa.bool_()))
+    rest = rows.filter(pa.array([not _belongs(column, key, ids) for key in rows[column].to_pylist()], pa.bool_()))
+    return _with_own_summaries(rest, ids) if SUMMARY_OF.name in rest.column_names else rest
+
+
+def _with_own_summaries(rows: pa.Table, ids: Collection[str]) -> pa.Table:
+    """Give dialogues their own summaries again where the common one was written from those of these images."""
+    of = rows[SUMMARY_OF.name].to_pylist()
+    drop = pa.array([not set(images or ()).isdisjoint(ids) for images in of], pa.bool_())
+    own = rows[OWN_SUMMARY.name]
+    columns = {
+        "summary": pc.if_else(drop, own, rows["summary"]),
+        OWN_SUMMARY.name: pc.if_else(drop, pa.scalar(None, own.type), own),
+        SUMMARY_OF.name: pa.array(
+            [[] if gone else one for gone, one in zip(drop.to_pylist(), of, strict=True)], SUMMARY_OF.type
+        ),
+    }
+    return pa.table([columns.get(name, rows[name]) for name in rows.column_names], schema=rows.schema)
 
 
 def leave_out(store: Store, receipts: Iterable[Receipt], image_ids: Collection[str]) -> list[Receipt]:
@@ -184,8 +203,9 @@ def leave_out(store: Store, receipts: Iterable[Receipt], image_ids: Collection[s
     with ThreadPoolExecutor(READERS) as readers:
         keys_of = dict(zip(parts, readers.map(functools.partial(_read_keys, store), parts), strict=True))
     found: dict[str, set[str]] = {}  # part → the images that it holds
-    for name, (column, keys) in keys_of.items():
+    for name, (column, keys, of) in keys_of.items():
         images = {key if column == "image_id" else image_of(key) for key in keys if _belongs(column, key, ids)}
+        images |= ids & {image for written_from in of for image in written_from}
         if images:
             found[name] = images
     reopen(store, set().union(*found.values()))
@@ -254,12 +274,13 @@ def _erase_objects(
 
 
 def _count_rows(store: Store, ids: Collection[str], watch: Watch, step: str) -> Iterator[tuple[str, int]]:
-    """Yield every Parquet object with the number of its rows that belong to these images."""
+    """Yield every Parquet object with the number of its rows that belong to these images, or are written from them."""
     names = [name for name in store.walk() if name.endswith(".parquet")]
 
     def count(name: str) -> int:
-        column, keys = _read_keys(store, name)
-        return sum(_belongs(column, key, ids) for key in keys)
+        column, keys, of = _read_keys(store, name)
+        rows = zip(keys, of or [[]] * len(keys), strict=True)
+        return sum(_belongs(column, key, ids) or not set(images).isdisjoint(ids) for key, images in rows)
 
     with ThreadPoolExecutor(READERS) as readers:
         for name, rows in zip(names, readers.map(count, names), strict=True):
@@ -267,15 +288,25 @@ def _count_rows(store: Store, ids: Collection[str], watch: Watch, step: str) -> 
             yield name, rows
 
 
-def _read_keys(store: Store, name: str) -> tuple[str, list[str]]:
-    """Read the column of an object that names its rows' images: name and values; empty if it has none or is gone."""
+def _read_keys(store: Store, name: str) -> tuple[str, list[str], list[list[str]]]:
+    """Read what names the images of an object's rows; all is empty if it has nothing of the kind, or is gone.
+
+    Returns:
+        The name and the values of the column of keys, and of each row the images that its summary was written from,
+        if it is an object of common summaries.
+    """
     try:
         with store.open(name) as file:
             parquet = pq.ParquetFile(file)
-            column = next((key for key in KEYS if key in parquet.schema_arrow.names), "")
-            return column, parquet.read(columns=[column])[column].to_pylist() if column else []
+            names = parquet.schema_arrow.names
+            column = next((key for key in KEYS if key in names), "")
+            if not column:
+                return "", [], []
+            of = [SUMMARY_OF.name] if SUMMARY_OF.name in names else []
+            rows = parquet.read(columns=[column, *of])
+            return column, rows[column].to_pylist(), [images or [] for name in of for images in rows[name].to_pylist()]
     except FileNotFoundError:
-        return "", []
+        return "", [], []
 
 
 def _belongs(column: str, key: str, ids: Collection[str]) -> bool:

@@ -30,6 +30,7 @@ COLUMNS: list[tuple[pa.Field, dict[str, Any]]] = [
     (pa.field("identity", pa.int64()), {"dtype": "int64", "_type": "Value"}),
     _text("camera"),
     (TIME, {"dtype": "timestamp[us, tz=UTC]", "_type": "Value"}),
+    _text("tracklet"),
     _text("source_path"),
     (pa.field("captions", pa.list_(pa.string())), {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}),
     _text("summary"),

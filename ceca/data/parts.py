@@ -9,9 +9,10 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ceca.data.schema import TIME
+from ceca.data.schema import OWN_SUMMARY, SUMMARY_OF, TIME, TRACKLET
 
 ROW_GROUP = 128  # in rows: small enough to fetch one image, large enough to stream
+OPTIONAL = (TIME, TRACKLET, OWN_SUMMARY, SUMMARY_OF)  # columns that a table may lack
 
 
 def encode(rows: pa.Table) -> bytes:
@@ -29,16 +30,22 @@ def decode(source: BinaryIO | pa.NativeFile, columns: Sequence[str] | None = Non
 
     Args:
         source: a file of Parquet.
-        columns: columns to read, in this order; None means all. Without the column `time`, nobody said the times.
+        columns: columns to read, in this order; None means all. One of OPTIONAL that is missing is read as null.
 
     Raises:
         pyarrow.ArrowInvalid: it is not Parquet, or lacks one of the columns.
     """
     table = pq.ParquetFile(source, pre_buffer=True).read(columns, use_threads=False)  # several parts have a thread each
+    return chosen(table, columns)
+
+
+def chosen(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    """Columns of a table, as `decode` gives them."""
     if columns is None:
         return table
-    if TIME.name in columns and TIME.name not in table.column_names:
-        table = table.append_column(TIME, pa.nulls(len(table), TIME.type))
+    for field in OPTIONAL:
+        if field.name in columns and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
     if missing := sorted(set(columns).difference(table.column_names)):
         raise pa.ArrowInvalid(f"no column {', '.join(missing)}")
     return table.select(columns)

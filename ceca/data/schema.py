@@ -25,8 +25,10 @@ IMAGES = pa.schema(
     ]
 )
 
-# A further column of IMAGES where the source says when a picture was taken. Where it is missing, it is read as null.
+# Further columns of IMAGES where the source says when a picture was taken, and in which tracklet: a camera's pictures
+# of one person who walks by. Where they are missing, they are read as null.
 TIME = pa.field("time", pa.timestamp("us", tz="UTC"))
+TRACKLET = pa.field("tracklet", pa.string())
 
 CAPTIONS = pa.schema(
     [
@@ -66,6 +68,12 @@ DIALOGUES = pa.schema(
         pa.field("completion_tokens", pa.int32(), nullable=False),
     ]
 )
+
+# Further columns of DIALOGUES whose summary may be written from those of several images of one person: the image's own
+# summary, and these images. Both are null where `summary` is the image's own. If one of the images is erased, `summary`
+# becomes the image's own, and the list is empty.
+OWN_SUMMARY = pa.field("own_summary", pa.string())
+SUMMARY_OF = pa.field("summary_of", pa.list_(pa.string()))
 
 # What an engine says about images: whether an attribute has a value (ceca/dialogue/verdicts.py).
 VERDICTS = pa.schema(

@@ -36,7 +36,7 @@ from ceca.data.manifest import MissingPart as MissingPart
 from ceca.data.manifest import Part as Part
 from ceca.data.names import MANIFEST, WORK, part_name, receipt_name, rejects_table
 from ceca.data.objects import Objects, as_json
-from ceca.data.parts import ROW_GROUP, decode, encode
+from ceca.data.parts import ROW_GROUP, chosen, decode, encode
 from ceca.data.replacing import Check, unchecked
 from ceca.data.schema import REJECTS, SCHEMA_VERSION
 
@@ -240,7 +240,7 @@ class Store(Objects):
 
         def read(part: int) -> pa.Table:
             with self._part(manifest, part) as file:
-                return pq.ParquetFile(file).read_row_groups(groups_of[part], columns=columns)
+                return chosen(pq.ParquetFile(file).read_row_groups(groups_of[part], columns=columns), columns)
 
         tables, place_of, offset = [], {}, 0
         for part, table in zip(rows_of, in_order(read, rows_of), strict=True):
@@ -254,7 +254,7 @@ class Store(Objects):
     def rejects(self) -> pa.Table:
         """Rejected rows of the current version of every stage: schema `REJECTS`."""
         tables = [REJECTS.empty_table()]
-        for stage in ("ingest", "dialogue", "evaluate", "index"):
+        for stage in ("ingest", "dialogue", "agree", "evaluate", "index"):
             manifest = self.manifest(rejects_table(stage))
             if manifest is not None and manifest.rows:
                 tables.append(self.read(manifest))

@@ -37,7 +37,7 @@ def samples(store: Store, split: str | None = None) -> Iterator[tuple[bytes, dic
                 continue
             known = {name: row[name] for name in ("image_id", "split", "camera", "source_path")}
             known["identity"] = None if row["identity"] == NOBODY else row["identity"]
-            known["time"] = row.get("time")
+            known |= {"time": row.get("time"), "tracklet": row.get("tracklet")}
             known |= {"captions": captions.get(key, []), "summary": next(iter(summaries.get(key, ())), None)}
             yield row["image"], known
 

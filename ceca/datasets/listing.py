@@ -44,7 +44,7 @@ class Listing:
         self._base.execute("CREATE TABLE kept (row INTEGER PRIMARY KEY, image TEXT, split TEXT, identity INTEGER)")
         self.rejects: list[Reject] = []
         self._captions = dict.fromkeys(SPLITS, 0)
-        self.timed = False  # whether a record has a time
+        self.timed = self.tracked = False  # whether a record has a time, a tracklet
         digest = hashlib.sha256()
         self._base.execute("BEGIN")
         self._base.executemany("INSERT INTO found (image, record) VALUES (?, ?)", self._written(rows))
@@ -90,6 +90,7 @@ class Listing:
             record = read_record(written)
             self._captions[record.split] += len(record.captions)
             self.timed = self.timed or record.time is not None
+            self.tracked = self.tracked or record.tracklet is not None
             yield row, image, record.split, record.identity
 
     def __len__(self) -> int:
@@ -142,8 +143,9 @@ class Listing:
 
 
 def write_record(record: Record) -> str:
-    """A record as one line of JSON."""
-    return json.dumps([getattr(record, field.name) for field in dataclasses.fields(record)])
+    """A record as one line of JSON. Its digest decides a version: without a tracklet it is as before there were any."""
+    values = [getattr(record, field.name) for field in dataclasses.fields(record)]
+    return json.dumps(values if record.tracklet is not None else values[:-1])
 
 
 def read_record(line: str) -> Record:

@@ -46,6 +46,7 @@ class Record:
         time: time of the picture, ISO 8601 in UTC.
         place: where the bytes are, if they are not a file: (file, number, number, column), as its reader understands
             it; or the size of the file.
+        tracklet: name of the tracklet, unique among those of the camera.
     """
 
     source_path: str
@@ -55,6 +56,7 @@ class Record:
     camera: str | None = None
     time: str | None = None
     place: Sequence[Any] | None = None
+    tracklet: str | None = None
 
     @property
     def image_id(self) -> str:

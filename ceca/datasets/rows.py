@@ -23,6 +23,7 @@ USUAL = {
     "split": ("split", "subset"),
     "camera": ("camera", "cam", "camera_id", "camid", "cam_id"),
     "time": ("time", "timestamp", "datetime"),
+    "tracklet": ("tracklet", "tracklet_id", "track_id"),
 }
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -134,17 +135,20 @@ class RowReader:
             return
         captions, unusable = read_captions(self._texts(row), path)
         yield from unusable
-        camera = self._value(row, "camera")
-        camera = None if camera is None or camera != camera else str(camera).strip() or None
+        named = {}
+        for says in ("camera", "tracklet"):
+            value = self._value(row, says)
+            named[says] = None if value is None or value != value else str(value).strip() or None
         try:
             time = read_time(self._value(row, "time"))
         except ValueError:
             time, value = None, self._value(row, "time")
             yield Reject(path, "bad_time", f"{row.where}: expected a time as 2026-01-31T12:00, found {value!r:.100}")
-        if camera is not None and not is_text(camera):
-            yield Reject(path, "bad_camera", f"{row.where}: expected a name, found {camera!r:.100}")
-            camera = None
-        yield Record(path, identity, split, captions, camera, time, self._place(row))
+        for says, name in named.items():
+            if name is not None and not is_text(name):
+                yield Reject(path, f"bad_{says}", f"{row.where}: expected a name, found {name!r:.100}")
+                named[says] = None
+        yield Record(path, identity, split, captions, named["camera"], time, self._place(row), named["tracklet"])
 
     def _check_texts(self, row: Row) -> None:
         """Check that no column but the images' holds bytes: they are taken for pictures, and their words for nothing.

@@ -47,6 +47,13 @@ class EngineDied(EngineError):
     """The engine has died. A new engine may work."""
 
 
+class View(NamedTuple):
+    """A picture of a person as it was described alone: its summary, and its view if the person is drawn."""
+
+    summary: str
+    view: str | None = None
+
+
 @dataclass(frozen=True)
 class Subject:
     """The image that a conversation is about.
@@ -56,12 +63,14 @@ class Subject:
         image: encoded bytes.
         attributes: true attributes of a drawn pedestrian.
         view: view of a drawn pedestrian.
+        views: pictures of the same person that the question is about (`ceca.dialogue.common`), this one among them.
     """
 
     image_id: str
     image: bytes
     attributes: Mapping[str, str] | None = None
     view: str | None = None
+    views: tuple[View, ...] = ()
 
 
 class Turn(NamedTuple):
@@ -189,11 +198,7 @@ async def converse(
     for question in QUESTIONS[:questions]:
         answers.append(await ask(engine, subject, turns, question, answer_tokens))
         turns.append(Turn(question, answers[-1].text))
-    summary = await ask(engine, subject, turns, SUMMARY_REQUEST, summary_tokens)
-    if refuses(summary.text):
-        raise DialogueError("refused", f"{engine.model} refuses to describe the person: {summary.text:.200}")
-    if says_nothing(summary.text):
-        raise DialogueError("empty_answer", f"{engine.model} says nothing in its summary: {summary.text!r}")
+    summary = await ask_summary(engine, subject, turns, SUMMARY_REQUEST, summary_tokens)
     flags = []
     if any(answer.cut_off for answer in answers):
         flags.append("answer_cut_off")
@@ -240,6 +245,23 @@ async def ask(engine: Engine, subject: Subject, turns: Sequence[Turn], question:
         advice = f"; it reached the limit of {max_tokens} tokens" if answer.cut_off else ""
         raise DialogueError("empty_answer", f"{engine.model} answered nothing{why} to {question!r}{advice}")
     return replace(answer, text=text, thought=thought)
+
+
+async def ask_summary(
+    engine: Engine, subject: Subject, turns: Sequence[Turn], question: str, max_tokens: int
+) -> Answer:
+    """Ask for a summary, as `ask` does.
+
+    Raises:
+        DialogueError: as of `ask`, or the summary refuses or says nothing.
+        EngineError: the engine cannot answer about any image.
+    """
+    summary = await ask(engine, subject, turns, question, max_tokens)
+    if refuses(summary.text):
+        raise DialogueError("refused", f"{engine.model} refuses to describe the person: {summary.text:.200}")
+    if says_nothing(summary.text):
+        raise DialogueError("empty_answer", f"{engine.model} says nothing in its summary: {summary.text!r}")
+    return summary
 
 
 def chat_messages(

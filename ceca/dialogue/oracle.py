@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from ceca.config import OracleConfig
 from ceca.data.schema import image_id as key_of
-from ceca.datasets.drawn.captions import PLURAL, with_article
 from ceca.dialogue.attributes import Choices, chosen
 from ceca.dialogue.conversation import QUESTIONS, Answer, DialogueError, EngineError, Subject, Turn
+from ceca.dialogue.phrases import read_summary, write_answers, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,15 @@ HIDDEN: dict[str, tuple[str, ...]] = {
     "right": ("hair_length", "upper_pattern", "lower_colour", "lower_kind", "shoes_colour"),
 }
 OPTIONAL = ("hat", "carried")  # things that a person may not have; "none" is a value to report
+# What an attribute is of. Where most views say that there is no such thing, it has no colour and no pattern.
+OF = {
+    "hair_colour": "hair_length",
+    "hat_colour": "hat",
+    "lower_colour": "lower_kind",
+    "lower_pattern": "lower_kind",
+    "carried_colour": "carried",
+}
+HARDLY = 0.25  # vote of a view that hardly shows an attribute: four of them count as much as one that shows it
 
 
 class OracleEngine:
@@ -61,17 +70,24 @@ class OracleEngine:
     async def answer(
         self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int, choices: Choices | None = None
     ) -> Answer:
+        if subject.views:
+            return Answer(self._agree(subject))
         if subject.attributes is None:
             raise DialogueError("no_attributes", "the table of attributes has no row for this image")
         seen = self._perceive(subject.image_id, subject.attributes, subject.view)
         if choices:
             return Answer(json.dumps({name: chosen(seen.get(name), values) for name, values in choices.items()}))
-        sentences = _sentences(seen)
         if question in QUESTIONS:
-            return Answer(sentences[QUESTIONS.index(question)])
+            return Answer(write_answers(seen)[QUESTIONS.index(question)])
         if len(history) < len(QUESTIONS):  # the summary contains only what the questions asked for
             return Answer(" ".join(turn.answer for turn in history))
-        return Answer(_summary(seen, self._random(subject.image_id, "summary")))
+        return Answer(write_summary(seen, self._random(subject.image_id, "summary")))
+
+    def _agree(self, subject: Subject) -> str:
+        """The common summary of several pictures: what most of their own summaries say. It is not told the truth."""
+        said = [read_summary(view.summary, self.vocabulary) for view in subject.views]
+        hidden = [HIDDEN.get(view.view or "", ()) for view in subject.views]
+        return write_summary(majority(said, hidden), self._random(subject.image_id, "summary"))
 
     def _perceive(self, image_id: str, truth: Mapping[str, str], view: str | None) -> dict[str, str]:
         """Return the attributes as reported: each one is wrong with the configured probability."""
@@ -104,55 +120,24 @@ class OracleEngine:
         return np.random.default_rng(int(key_of(f"{self.config.seed}/{image_id}/{purpose}"), 16))
 
 
-def _parts(seen: Mapping[str, str]) -> dict[str, str]:
-    """Return the phrases of the answers and the summary."""
-    gender = seen["gender"]
+def majority(said: Sequence[Mapping[str, str]], hidden: Sequence[Collection[str]]) -> dict[str, str]:
+    """What most views of a person say (method: Common summaries). Of values with equal votes the first is taken.
 
-    def thing(name: str) -> str:
-        return with_article(f"{seen[f'{name}_colour']} {seen[name]}")
+    Args:
+        said: of each view, attribute → value. A view that does not mention an attribute has no vote.
+        hidden: of each view, the attributes that it hardly shows.
 
-    def garment(name: str) -> str:
-        kind, colour, pattern = (seen[f"{name}_{part}"] for part in ("kind", "colour", "pattern"))
-        words = f"{colour} {'' if pattern == 'plain' else f'{pattern} '}{kind}".strip()
-        return words if kind in PLURAL else with_article(words)
-
-    return {
-        "who": gender,
-        "pronoun": {"woman": "She", "man": "He", "female": "She", "male": "He"}.get(gender, "The person"),
-        "hair": "no hair" if seen["hair_length"] == "bald" else f"{seen['hair_length']} {seen['hair_colour']} hair",
-        "upper": garment("upper"),
-        "hat": "no hat" if seen["hat"] == "none" else thing("hat"),
-        "lower": "" if seen["lower_kind"] == "none" else garment("lower"),  # a dress has no lower garment
-        "shoes": f"{seen['shoes_colour']} {seen['shoes_kind']}",
-        "carried": "nothing" if seen["carried"] == "none" else thing("carried"),
-    }
-
-
-def _sentences(seen: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the answers to the five questions."""
-    p = _parts(seen)
-    return (
-        f"The person is a {p['who']} with {p['hair']}.",
-        f"The person is wearing {p['upper']} and {p['hat']}.",
-        f"The person is wearing {p['lower'] or 'no separate lower-body garment'}.",
-        f"The person is wearing {p['shoes']}.",
-        f"The person is carrying {p['carried']}.",
-    )
-
-
-def _summary(seen: Mapping[str, str], random: np.random.Generator) -> str:
-    """Return a summary in one of three wordings."""
-    p = _parts(seen)
-
-    def upper_and_lower(between: str) -> str:
-        return f"{p['upper']}{between}{p['lower']}" if p["lower"] else p["upper"]
-
-    templates = (
-        f"A {p['who']} with {p['hair']} wearing {upper_and_lower(', ')} and {p['shoes']}. "
-        f"{p['pronoun']} carries {p['carried']} and wears {p['hat']}.",
-        f"The {p['who']} has {p['hair']}, is dressed in {upper_and_lower(' with ')}, and wears {p['shoes']} "
-        f"and {p['hat']}. {p['pronoun']} holds {p['carried']}.",
-        f"The person is a {p['who']} with {p['hair']} and {p['hat']}, in {upper_and_lower(' and ')}. "
-        f"The shoes are {p['shoes']}. {p['pronoun']} is carrying {p['carried']}.",
-    )
-    return templates[int(random.integers(len(templates)))]
+    Returns:
+        Attribute → value.
+    """
+    agreed: dict[str, str] = {}
+    for name in dict.fromkeys(name for of_view in said for name in of_view):
+        if agreed.get(OF.get(name, "")) in ("none", "bald"):
+            agreed[name] = "none"
+            continue
+        votes: dict[str, float] = {}
+        for of_view, hard in zip(said, hidden, strict=True):
+            if name in of_view and not (name in OF and of_view[name] == "none"):
+                votes[of_view[name]] = votes.get(of_view[name], 0.0) + (HARDLY if name in hard else 1.0)
+        agreed[name] = max(votes, key=votes.__getitem__)
+    return agreed

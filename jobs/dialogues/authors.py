@@ -17,8 +17,9 @@ from ceca.dialogue.authors import DialogueFormatError, PublishedDialogue, match_
 from ceca.errors import UserError
 from ceca.model.tokens import CONTEXT, count_tokens
 from ceca.settings import to_mapping
+from jobs.dialogues.common import run_own
 from jobs.runtime.records import cut, from_json, to_json
-from jobs.runtime.units import Output, Plan, Workers, run_plan
+from jobs.runtime.units import Output, Plan, Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,10 @@ def import_published(store: Store, config: DialogueConfig, images: Images, *, re
         worker=ImportWorker,
         arguments={"source": config.published},
         made_from=made_from,
-        config=to_mapping(config, results_only=True),
+        config=to_mapping(dataclasses.replace(config, agree="none"), results_only=True),
         rejects=[*unusable, *unmatched],
     )
-    return run_plan(store, plan, Workers(config.replicas, cpus=1), redo=redo)
+    return run_own(store, plan, Workers(config.replicas, cpus=1), config, redo=redo)
 
 
 def _match(dialogues: list[PublishedDialogue], rows: list[ImageRow]) -> tuple[list[ImportedRow], list[Reject]]:

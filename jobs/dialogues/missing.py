@@ -12,7 +12,8 @@ from ceca.data.tables import Images, read_keys
 from ceca.dialogue.conversation import PROMPT_VERSION
 from ceca.errors import UserError
 
-IMAGE_SETTINGS = ("split", "limit", "only_missing", "images_per_part", "published")  # choose images, not questions
+# Choose images, not questions; `agree` says what is done with the answers.
+IMAGE_SETTINGS = ("split", "limit", "only_missing", "images_per_part", "published", "agree")
 ENGINES = ("vllm", "openai", "oracle")
 
 
@@ -40,6 +41,9 @@ def missing_images(store: Store, earlier: Manifest, images: Images, settings: Ma
         for key, value in deciding_settings(settings).items()
         if key not in IMAGE_SETTINGS and published.get(key) != value
     ]
+    agreed = published.get("agree", "none")
+    if agreed != "none" and "agree" not in settings:
+        differing.append(f"agree: {agreed} there, none here")
     if earlier.notes.get("prompt_version") != PROMPT_VERSION:
         differing.append(f"prompts: {earlier.notes.get('prompt_version')} there, {PROMPT_VERSION} here")
     if differing:

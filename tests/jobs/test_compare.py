@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ceca.errors import UserError
 from jobs.compare import plan, summarise
 
 
@@ -20,6 +21,11 @@ def test_a_method_that_says_nothing_of_training_takes_the_models_of_ceca():
     assert training == cecas_training
     assert (evaluation.model, evaluation.neighbours) == ("ceca-1", 3)
     assert cecas_evaluation.neighbours == 0
+
+
+def test_a_method_that_makes_other_dialogues_is_not_compared_on_those_that_are_there():
+    with pytest.raises(UserError, match=r"`ceca dialogue --recipe common_summaries\+tiny` on a dataset of its own"):
+        plan("common_summaries", "tiny", 0, "test")
 
 
 def test_the_table_has_the_mean_and_the_deviation_of_the_sample():

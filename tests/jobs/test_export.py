@@ -84,8 +84,8 @@ def read_again(folder: Path) -> list[Record]:
         records = [read_record(line) for unit in listing.cut(100) for line in unit]
         assert not listing.rejects
     numbers = [number for number in range(9) if number != 2]
-    assert [(r.identity, r.split, r.camera) for r in records] == [
-        (number // 2, "train" if number == 8 else "test", f"c{number % 3}") for number in numbers
+    assert [(r.identity, r.split, r.camera, r.tracklet) for r in records] == [
+        (number // 2, "train" if number == 8 else "test", f"c{number % 3}", f"walk {number // 2}") for number in numbers
     ]
     assert source.read(records) == [draw_person(number) for number in numbers]
     return records
@@ -137,7 +137,7 @@ def test_parquet_files_for_hugging_face_hold_what_is_known_and_are_read_again(tm
     rows = file.read().to_pylist()
     first = dict(rows[0])
     assert first.pop("image") == {"bytes": draw_person(0), "path": f"{first.pop('image_id')}.jpg"}
-    texts = {"captions": [summarize(0)], "summary": summarize(0)}
+    texts = {"captions": [summarize(0)], "summary": summarize(0), "tracklet": "walk 0"}
     assert first == {"identity": 0, "camera": "c0", "time": taken(0), "source_path": "0000.jpg", **texts}
     features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
     assert list(features) == file.schema_arrow.names

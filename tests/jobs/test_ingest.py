@@ -14,8 +14,10 @@ from PIL import Image
 from ceca.config import IngestConfig
 from ceca.data.changes import hide
 from ceca.data.erase import finish
-from ceca.data.schema import image_id
+from ceca.data.schema import IMAGES, image_id
 from ceca.data.store import Store
+from ceca.data.webdataset import samples
+from ceca.datasets.drawn import draw_dataset
 from ceca.datasets.records import Caption, Record
 from ceca.errors import UserError
 from ceca.metrics import Matches, retrieval_metrics
@@ -171,6 +173,34 @@ def test_a_table_keeps_captions_shares_and_times(tmp_path, without_ray, capsys):
     assert manifests["captions"].rows == 40
     said = " ".join(capsys.readouterr().err.split())
     assert "image from file, identity from pid, text from text, time from ts; nothing says split, camera" in said
+
+
+def test_a_table_keeps_tracklets_and_one_without_them_keeps_its_version(tmp_path, without_ray):
+    put(tmp_path, *(f"{number}.png" for number in range(4)))
+    rows = [("0.png", 1, "a"), ("1.png", 1, "a"), ("2.png", 1, " "), ("3.png", 2, "b")]
+    without, named = tmp_path / "without.csv", tmp_path / "with.csv"
+    without.write_text("\n".join(["file,pid", *(f"{file},{pid}" for file, pid, _ in rows)]))
+    named.write_text("\n".join(["file,pid,walk", *(f"{file},{pid},{walk}" for file, pid, walk in rows)]))
+    store = Store(str(tmp_path / "data"))
+    before = run_ingest(store.uri, IngestConfig(source=str(without)))["images"]
+    assert before.version == "12a0967abf73"  # of a program that knew no tracklets
+    assert store.read(before).schema == IMAGES
+    assert store.read(before, ["image_id", "tracklet"])["tracklet"].to_pylist() == [None] * 4
+    assert store.take(before, [(0, 1)], ["tracklet"])["tracklet"].to_pylist() == [None]
+    after = run_ingest(store.uri, IngestConfig(source=str(named), columns=("tracklet=walk",)))["images"]
+    assert after.version != before.version
+    assert store.read(after)["tracklet"].to_pylist() == ["a", "a", None, "b"]
+    assert [known["tracklet"] for _, known in samples(store)] == ["a", "a", None, "b"]
+
+
+def test_the_tracklets_of_a_drawing_are_those_of_its_truth(tmp_path, without_ray):
+    drawn = tmp_path / "drawn"
+    draw_dataset(drawn, identities=2, layout="rstpreid", split_identities=(1, 0, 1), level="medium", workers=1)
+    store = Store(str(tmp_path / "data"))
+    images = store.read(run_ingest(store.uri, IngestConfig(source=str(drawn)))["images"])
+    names = [f"0000{person}-{walk}" for person in (0, 1) for walk in (0, 0, 1, 1)]
+    assert images["tracklet"].to_pylist() == names
+    assert all(f"_t{name[-1]}_" in path for name, path in zip(names, images["source_path"].to_pylist(), strict=True))
 
 
 def test_shares_that_do_not_sum_to_one_are_refused():

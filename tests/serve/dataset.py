@@ -73,14 +73,15 @@ def publish_people(store: Store, count: int, asked: dict | None = None) -> None:
     for number, image_id in enumerate(ids):
         split = "train" if number == count - 1 else "test"
         common = {"image_id": image_id, "identity": number // 2, "split": split}
-        place = {"width": 64, "height": 160, "source_path": f"{number:04d}.jpg", "time": taken(number)}
+        place = {"width": 64, "height": 160, "source_path": f"{number:04d}.jpg"}
+        place |= {"time": taken(number), "tracklet": f"walk {number // 2}"}
         images.append({**common, **place, "camera": f"c{number % 3}", "image": draw_person(number)})
         captions.append({**common, "caption_id": schema.caption_id(image_id, 0), "text": summarize(number)})
         dialogues.append({"image_id": image_id, "turns": [], "summary": summarize(number), "model": "test"})
         dialogues[-1] |= {"flags": [], "attributes": {"upper_colour": COLOURS[number % len(COLOURS)]}}
         dialogues[-1] |= {"prompt_version": "1", "generation_settings": "{}"}
         dialogues[-1] |= {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
-    rows = pa.Table.from_pylist(images, schema.IMAGES.append(schema.TIME))
+    rows = pa.Table.from_pylist(images, pa.schema([*schema.IMAGES, schema.TIME, schema.TRACKLET]))
     version = publish(store, "images", rows, "ingest", {}, {})
     made_from = {"images": version}
     publish(store, "captions", pa.Table.from_pylist(captions, schema.CAPTIONS), "ingest", made_from, {})

@@ -48,7 +48,7 @@ class Preset:
     several: bool = False
 
 
-_NOTHING: dict[str, tuple[str, ...]] = {"identity": (), "split": (), "camera": (), "time": ()}
+_NOTHING: dict[str, tuple[str, ...]] = {"identity": (), "split": (), "camera": (), "time": (), "tracklet": ()}
 _REID = {**_NOTHING, "image": ("file_path",), "identity": ("id",), "text": ("captions",)}
 PRESETS = {
     # https://github.com/Zplusdragon/UFineBench; the name of its file is not published there

@@ -44,4 +44,7 @@ class LayoutSource(Source):
 
     def records(self) -> Iterator[Record | Reject]:
         yield from self.annotations.rejects
-        yield from self.annotations.records
+        truth = self.attributes or {"images": ()}
+        tracklets = {image["path"]: image.get("tracklet") for image in truth["images"]}
+        for record in self.annotations.records:
+            yield dataclasses.replace(record, tracklet=tracklets.get(record.source_path))

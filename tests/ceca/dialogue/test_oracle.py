@@ -20,9 +20,11 @@ from ceca.dialogue.conversation import (
     DialogueError,
     EngineError,
     Subject,
+    View,
     converse,
 )
-from ceca.dialogue.oracle import HIDDEN, OracleEngine
+from ceca.dialogue.oracle import HIDDEN, OracleEngine, majority
+from ceca.dialogue.phrases import read_summary, write_answers, write_summary
 
 WOMAN = {
     "gender": "woman", "hair_length": "long", "hair_colour": "brown", "hat": "cap", "hat_colour": "orange",
@@ -174,6 +176,64 @@ def test_answers_and_summary_agree_even_if_they_are_wrong(person, image_id):
 @settings(max_examples=50, deadline=None)
 def test_a_wrongly_reported_thing_has_a_colour(person):
     assert "none" not in text_of(talk(person, error_rate=1.0))
+
+
+# --- common summaries of several views --------------------------------------------------------------------
+
+
+def test_most_views_are_believed_and_those_that_hardly_show_a_thing_less():
+    said = [
+        {"gender": "man", "hat": "cap", "hat_colour": "red", "shoes_kind": "boots", "carried": "none"},
+        {"gender": "woman", "hat": "none", "hat_colour": "none", "shoes_kind": "trainers", "carried": "book"},
+        {"gender": "woman", "hat": "cap", "hat_colour": "blue", "carried": "none"},
+        {"gender": "woman", "hat": "cap", "hat_colour": "blue", "shoes_kind": "trainers", "carried": "none"},
+    ]
+    hidden = [("shoes_kind",), ("carried",), ("gender", "hat_colour"), ("gender", "hat_colour", "shoes_kind")]
+    # gender: man 1, woman 1 + 1/4 + 1/4; hat: cap 3, none 1; its colour: red 1, blue 1/4 + 1/4, and no vote for none;
+    # shoes: boots 1/4, trainers 1 + 1/4; carried: none 3, book 1/4.
+    agreed = {"gender": "woman", "hat": "cap", "hat_colour": "red", "shoes_kind": "trainers", "carried": "none"}
+    assert majority(said, hidden) == agreed
+    assert majority(said[:1] + said[2:3], [(), ()])["gender"] == "man"  # one each: the first
+    assert majority([{"hat": "cap", "hat_colour": "red"}, *[{"hat": "none", "hat_colour": "none"}] * 2], [()] * 3) == {
+        "hat": "none",
+        "hat_colour": "none",
+    }
+
+
+def agree(*views: View, attributes: dict[str, str] | None = None) -> str:
+    engine = OracleEngine(OracleConfig(error_rate=0.0), VOCABULARY)
+    return asyncio.run(engine.answer(Subject("one", b"", attributes, views=views), (), "?", 128)).text
+
+
+def test_views_that_hide_different_things_give_the_person_as_she_is():
+    views = [View(talk_of_view(view).summary, view) for view in VIEWS]
+    assert len({view.summary for view in views}) == 4
+    assert read_summary(agree(*views), VOCABULARY) == WOMAN
+
+
+def test_the_truth_does_not_change_what_views_agree_on():
+    wrong = [View(talk_of_view("back").summary, "back")] * 2
+    text = agree(*wrong)
+    assert read_summary(text, VOCABULARY) == read_summary(wrong[0].summary, VOCABULARY) != WOMAN
+    assert agree(*wrong, attributes=WOMAN) == agree(*wrong, attributes=BALD) == text
+
+
+def test_what_no_view_was_asked_about_is_not_in_the_common_summary():
+    views = [View(talk_of_view(view, questions=2).summary, view) for view in VIEWS]
+    assert agree(*views) == "The person is a woman with long brown hair. " + (
+        "The person is wearing a red striped shirt and an orange cap."
+    )
+    assert agree(View("Somebody.")) == ""
+
+
+@given(person=people, seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_a_summary_and_answers_are_read_as_they_were_written(person, seed):
+    told = dict(person)
+    for thing, colour in (("hair_length", "hair_colour"), ("hat", "hat_colour"), ("carried", "carried_colour")):
+        told[colour] = "none" if told[thing] in ("none", "bald") else told[colour]
+    assert read_summary(write_summary(person, np.random.default_rng(seed)), VOCABULARY) == told
+    assert read_summary(" ".join(write_answers(person)), VOCABULARY) == told
 
 
 # --- start and missing attributes -------------------------------------------------------------------------
