@@ -7,7 +7,7 @@ LOCK   ?= requirements/cpu.txt
 TOOLS  ?= requirements/dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test drill long browser lint lock clean
+.PHONY: help install demo serve test drill long browser promtool lint lock clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ serve: install  ## the search page on the demo's result
 	@test -e demo/data/gallery/manifest.json || { echo "error: no gallery in demo/data; run make demo first"; exit 1; }
 	$(BIN)/ceca serve --data demo/data
 
-test: install browser  ## the tests, two at a time
+test: install browser promtool  ## the tests, two at a time
 	$(BIN)/python -m pytest -n 2 --durations=20
 
 drill: install  ## the slow tests: losing actors, nodes and jobs, reads cut, a full disk, wrong clocks
@@ -48,6 +48,14 @@ browser:  ## Chromium for the tests of the pages, where it is missing
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing Chromium …" && \
 		  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 		echo "no Chromium: the tests of the pages will be skipped (Debian: apt-get install chromium)"
+
+# Alerts are tested by Prometheus' own program. It is taken out of Debian's package, so that no server is installed.
+promtool: install  ## promtool for the tests of alerts, where it is missing
+	@command -v promtool >/dev/null || test -x $(BIN)/promtool || \
+		{ command -v apt-get >/dev/null && echo "fetching promtool …" && mkdir -p build/promtool && cd build/promtool && \
+		  { apt-get download -qq prometheus 2>/dev/null || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+		  dpkg-deb -x prometheus_*.deb . && install usr/bin/promtool ../../$(BIN)/promtool; } || \
+		echo "no promtool: the tests of alerts will be skipped (Debian: apt-get install prometheus)"
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -19,7 +19,8 @@ TREE = REPOSITORY / "cluster" / "kubernetes"
 GUIDE = REPOSITORY / "docs" / "kubernetes.md"
 SCHEMAS = Path(__file__).parent / "schemas"
 JOBS = ("jobs/dialogue", "jobs/train", "jobs/pipeline", "jobs/train-queued")
-APPLIED = ("base", "cluster", "service", "ingress", "queue", *JOBS)  # what a user gives to `kubectl apply -k`
+# What a user gives to `kubectl apply -k`.
+APPLIED = ("base", "cluster", "service", "ingress", "gateway", "queue", *JOBS)
 
 Object = dict[str, Any]
 

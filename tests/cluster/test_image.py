@@ -138,10 +138,31 @@ def test_the_workflow_builds_checks_pushes_and_signs_both_images() -> None:
     image, gpu = workflow["jobs"]["image"], workflow["jobs"]["gpu"]
     assert [each["lock"] for each in image["strategy"]["matrix"]["include"]] == list(LOCKS)
     steps = [step.get("name") for step in image["steps"] if "name" in step]
-    assert [step for step in steps if step in ("build", "scan", "push", "sign")] == ["build", "scan", "push", "sign"]
+    named = ["base by digest", "build", "scan", "push", "sign"]
+    assert [step for step in steps if step in named] == named
     assert "python benchmarks/gpu.py" in gpu["steps"][-1]["run"]
     assert let_through("benchmarks")
     assert (REPOSITORY / "benchmarks" / "gpu.py").is_file()
+
+
+def test_the_workflow_builds_from_the_base_by_its_digest(tmp_path: Path) -> None:
+    """Its own commands on a copy of the file; the digest is what a registry would say."""
+    workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "images.yaml").read_text())
+    (tmp_path / "cluster").mkdir()
+    copied = Path(shutil.copy(FILE, tmp_path / "cluster"))
+    lookup = next(step["run"] for step in workflow["jobs"]["base"]["steps"] if step.get("id") == "digest")
+    write = next(step["run"] for step in workflow["jobs"]["image"]["steps"] if step.get("name") == "base by digest")
+
+    def run(script: str) -> None:
+        registry = f'docker() {{ test "$4" = "{of("FROM")[0]}" && echo sha256:{"0f" * 32}; }}'
+        environment = {"PATH": "/usr/bin:/bin", "GITHUB_OUTPUT": "output"}
+        subprocess.run(["bash", "-ec", f"{registry}\n{script}"], cwd=tmp_path, env=environment, check=True)
+
+    run(lookup)
+    base = (tmp_path / "output").read_text().strip().removeprefix("base=")
+    run(write.replace("${{ needs.base.outputs.base }}", base))
+    assert f"FROM {of('FROM')[0]}@sha256:{'0f' * 32}\n" in copied.read_text()
+    assert lint(copied.read_text()).returncode == 0
 
 
 @pytest.mark.parametrize("package", ["ray", "torch", "numpy", "pyarrow", "pydantic", "cloudpickle", "deepspeed"])

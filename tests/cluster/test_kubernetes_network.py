@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from ceca.config import ServeConfig
 from tests.cluster.manifests import GUIDE, SCHEMAS, Object, one, pods, rendered
 
 RAY = {"app.kubernetes.io/part-of": "ceca", "app.kubernetes.io/component": "ray"}
@@ -121,13 +122,45 @@ def test_the_metadata_service_is_closed_and_object_stores_are_open(
     assert may_leave(labels, address) == reached
 
 
-def test_a_load_balancer_reaches_the_service_s_port_and_no_other() -> None:
-    ingress, policy = one("ingress", "Ingress")["spec"], one("ingress", "NetworkPolicy")["spec"]
+@pytest.mark.parametrize("way", ["ingress", "gateway"])
+def test_a_load_balancer_reaches_the_service_s_port_and_no_other(way: str) -> None:
+    policy = one(way, "NetworkPolicy")["spec"]
     (rule,) = policy["ingress"]
     assert rule == {"from": [{"ipBlock": {"cidr": "10.0.0.0/16"}}], "ports": [{"protocol": "TCP", "port": 8000}]}
     assert selects(policy["podSelector"], RAY)
+
+
+SERVED = "search-serve-svc"  # what KubeRay calls the Service of the RayService `search`
+
+
+def test_the_ingress_ends_tls_before_the_service() -> None:
+    assert one("service", "RayService")["metadata"]["name"] == SERVED.removesuffix("-serve-svc")
+    ingress = one("ingress", "Ingress")["spec"]
     (tls,), (host,) = ingress["tls"], ingress["rules"]
     assert tls["hosts"] == [host["host"]]
     (path,) = host["http"]["paths"]
-    name = one("service", "RayService")["metadata"]["name"]
-    assert path["backend"]["service"] == {"name": f"{name}-serve-svc", "port": {"number": 8000}}
+    assert path["backend"]["service"] == {"name": SERVED, "port": {"number": 8000}}
+
+
+def test_the_gateway_ends_tls_before_the_service_and_sends_others_to_it() -> None:
+    gateway = one("gateway", "Gateway")
+    ports = {each["name"]: (each["protocol"], each["port"]) for each in gateway["spec"]["listeners"]}
+    assert ports == {"https": ("HTTPS", 443), "http": ("HTTP", 80)}
+    host = one("ingress", "Ingress")["spec"]["rules"][0]["host"]
+    (secret,) = one("ingress", "Ingress")["spec"]["tls"]
+    for listener in gateway["spec"]["listeners"]:
+        assert listener["hostname"] == host
+        names = [each["name"] for each in listener.get("tls", {}).get("certificateRefs", [])]
+        assert names == ([secret["secretName"]] if listener["protocol"] == "HTTPS" else [])
+    routes = {}
+    for name in ("search", "search-redirect"):
+        spec = one("gateway", "HTTPRoute", name)["spec"]
+        (parent,), (rule,) = spec["parentRefs"], spec["rules"]
+        assert parent["name"] == gateway["metadata"]["name"]
+        assert spec["hostnames"] == [host]
+        routes[parent["sectionName"]] = rule
+    assert routes["https"]["backendRefs"] == [{"name": SERVED, "port": 8000}]
+    assert float(routes["https"]["timeouts"]["request"].removesuffix("s")) > ServeConfig().timeout_s
+    (filtered,) = routes["http"]["filters"]
+    assert filtered["requestRedirect"]["scheme"] == "https"
+    assert "backendRefs" not in routes["http"], "nothing is answered without TLS"

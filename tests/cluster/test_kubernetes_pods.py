@@ -13,6 +13,7 @@ from ceca.commandline import parse_arguments
 from ceca.config import ServeConfig
 from serve.environment import ENVIRONMENT
 from tests.cluster.manifests import (
+    GUIDE,
     JOBS,
     as_ray_reads,
     containers,
@@ -209,8 +210,16 @@ def test_the_pipeline_s_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [("s3://bucket/cuhk", "s3://bucket/raw/CUHK-PEDES", "cuhk_pedes", "ceca-vitb16")]
 
 
-def test_a_lost_head_is_noticed_before_kuberay_gives_its_job_up() -> None:
-    """KubeRay fails a job that has no status for 300 s, and does not retry it then."""
+def test_the_operator_waits_for_a_new_head_as_long_as_for_the_first() -> None:
+    """KubeRay fails a job that has no status for so long, and does not retry it then."""
+    name, waits = re.findall(r"--set 'env\[0\]\.name=(\S+)' --set-string 'env\[0\]\.value=(\d+)'", GUIDE.read_text())[0]
+    assert name == "RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS"
+    for folder in JOBS:
+        assert int(waits) == one(folder, "RayJob")["spec"]["preRunningDeadlineSeconds"]
+
+
+def test_a_lost_head_is_noticed_before_kuberay_s_own_limit() -> None:
+    """An operator without the setting of the guide waits 300 s."""
     noticed = 50  # seconds until Kubernetes calls a machine unreachable, at most
     for spec in ray_specs():
         head = spec["headGroupSpec"]["template"]["spec"]
@@ -243,7 +252,9 @@ def test_a_queued_job_is_of_fixed_size_and_fits_its_queue() -> None:
     assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
     ((group_,),) = [[each] for each in cluster_queue["spec"]["resourceGroups"]]
     quota = {each["name"]: each["nominalQuota"] for each in group_["flavors"][0]["resources"]}
-    assert set(quota) == set(group_["coveredResources"])
+    assert list(quota) == group_["coveredResources"], "Kueue asks for the same order"
+    assert "clusterSelector" not in job["spec"]
+    assert "head" not in {workers["groupName"]}, "Kueue's own name of the head's pods"
     pods_ = [nodes(spec)[0], *[workers["template"]] * workers["replicas"], job["spec"]["submitterPodTemplate"]]
     asked = [container["resources"]["requests"] for pod in pods_ for container in containers(pod)]
     assert set().union(*asked) <= set(quota)

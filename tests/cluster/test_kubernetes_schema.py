@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import lzma
 import re
 from importlib.resources import files
 from typing import Any
@@ -18,10 +19,16 @@ from referencing import Registry, Resource
 
 from ceca.config import ServeConfig
 from ceca.settings import from_mapping
-from tests.cluster.manifests import APPLIED, SCHEMAS, TREE, Object, one, rendered, ways
+from tests.cluster.manifests import APPLIED, SCHEMAS, TREE, Object, one, ray_spec, rendered, ways
+from tests.conftest import REPOSITORY
 
 KUBERNETES = "1.37"
-WRITTEN = {"ray.io/v1": "ray.yaml", "kueue.x-k8s.io/v1beta2": "kueue.yaml"}
+PUBLISHED = REPOSITORY.parent / "shared" / "kuberay" / "kuberay-v1.7.0-schemas.json.xz"
+WRITTEN = {
+    "ray.io/v1": "ray.yaml",
+    "kueue.x-k8s.io/v1beta2": "kueue.yaml",
+    "gateway.networking.k8s.io/v1": "gateway.yaml",
+}
 
 
 @functools.cache
@@ -85,6 +92,34 @@ def test_what_is_applied_is_valid(folder: str) -> None:
         validate(manifest)
 
 
+@functools.cache
+def published(kind: str) -> jsonschema.Draft202012Validator:
+    """Strict validator of a kind by KubeRay's own definitions, which are not part of this repository."""
+    definitions = json.loads(lzma.decompress(PUBLISHED.read_bytes()))
+    return jsonschema.Draft202012Validator(strict(definitions[f"{kind.lower()}s"]))
+
+
+def strict(schema: Any) -> Any:
+    """The same schema with an unknown field as an error, except where a definition takes any."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: strict(inner) for name, inner in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason=f"no {PUBLISHED}")
+@pytest.mark.parametrize("folder", ["cluster", "service", "jobs/pipeline", "jobs/train-queued"])
+def test_what_is_applied_is_valid_by_kuberay_s_own_definitions(folder: str) -> None:
+    (manifest,) = [each for each in rendered(folder) if each["apiVersion"] == "ray.io/v1"]
+    assert [error.message for error in published(manifest["kind"]).iter_errors(manifest)] == []
+    ray_spec(manifest)["headGroupSpec"]["template"]["spec"]["containers"][0]["unknown"] = {}
+    assert "unknown" in next(published(manifest["kind"]).iter_errors(manifest)).message
+
+
 def test_all_of_the_tree_is_applied_or_part_of_what_is() -> None:
     kinds: dict[str, set[str]] = {}
     for file in TREE.rglob("kustomization.yaml"):
@@ -130,6 +165,9 @@ WRONG: list[tuple[str, str, str, Any]] = [
     ("base", "PrometheusRule", "spec.groups.0.rules.0.expression", "up == 0"),
     ("ingress", "Ingress", "spec.rules.0.http.paths.0.pathtype", "Prefix"),
     ("ingress", "NetworkPolicy", "spec.ingress.0.from.0.ipBlock.except", "10.0.0.1/32"),
+    ("gateway", "Gateway", "spec.listeners.0.tls.certificateRef", [{"name": "search-tls"}]),
+    ("gateway", "HTTPRoute", "spec.rules.0.timeouts.requests", "30s"),
+    ("gateway", "HTTPRoute", "spec.rules.0.backendRefs.0.port", "8000"),
     ("queue", "ClusterQueue", "spec.resourceGroups.0.flavors.0.resources.0.quota", 1),
     ("queue", "LocalQueue", "spec.queue", "ceca"),
     ("jobs/train-queued", "RayJob", "spec.queueName", "ceca"),
@@ -158,6 +196,7 @@ def test_a_mistake_would_be_found(folder: str, kind: str, where: str, what: Any)
         ("jobs/train", "RayJob", "rayClusterSpec.headGroupSpec.template"),
         ("service", "RayService", "rayClusterConfig"),
         ("queue", "LocalQueue", "clusterQueue"),
+        ("gateway", "Gateway", "gatewayClassName"),
     ],
 )
 def test_what_is_missing_would_be_found(folder: str, kind: str, where: str) -> None:

@@ -60,7 +60,8 @@ def secrets_named(value: Any) -> set[str]:
 def test_the_guide_says_how_to_make_every_secret() -> None:
     named = secrets_named(everything())
     named |= {secret["name"] for each in maps(everything()) for secret in each.get("imagePullSecrets", [])}
-    assert named == {"ceca-ray-token", "ceca-keys", "ceca-redis", "ceca-object-store", "ceca-registry", "search-tls"}
+    needed = {"ceca-ray-token", "ceca-keys", "ceca-redis", "search-tls"}
+    assert named == needed | {"ceca-object-store", "ceca-hub", "ceca-registry"}
     assert named == set(re.findall(r"create secret (?:generic|tls|docker-registry) (\S+)", GUIDE.read_text()))
 
 

@@ -144,12 +144,42 @@ def test_nothing_is_kept_running_but_the_head(prepared: dict[str, Any]) -> None:
     assert prepared["max_workers"] <= sum(types[name]["max_workers"] for name in WORKERS)
 
 
+def watched(folder: Path, raylets: str, prepared: dict[str, Any]) -> list[str]:
+    """What the watch on a worker calls, with stand-ins for the programs of the machine.
+
+    Args:
+        folder: for the stand-ins.
+        raylets: whether there is a raylet each time that the watch looks, 1 or 0; then there is none.
+    """
+    (folder / "looks").write_text("\n".join(raylets))
+    programs = {
+        "pgrep": "sed -n 1p looks | grep -q 1; found=$?; sed -i 1d looks; exit $found",
+        "sleep": 'echo "sleep $1" >> calls',
+        "shutdown": 'echo "shutdown $*" >> calls',
+    }
+    for name, script in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    command = prepared["available_node_types"]["cpu"]["initialization_commands"][2]
+    script = command.partition("sh -c ")[2]
+    path = {"PATH": f"{folder}:/usr/bin:/bin"}
+    subprocess.run(["sh", "-c", f"sh -c {script}"], cwd=folder, env=path, check=True, timeout=30)
+    return (folder / "calls").read_text().splitlines()
+
+
+def test_the_watch_waits_for_the_raylet_and_for_its_return(tmp_path: Path, prepared: dict[str, Any]) -> None:
+    calls = watched(tmp_path, "00111" + "01" + "1", prepared)
+    starts, runs, gone = ["sleep 10"] * 2, ["sleep 30"] * 2, ["sleep 300"]
+    assert calls == [*starts, *runs, *gone, "sleep 30", "sleep 30", *gone, "shutdown -h now"]
+
+
 def test_a_worker_that_outlives_its_head_ends_its_machine(cluster: dict[str, Any], prepared: dict[str, Any]) -> None:
     for name in WORKERS:
         commands = prepared["available_node_types"][name]["initialization_commands"]
         assert commands[:2] == prepared["initialization_commands"]
         assert "pgrep -x raylet" in commands[2]
         assert commands[2].endswith("shutdown -h now'")
+        assert commands[2] == prepared["available_node_types"]["cpu"]["initialization_commands"][2]
         subprocess.run(["bash", "-n", "-c", commands[2]], check=True)
         node = cluster["available_node_types"][name]["node_config"]
         assert node["InstanceInitiatedShutdownBehavior"] == "terminate"
@@ -177,10 +207,29 @@ def test_every_container_has_what_ray_needs_before_it_starts(prepared: dict[str,
     image, options = container(prepared, node_type)
     (mount,) = content()["file_mounts"]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{mount}/auth_token"}
-    assert environment(options) == {**ENVIRONMENT, **token, "RAY_LOGGER_LEVEL": "warning"}
+    token |= {"HF_TOKEN_PATH": f"{mount}/hf_token"}
+    local = {"CECA_CACHE": "/local/cache", "RAY_object_spilling_directory": "/local"}
+    disk = local if "GPU" in content()["available_node_types"][node_type]["resources"] else {}
+    assert environment(options) == {**ENVIRONMENT, **token, **disk, "RAY_LOGGER_LEVEL": "warning"}
     command = docker_start_cmds("ubuntu", image, {mount: ""}, "ceca", options, "ceca", "/home/ray", "docker")
     assert f" {mount} " in command.replace(f":{mount}", f": {mount}")
     assert "--net=host" in command, "one hop to the metadata service is enough only with the machine's own network"
+
+
+def test_models_and_spilled_objects_are_on_the_machine_s_own_disk(prepared: dict[str, Any]) -> None:
+    for name, node_type in prepared["available_node_types"].items():
+        _, options = container(prepared, name)
+        volumes = [option.removeprefix("--volume=") for option in options if option.startswith("--volume=")]
+        if "GPU" not in node_type["resources"]:
+            assert volumes == []
+            continue
+        (volume,) = volumes
+        outside, inside = volume.split(":")
+        assert environment(options)["CECA_CACHE"].startswith(f"{inside}/")
+        assert environment(options)["RAY_object_spilling_directory"] == inside
+        command = node_type["initialization_commands"][-1]
+        assert command.endswith(f"sudo install -d -o 1000 -g 1000 {outside}"), "else Docker makes it, for root alone"
+        subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
 def test_machines_with_a_gpu_have_the_image_and_the_option_for_it(prepared: dict[str, Any]) -> None:
