@@ -106,7 +106,7 @@ def _connect(config: ServeConfig, address: str) -> ServeConfig:
     _check_replicas(config)
     cores = os.cpu_count() or 1
     cpus = config.cpus or min(cores, CORES)
-    waiting = math.ceil(WAITING * (1 + config.most("ingress")))
+    waiting = math.ceil(WAITING * (1 + (config.rerank_engine is not None) + config.most("ingress")))
     cores = max(cpus * (config.most("encoder") + config.shards * config.most("search")) + waiting, cores)
     hand_token_to_ray()
     ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=ray_folder(), **quiet)

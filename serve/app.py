@@ -2,7 +2,8 @@
 
     proxy ─► Ingress (HTTP, pictures, ranking) ─► QueryEncoder (batches)
                  │                              ─► GallerySearch 0 … n-1 (exact top-k of one shard each)
-                 └─► Intake (one): images that are added or removed ─► dialogue engine, QueryEncoder
+                 ├─► Intake (one): images that are added or removed ─► dialogue engine, QueryEncoder
+                 └─► Judge (one, with `rerank_engine`): verdicts about the best images ─► dialogue engine
 
 Notable: queries that arrive together are embedded in one pass and compared with the gallery in one matrix product.
 Every request to a replica names its *edition* (the versions of model and gallery). A replica answers from that edition
@@ -37,6 +38,7 @@ from serve.describer import engine_settings
 from serve.encoder import QueryEncoder
 from serve.ingress import Ingress
 from serve.intake import Intake
+from serve.judge import Judge
 from serve.searcher import GallerySearch
 from serve.tokens import read_issuer
 from serve.wire import INGRESS
@@ -117,6 +119,11 @@ def application(edition: Edition, config: ServeConfig) -> Application:
     intake = serve.deployment(ray_actor_options=waiting, **common)(Intake).bind(
         data, config, engine_settings(edition, config), encoder
     )
+    judge = None
+    if config.rerank_engine is not None:
+        # Searches that wait for verdicts are limited by the ingress, and by their own seconds.
+        calls = {"max_ongoing_requests": config.queue * config.most("ingress")}
+        judge = serve.deployment(ray_actor_options=waiting, **calls, **common)(Judge).bind(data, config)
     ingress = serve.deployment(
         name=INGRESS,
         **_replicas(config, "ingress", config.queue / 2),
@@ -127,7 +134,7 @@ def application(edition: Edition, config: ServeConfig) -> Application:
         **common,
     )
     return ingress(serve.ingress()(Ingress)).bind(
-        data, config, keys, encoder, shards, intake, secrets.token_bytes(32), issuer
+        data, config, keys, encoder, shards, intake, secrets.token_bytes(32), issuer, judge
     )
 
 

@@ -25,7 +25,19 @@ from pydantic import BaseModel, ValidationError
 
 from ceca.environment import find_proxy, on_this_machine
 from ceca.errors import UserError
-from serve.schema import ExplainResponse, Job, Proposed, Ready, SearchHit, SearchResponse, Sentence, Status, Word
+from serve.schema import (
+    ExplainResponse,
+    Job,
+    Proposed,
+    Ready,
+    Rerank,
+    Reranking,
+    SearchHit,
+    SearchResponse,
+    Sentence,
+    Status,
+    Word,
+)
 
 __all__ = [
     "Answer",
@@ -36,6 +48,8 @@ __all__ = [
     "Job",
     "Question",
     "Ready",
+    "Rerank",
+    "Reranking",
     "Sentence",
     "Status",
     "Word",
@@ -122,6 +136,7 @@ class Client:
         answers: Mapping[str, str | None] | None = None,
         suggest: bool = False,
         min_confidence: float = 0.0,
+        rerank: Rerank | None = None,
         offset: int = 0,
     ) -> Answer:
         """The images that fit a description best.
@@ -135,11 +150,14 @@ class Client:
             suggest: also return the question whose answer would tell most.
             min_confidence: least probability, 0 to 1, that the most similar image shows this person; below it the
                 answer has no hits, because probably nobody in the gallery does.
+            rerank: let the service's engine look at the best images, within seconds; the answer's `reranking` says
+                whether it did.
             offset: number of best images to skip.
         """
         body: dict[str, Any] = {"query": query, "answers": dict(answers or {}), "suggest": suggest}
         # Sent only if it is asked for: an older service does not know it.
         body |= {"min_confidence": min_confidence} if min_confidence else {}
+        body |= {"rerank": rerank.model_dump()} if rerank is not None else {}
         return self._search("/v1/search", body, top_k, omega, offset, where)
 
     def search_all(

@@ -185,9 +185,11 @@ class OnDemand:
         try:
             result = await getattr(engine, method).remote(*arguments)
         except (RayActorError, RayTaskError, EngineError) as error:
+            died = isinstance(error, RayActorError)  # Ray's own words about that are long, and of its internals
+            problem = EngineError(f"the process of the engine that {self.does} has died") if died else error
             if engine is self.engine:  # else another call was told first, and a new engine may run by now
-                self._lost(error)
-            raise EngineError(self.problem or str(error)) from None
+                self._lost(problem)
+            raise EngineError(self.problem or str(problem)) from None
         self.used = time.monotonic()
         return result
 

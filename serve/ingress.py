@@ -32,6 +32,7 @@ from serve.metrics import Metrics
 from serve.query import Embeddings, Like, Query, ShardQuery, freeze
 from serve.refusals import NotFound, Overloaded
 from serve.replicas import Replicas
+from serve.reranking import Reranker
 from serve.schema import Job, Status
 from serve.service import Explanation, NewImage, SearchResult
 from serve.snapshot import Snapshot
@@ -76,6 +77,7 @@ class Ingress:
         intake: handle of `Intake`.
         secret: signs the sessions of browsers; the same for all replicas.
         issuer: whose OIDC tokens are accepted beside keys; None accepts none.
+        judge: handle of `Judge`; None if no engine looks at hits.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Ingress:
         intake: DeploymentHandle,
         secret: bytes | None = None,
         issuer: Issuer | None = None,
+        judge: DeploymentHandle | None = None,
     ):
         self.config, self.metrics = config, Metrics()
         self.tokens = Tokens(issuer) if issuer is not None else None
@@ -96,6 +99,7 @@ class Ingress:
         self.replicas = Replicas(config, encoder, shards, intake)
         self.following = Following(store, config, self.replicas, self.metrics)
         self.changes = Changes(store, config, self.following, self.replicas)
+        self.reranker = Reranker(config, judge, self.metrics)
 
     def __serve_build_asgi_app__(self) -> Any:
         if self.gate.closed:  # else all clients are alike
@@ -163,12 +167,23 @@ class Ingress:
         with self.metrics.stage("encode"):
             embeddings = await self._embed(snapshot, query.sample)
         most = max(query.top_k, POOL) if query.in_conversation else query.top_k
+        if query.rerank is not None:
+            most = max(most, query.rerank.images)
         hits = await self._hits(snapshot, embeddings, dataclasses.replace(query, top_k=most))
         confidence = calibration.of_hits(hits, query.omega, snapshot.images(query.where)) if calibration else None
         if confidence is not None and confidence < query.min_confidence:
-            return SearchResult(snapshot, [], confidence=confidence)
-        if not query.in_conversation:
-            return SearchResult(snapshot, hits, confidence=confidence)
+            result = SearchResult(snapshot, [])
+        elif query.in_conversation:
+            result = await self._converse(snapshot, query, embeddings, hits)
+        else:
+            result = SearchResult(snapshot, hits)
+        if query.rerank is not None:
+            result = await self.reranker.rerank(query, result)
+        return dataclasses.replace(result, hits=result.hits[: query.top_k], confidence=confidence)
+
+    async def _converse(
+        self, snapshot: Snapshot, query: Query, embeddings: Embeddings, hits: list[Hit]
+    ) -> SearchResult:
         conditions = agreeing_conditions(snapshot, query)
         if conditions is not None:
             narrowed = dataclasses.replace(query, top_k=POOL, where={**query.where, **conditions})
@@ -177,8 +192,7 @@ class Ingress:
         if not hits:  # no image fulfils the conditions
             return SearchResult(snapshot, [], [])
         with self.metrics.stage("conversation"):
-            result = await asyncio.to_thread(converse, snapshot, hits, query)
-        return dataclasses.replace(result, confidence=confidence)
+            return await asyncio.to_thread(converse, snapshot, hits, query)
 
     def _calibration(self, snapshot: Snapshot, query: Query) -> Calibration | None:
         """The calibration that holds for a query; None if there is none.
@@ -273,4 +287,5 @@ class Ingress:
 
     @_in_time
     async def status(self) -> Status:
-        return await self.changes.status()
+        status, reranking = await asyncio.gather(self.changes.status(), self.reranker.problem())
+        return status.model_copy(update={"reranking": reranking})

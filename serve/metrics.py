@@ -22,6 +22,8 @@ class Metrics:
         self.batches = Histogram("ceca_batch_size", "Queries in one pass", SIZES, ("deployment",))
         self.images = Gauge("ceca_gallery_images", "Images that a search can find")
         self.arrivals = Gauge("ceca_arrivals_waiting", "Images acknowledged and not yet searchable")
+        self.reranked = Counter("ceca_reranked", "Searches that asked for re-ranking, by what ranked them", ("by",))
+        self.verdicts = Counter("ceca_verdicts", "Verdicts by where they came from", ("source",))
         self.problems = Counter("ceca_problems", "What went wrong behind the scenes", ("where",))
 
     @contextmanager

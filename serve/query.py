@@ -9,6 +9,7 @@ import numpy as np
 
 from ceca.search.edition import Edition
 from serve.audit import hashed
+from serve.schema import Rerank
 
 # Normalised global and local embeddings: [D] and [E] of one item, [N, D] and [N, E] of several.
 Embeddings = tuple[np.ndarray, np.ndarray]
@@ -36,6 +37,7 @@ class Query:
         answers: facet → the user's answer; None if the user does not know.
         suggest: also return the question whose answer would tell most.
         min_confidence: least confidence in the most similar image; below it there is no hit.
+        rerank: let an engine look at the best images; None does not.
     """
 
     sample: str | bytes | Like
@@ -46,6 +48,7 @@ class Query:
     answers: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     suggest: bool = False
     min_confidence: float = 0.0
+    rerank: Rerank | None = None
 
     @property
     def text(self) -> str | None:

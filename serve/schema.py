@@ -54,6 +54,21 @@ Values = Annotated[list[Text], Field(min_length=1, max_length=100)]
 Conditions = Annotated[dict[Text, Values], Field(max_length=20)]
 
 
+class Rerank(BaseModel):
+    """Have the service's multimodal engine look at the best images, and rank them again by what it says.
+
+    `seconds`: most time that this may add to the search. What the engine has not said by then does not count; if it has
+    said nothing, the order is that of a search without. `images`: number of best images that it looks at. `margin`: ask
+    only where the similarities of the first two images differ by at most this; null asks always.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    images: Annotated[int, Field(ge=2), BeforeValidator(_whole)] = 10
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
 class SearchRequest(BaseModel):
     """A description of a person, and which of the best images to return.
 
@@ -62,7 +77,8 @@ class SearchRequest(BaseModel):
     time in one of the ranges of `time`, which are written 2026-01-31, 2026-01-01..2026-02-15, 2026-01.. or ..2026.
     `answers`: the user's answers by facet, null if the user does not know; images that agree come first. `suggest`:
     also return the question whose answer would tell most. `min_confidence`: least probability that the most similar
-    image shows this person; below it no image is returned, because probably nobody in the gallery does.
+    image shows this person; below it no image is returned, because probably nobody in the gallery does. `rerank`: also
+    let an engine look at the best images; null does not.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -75,6 +91,7 @@ class SearchRequest(BaseModel):
     answers: Annotated[dict[Text, Text | None], Field(max_length=40)] = {}
     suggest: bool = False
     min_confidence: Share = 0.0
+    rerank: Rerank | None = None
 
 
 class LikeRequest(BaseModel):
@@ -122,7 +139,8 @@ class SearchHit(Record):
 
     `identity` is null if nobody has said whose image it is, `belief` (0 … 1) is null outside a conversation, `summary`
     is null if the image has no dialogue. `source_path` is the image's path in its source, or the name that it was added
-    with; empty if nobody said. `image` is a path on this service.
+    with; empty if nobody said. `image` is a path on this service. `verdicts` are those of the engine by attribute, if
+    the search was re-ranked by them; null for an image that has none.
     """
 
     image_id: str
@@ -134,6 +152,27 @@ class SearchHit(Record):
     summary: str | None
     source_path: str = ""
     image: str
+    verdicts: dict[str, Literal["fits", "differs", "unseen"]] | None = None
+
+
+class Reranking(Record):
+    """Whether an engine's verdicts ranked the best images, and what was asked.
+
+    `by` is `engine` if they did; then an image's place is by its similarity + `weight` · (claims that fit - claims that
+    differ). It is `plain` if the order is that of a search without. `reason` says why, or which verdicts are missing;
+    empty if none are. `seconds` is the time that it took. `claims` are the attributes that the description states, with
+    their values. `questions` is their number times that of the images, `known` the number of verdicts that had been
+    asked before, `answered` that of all verdicts.
+    """
+
+    by: Literal["engine", "plain"]
+    reason: str
+    seconds: float
+    weight: float
+    claims: dict[str, str]
+    questions: int
+    known: int
+    answered: int
 
 
 class Proposed(Record):
@@ -151,9 +190,9 @@ class SearchResponse(Record):
     """The best images, best first, and what ranked them.
 
     `query` is null for a search by image. `next_offset` is null after the last page. `confidence` is the probability
-    that the most similar image shows the person described, answers aside; null for a search by image, without images,
-    and where the model was not calibrated for this ω. `approximate` is true if the service searches approximately: it
-    may have missed some of the best images.
+    that the most similar image shows the person described, answers and verdicts aside; null for a search by image,
+    without images, and where the model was not calibrated for this ω. `approximate` is true if the service searches
+    approximately: it may have missed some of the best images. `reranking` is null if the request did not ask for it.
     """
 
     query: str | None
@@ -166,6 +205,7 @@ class SearchResponse(Record):
     question: Proposed | None
     confidence: float | None = None
     approximate: bool = False
+    reranking: Reranking | None = None
 
 
 class Word(Record):
@@ -222,22 +262,26 @@ class Health(Record):
 
 
 class Ready(Record):
-    """What is served. `calibrated_omega`: ω of the searches that have a confidence; null if there are none."""
+    """What is served. `calibrated_omega`: ω of the searches that have a confidence; null if there are none.
+    `rerank_seconds`: most seconds that a search can give the engine; null if the service has none."""
 
     model: str
     gallery: str
     images: int
     calibrated_omega: float | None = None
+    rerank_seconds: float | None = None
 
 
 class Status(Ready):
     """The state of the service, for its operators.
 
     `following` says why a newer gallery is not served, `intake` what keeps images from being added or erased.
-    `arrivals` and `erasures` are the numbers of images waiting for that.
+    `arrivals` and `erasures` are the numbers of images waiting for that. `reranking` says why the engine that looks at
+    hits is not there; empty if it is, or if nobody has asked for it.
     """
 
     following: str
     intake: str
     arrivals: int
     erasures: int
+    reranking: str = ""

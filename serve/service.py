@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ceca.datasets.images import Size
+from ceca.dialogue.verdicts import Verdict
 from ceca.search.catalogue import Picture
 from ceca.search.ranking import Hit
 from serve.query import Query
-from serve.schema import Job, Proposed, Sentence, Status, Word
+from serve.schema import Job, Proposed, Reranking, Sentence, Status, Word
 from serve.snapshot import Snapshot
 
 if TYPE_CHECKING:  # it imports Ray
@@ -23,6 +24,8 @@ class SearchResult:
 
     `summaries` and `paths` are those of the hits from the query's offset on.
     `confidence` in the most similar image; None if there is none (`ceca.search.confidence`).
+    `reranking` says whether an engine ranked the best hits; None if nobody asked for that. `verdicts`: image id →
+    attribute → verdict.
     """
 
     snapshot: Snapshot
@@ -32,6 +35,8 @@ class SearchResult:
     summaries: Sequence[str | None] = ()
     paths: Sequence[str | None] = ()
     confidence: float | None = None
+    reranking: Reranking | None = None
+    verdicts: Mapping[str, Mapping[str, Verdict]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

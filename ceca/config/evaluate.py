@@ -111,6 +111,14 @@ class ServeConfig:
     The service then compares all images with all when it starts: some minutes for 100,000 images on a CPU."""
     rerank: NonNegative = 0
     """Number of best images per query that are ranked again by similarity to the first five; 0 is off."""
+    rerank_engine: Literal["vllm", "openai", "oracle"] | None = None
+    """Who looks at the best images of a query that asks for it and says which of its claims they fit, as in `evaluate`,
+    where its verdicts' weight is learned: a model in vLLM, an endpoint with OpenAI's API, or the simulated annotator of
+    drawn pedestrians; none is off. Images go where the settings below `vllm` or `openai` say."""
+    rerank_images_limit: Annotated[int, Field(ge=10)] = 20
+    """Maximum number of best images that a query can have the engine look at; 10 by default."""
+    rerank_seconds_limit: PositiveFloat = 5.0
+    """Maximum number of seconds that a query can give the engine; at most half of timeout_s."""
     approximate: Share = 0.0
     """Share of the images that a search compares exactly, after a first look at short sketches of all, which may miss
     some; 0 searches exactly. `ceca index --approximate` measures the share of the ten best images that it finds."""
@@ -167,6 +175,16 @@ class ServeConfig:
     engine_gpus: NonNegative = 1
     """GPUs that the `vllm` engine of added images takes when needed, with its model split across them; 0 uses the CPU
     build."""
+    vllm: VLLMConfig = VLLMConfig()
+    openai: OpenAIConfig = OpenAIConfig()
+    oracle: OracleConfig = OracleConfig()
+
+    @property
+    def reranker(self) -> DialogueConfig | None:
+        """Settings of the engine that looks at the best images of a query; None if none does."""
+        if self.rerank_engine is None:
+            return None
+        return DialogueConfig(engine=self.rerank_engine, vllm=self.vllm, openai=self.openai, oracle=self.oracle)
 
     def most(self, kind: str) -> int:
         """Largest number of replicas of a kind of `REPLICATED`; of search, per shard."""
@@ -178,6 +196,13 @@ class ServeConfig:
             least, most = getattr(self, f"{name}_replicas"), getattr(self, f"{name}_replicas_max")
             if most is not None and most < least:
                 raise ValueError(f"{name}_replicas_max {most} must be at least {name}_replicas {least}")
+        if self.rerank and self.rerank_engine:
+            raise ValueError("rerank and rerank_engine both rank the best images again: choose one of them")
+        if self.rerank_engine and self.rerank_seconds_limit > self.timeout_s / 2:
+            raise ValueError(
+                f"rerank_seconds_limit {self.rerank_seconds_limit:g} must be at most half of timeout_s "
+                f"{self.timeout_s:g}: a search takes time of its own"
+            )
         if self.neighbours and self.shards > 1:
             raise ValueError("neighbours compares all images with all, so it needs shards 1")
         if self.approximate and self.gpus:

@@ -14,8 +14,8 @@ const IMAGE_TYPES = /^image\/(jpeg|png|webp|bmp|x-ms-bmp)$/;
 
 const defaults = document.body.dataset;
 const at = (id) => document.getElementById(id);
-const [form, query, omega, topK, sure, grid, status, notice, chips, talk, filters] =
-  ["form", "query", "omega", "top-k", "sure", "grid", "status", "notice", "chips", "talk", "filters"].map(at);
+const [form, query, omega, topK, sure, closer, grid, status, notice, chips, talk, filters] =
+  ["form", "query", "omega", "top-k", "sure", "closer", "grid", "status", "notice", "chips", "talk", "filters"].map(at);
 const [talkToggle, filtersToggle, addToggle] = ["talk-toggle", "filters-toggle", "add-toggle"].map(at);
 
 // What the search is besides its words: like which image (`files` or a gallery id), facet → values, facet → answer.
@@ -38,13 +38,14 @@ const percent = (share) =>
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
 const sleep = (milliseconds) => new Promise((wake) => setTimeout(wake, milliseconds));
 
-// --- the address: #q=… or like=…, omega, k, sure, where.FACET=VALUE, answer.FACET=VALUE, unknown=FACET, talk -----------
+// --- the address: #q=… or like=…, omega, k, sure, closer, where.FACET=VALUE, answer.FACET=VALUE, unknown=FACET, talk -----------
 function readAddress() {
   const values = new URLSearchParams(location.hash.slice(1));
   query.value = values.get("q") ?? "";
   omega.value = values.get("omega") ?? defaults.omega;
   topK.value = values.get("k") ?? 10;
   sure.value = values.get("sure") ?? 0;
+  closer.value = values.get("closer") ?? 0;
   state.like = values.get("like");
   state.talk = values.has("talk");
   state.where = new Map();
@@ -63,6 +64,7 @@ function address() {
   values.append("k", topK.value);
   if (state.like) return `#${values}`;
   if (Number(sure.value)) values.append("sure", sure.value);
+  if (Number(closer.value)) values.append("closer", closer.value);
   for (const [facet, wanted] of state.where) for (const value of wanted) values.append(`where.${facet}`, value);
   for (const [facet, answer] of state.answers) {
     if (answer === null) values.append("unknown", facet); else values.append(`answer.${facet}`, answer);
@@ -182,6 +184,7 @@ async function search() {
     like: state.like, query: query.value.trim(), top_k: Number(topK.value), omega: Number(omega.value),
     where: Object.fromEntries(state.where), answers: Object.fromEntries(state.answers), suggest: state.talk,
     min_confidence: Number(sure.value) / 100,
+    rerank: Number(closer.value) ? { seconds: Number(closer.value) } : null,
   };
   if (!asked.like && !asked.query) return showWelcome();
   const problem = findProblem(asked);
@@ -302,10 +305,26 @@ function appendAnswer(answer) {
   at("more-line").hidden = answer.next_offset === null;
   const found = grid.children.length;
   const took = Math.max(1, Math.round(answer.took_ms));
-  status.textContent = `${found} ${found === 1 ? "image" : "images"}, best first, in ${took} ms${
-    answer.confidence === null ? "" : ` · the first is the person with a confidence of ${percent(answer.confidence)}`}${
-    answer.approximate ? " · approximate: some of the best may be missing" : ""}`;
+  const which = answer.reranking?.by === "engine" ? "most similar" : "first";
+  const confidence = answer.confidence === null ? ""
+    : ` · the ${which} is the person with a confidence of ${percent(answer.confidence)}`;
+  status.textContent = `${found} ${found === 1 ? "image" : "images"}, best first, in ${took} ms${confidence}${
+    howRanked(answer.reranking)}${answer.approximate ? " · approximate: some of the best may be missing" : ""}`;
   if (before) grid.children[before]?.querySelector("a").focus({ preventScroll: true });
+}
+
+function howRanked(reranking) {
+  if (!reranking) return "";
+  if (reranking.by === "plain") return ` · not ranked again: ${reranking.reason}`;
+  return ` · ranked again by the engine in ${reranking.seconds.toFixed(1)} s${
+    reranking.reason ? ` (${reranking.reason})` : ""}`;
+}
+
+// What the engine says of an image: the attributes of the description that it fits, and those in which it differs.
+function sayVerdicts(verdicts) {
+  const named = (wanted) => Object.entries(verdicts).filter(([, said]) => said === wanted).map(([name]) => readable(name));
+  return ["fits", "differs", "unseen"].map((said) => [said, named(said)]).filter(([, names]) => names.length)
+    .map(([said, names]) => `${said}: ${names.join(", ")}`).join(" · ");
 }
 
 function card(hit, rank) {
@@ -325,7 +344,8 @@ function card(hit, rank) {
       ? { textContent: percent(hit.belief), title: "Probability that this is the image, if it is among the best ones" }
       : { textContent: hit.similarity.toFixed(3), title: "Similarity" }), identity),
     bar(believed ? hit.belief : hit.similarity),
-    ...(believed ? [soft(`similarity ${hit.similarity.toFixed(3)}`)] : []), soft(parts));
+    ...(believed ? [soft(`similarity ${hit.similarity.toFixed(3)}`)] : []), soft(parts),
+    ...(hit.verdicts ? [soft(sayVerdicts(hit.verdicts))] : []));
   if (hit.summary) facts.append(make("details", {}, make("summary", { textContent: "Description" }), say(hit.summary)));
   const item = make("li", { className: "card" }, picture, facts);
   Object.assign(item.dataset, { image: hit.image_id, identity: hit.identity ?? "" });
@@ -647,6 +667,7 @@ query.addEventListener("keydown", (event) => {
 omega.addEventListener("input", () => { showOmega(); clearTimeout(pause); pause = setTimeout(refine, 200); });
 topK.addEventListener("change", refine);
 sure.addEventListener("change", refine);
+closer.addEventListener("change", refine);
 talkToggle.addEventListener("click", () => {
   state.talk = !state.talk;
   if (!state.talk) state.answers.clear();
@@ -698,6 +719,8 @@ async function showServed() {
     ? `${served.images.toLocaleString()} images · model ${served.model} · gallery ${served.gallery}`
     : `The service is starting: ${served.detail}`;
   at("sure-line").hidden = (served.calibrated_omega ?? null) === null;
+  at("closer-line").hidden = (served.rerank_seconds ?? null) === null;
+  closer.max = served.rerank_seconds ?? 0;
   if (!response.ok) setTimeout(showServed, 2000);
 }
 showServed();

@@ -37,7 +37,13 @@ def about_routes(service: Service, config: ServeConfig, closed: bool) -> APIRout
         images = len(service.snapshot.catalogue)
         calibration = service.snapshot.calibration_for(config)
         omega = calibration.omega if calibration else None
-        return Ready(model=edition.model_name, gallery=edition.gallery_name, images=images, calibrated_omega=omega)
+        return Ready(
+            model=edition.model_name,
+            gallery=edition.gallery_name,
+            images=images,
+            calibrated_omega=omega,
+            rerank_seconds=config.rerank_seconds_limit if config.rerank_engine else None,
+        )
 
     @about.get("/v1/status", responses=documented(401, 429))
     async def status() -> Status:

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ceca.config import ServeConfig
 from ceca.data.schema import NOBODY
+from ceca.dialogue.verdicts import Verdict
 from ceca.search.ranking import Hit
 from serve.audit import hashed, note
 from serve.query import Like, Query
@@ -26,6 +27,7 @@ from serve.schema import (
     ExplainRequest,
     ExplainResponse,
     LikeRequest,
+    Rerank,
     SearchHit,
     SearchRequest,
     SearchResponse,
@@ -75,6 +77,7 @@ def search_routes(service: Service, config: ServeConfig) -> APIRouter:
     async def search(request: SearchRequest, http: Request) -> SearchResponse:
         """The images that fit a description best."""
         _check_length(request.query, config)
+        _check_rerank(request.rerank, config)
         return await _answer(service, config, request.query, request, http)
 
     @v1.post("/search/like", responses=documented(404))
@@ -143,6 +146,7 @@ async def _answer(
         answers=request.answers if isinstance(request, SearchRequest) else {},
         suggest=isinstance(request, SearchRequest) and request.suggest,
         min_confidence=request.min_confidence if isinstance(request, SearchRequest) else 0.0,
+        rerank=request.rerank if isinstance(request, SearchRequest) else None,
     )
     note(http, query=query.logged)
     result = await service.search(query)
@@ -168,7 +172,8 @@ def _response(query: Query, result: SearchResult, page: Page, started: float, ap
     hits = result.hits[page.offset : page.end]
     beliefs = [None] * len(hits) if result.beliefs is None else result.beliefs[page.offset : page.end]
     edition = result.snapshot.edition
-    shown = zip(hits, beliefs, result.summaries[: len(hits)], result.paths[: len(hits)], strict=True)
+    verdicts = [result.verdicts.get(hit.image_id) for hit in hits]
+    shown = zip(hits, beliefs, result.summaries[: len(hits)], result.paths[: len(hits)], verdicts, strict=True)
     return SearchResponse(
         query=query.text,
         omega=query.omega,
@@ -180,10 +185,17 @@ def _response(query: Query, result: SearchResult, page: Page, started: float, ap
         question=result.question,
         confidence=result.confidence,
         approximate=approximate,
+        reranking=result.reranking,
     )
 
 
-def _hit(hit: Hit, belief: float | None, summary: str | None, source_path: str | None) -> SearchHit:
+def _hit(
+    hit: Hit,
+    belief: float | None,
+    summary: str | None,
+    source_path: str | None,
+    verdicts: Mapping[str, Verdict] | None,
+) -> SearchHit:
     return SearchHit(
         image_id=hit.image_id,
         identity=None if hit.identity == NOBODY else hit.identity,
@@ -194,6 +206,7 @@ def _hit(hit: Hit, belief: float | None, summary: str | None, source_path: str |
         summary=summary,
         source_path=source_path or "",
         image=f"/v1/images/{hit.image_id}",
+        verdicts=None if verdicts is None else dict(verdicts),
     )
 
 
@@ -230,3 +243,12 @@ def _check_length(query: str, config: ServeConfig) -> None:
     if len(query) > config.text_limit:
         message = f"the query has {len(query)} characters, at most {config.text_limit} are read: shorten it"
         raise invalid("query", "too_long", message)
+
+
+def _check_rerank(rerank: Rerank | None, config: ServeConfig) -> None:
+    if rerank is None:
+        return
+    limits = {"seconds": config.rerank_seconds_limit, "images": config.rerank_images_limit}
+    for name, limit in limits.items():
+        if getattr(rerank, name) > limit:
+            raise invalid("rerank", "less_than_equal", f"{name} is too large: this service gives an engine {limit:g}")

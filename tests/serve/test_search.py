@@ -178,6 +178,7 @@ def test_health_is_the_process_and_readiness_what_it_serves(running: Running) ->
         "gallery": "gallery-1",
         "images": 16,
         "calibrated_omega": None,
+        "rerank_seconds": None,
     }
 
 
