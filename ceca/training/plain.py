@@ -206,7 +206,8 @@ class PlainEngine:
         """Write this worker's share, if it has one of its own, and on rank 0 the rest."""
         rank, _ = world()
         if rank < self.shares:
-            shares = [{"weights": g.weights.detach(), **self.optimizer.state[g.weights]} for g in self.groups]
+            # A copy, because torch writes all that a view's memory holds, and this one's may hold all shares.
+            shares = [{"weights": g.weights.detach().clone(), **self.optimizer.state[g.weights]} for g in self.groups]
             torch.save(shares, folder / f"share-{rank:05}.pt")
         if rank == 0:
             trained = {name for group in self.groups for name in group.parameters}

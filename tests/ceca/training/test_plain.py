@@ -156,6 +156,8 @@ def test_any_number_of_workers_continues_a_checkpoint(start, tmp_path: Path, mon
             assert [len(group.weights) for group in third.groups] == [-(-g.numbers // 3) for g in whole.groups]
             assert torch.equal(third.module.backbone.clip.visual.proj, whole.module.backbone.clip.visual.proj)
             save_checkpoint(third, Progress(steps=2), folders[1])
+    sizes = [sum(file.stat().st_size for file in folder.glob("share-*.pt")) for folder in folders]
+    assert sizes[1] < 1.01 * sizes[0]
     again = engine_of(start, config)
     assert load_checkpoint(again, folders[1]).workers == 3
     assert skipped_steps(again) == 1
