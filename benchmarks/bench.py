@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import fastest
-from benchmarks.plain import random_batch
+from benchmarks.samples import random_batch
 from ceca.config import ModelConfig, OptimiserConfig, TrainConfig
 from ceca.model.backbone import trim
 from ceca.model.ceca import CECA

@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ceca.model.backbone as towers
 from benchmarks.bench import Bench, CheckFailed, distance, make_bench, require, timed
 from benchmarks.common import machine
-from benchmarks.plain import PlainEngine
 from benchmarks.speed import augmentation, decoding, embedding, search, speed
 from benchmarks.waits import MetaEngine, Operations, Waits
 from ceca.model.backbone import Packing
 from ceca.model.ceca import CECA
 from ceca.training.engine import skipped_steps, take_step
+from ceca.training.plain import PlainEngine
 from ceca.training.step import loss_terms, train_step
 
 
@@ -177,7 +177,7 @@ def precision(bench: Bench) -> dict[str, float]:
     batch, steps = bench.batch(8), 12 if bench.on_gpu else 5
     for name in ("fp32", "bf16", *(("fp16",) if bench.on_gpu else ())):
         config = bench.config(8, name, rate=1e-4)
-        engine = PlainEngine(bench.make_model(), config)
+        engine = PlainEngine(bench.make_model(), config, steps=1000)
         before = [parameter.detach().clone() for parameter in engine.module.parameters()]
         engine.backward(sum(p.float().sum() for p in engine.module.parameters()) * torch.nan)
         take_step(engine)
@@ -207,16 +207,16 @@ def resume(bench: Bench) -> dict[str, float]:
             _, _, terms = train_step(engine, batch, config, epoch=0, step=step, device=bench.device)
         return torch.stack(list(terms.values())).sum()
 
-    whole = PlainEngine(bench.make_model(), config)
+    whole = PlainEngine(bench.make_model(), config, steps=1000)
     steps(whole, range(2))
-    other = PlainEngine(bench.make_model(), config)
-    with tempfile.TemporaryFile() as file:
-        torch.save(whole.state_dict(), file)
-        file.seek(0)
-        other.load_state_dict(torch.load(file, map_location=bench.device, weights_only=True))
+    other = PlainEngine(bench.make_model(), config, steps=1000)
+    with tempfile.TemporaryDirectory() as folder:
+        whole.save_checkpoint(Path(folder))
+        other.load_checkpoint(Path(folder))
     wanted = steps(whole, range(2, 3))
     gap = distance(steps(other, range(2, 3)), wanted)
-    moved = max(distance(a, b) for a, b in zip(other.masters, whole.masters, strict=True))
+    expected = whole.weights()
+    moved = max(distance(weight, expected[name]) for name, weight in other.weights().items())
     require(max(gap, moved) < 1e-5, f"a resumed run differs: loss by {gap:.1e}, parameters by {moved:.1e}")
     return {"loss": gap, "parameters": moved}
 
@@ -238,7 +238,7 @@ def waits(bench: Bench) -> dict[str, Any]:
         require(not found.found, f"the host waits for copies: {found.found}")
         return {"waits": 0}
     config = bench.config(64, "bf16")
-    engine, batch = PlainEngine(bench.make_model(), config), bench.batch(64)
+    engine, batch = PlainEngine(bench.make_model(), config, steps=1000), bench.batch(64)
     for step in range(3):
         train_step(engine, batch, config, 0, step, bench.device)
     bench.wait()
@@ -255,7 +255,7 @@ def waits(bench: Bench) -> dict[str, Any]:
 def launches(bench: Bench) -> dict[str, Any]:
     """Operations that a step dispatches, and on a GPU the kernels that it launches."""
     config = bench.config(bench.batches[0], "bf16")
-    engine, batch = PlainEngine(bench.make_model(), config), bench.batch(bench.batches[0])
+    engine, batch = PlainEngine(bench.make_model(), config, steps=1000), bench.batch(bench.batches[0])
     train_step(engine, batch, config, 0, 0, bench.device)
     with Operations() as operations:
         train_step(engine, batch, config, 0, 1, bench.device)

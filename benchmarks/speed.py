@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.bench import Bench, distance, require, timed
-from benchmarks.plain import PlainEngine, text_tokens
+from benchmarks.samples import text_tokens
 from ceca.config import AugmentationConfig, TrainConfig
 from ceca.datasets.images import decode_image
 from ceca.search.topk import Rows, top_k
 from ceca.training.augment import augment_images, draw, generator, mask_words
 from ceca.training.flops import step_flops
+from ceca.training.plain import PlainEngine
 from ceca.training.step import train_step
 
 STEPS = {"cuda": 10, "cpu": 2}  # timed; two before them are not
@@ -36,7 +37,7 @@ def speed(bench: Bench) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for size in bench.batches:
         config, batch = bench.config(size, precision), bench.batch(size)
-        engine = PlainEngine(bench.make_model(), config)
+        engine = PlainEngine(bench.make_model(), config, steps=1000)
         measured = _measure(bench, engine, config, batch)
         needed = step_flops(bench.model, size, text_tokens(batch))
         measured["mfu"] = needed / (measured["ms"] / 1000) / peak
@@ -111,13 +112,13 @@ def _straightforward(bench: Bench, batch: dict[str, Any]) -> dict[str, float]:
 
 
 def _with_deepspeed(bench: Bench, config: TrainConfig, batch: dict[str, Any]) -> dict[str, float]:
-    """The same with DeepSpeed's engine, as the stage `train` has it."""
-    from ceca.training.engine import make_engine
+    """The same with DeepSpeed's engine."""
+    from ceca.training.engine import make_deepspeed
 
     os.environ |= {"DS_ACCELERATOR": bench.device.type, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    engine = make_engine(bench.make_model(), config, steps=1000)
+    engine = make_deepspeed(bench.make_model(), config, steps=1000)
     figures = _measure(bench, engine, config, batch)
     engine.destroy()
     return figures

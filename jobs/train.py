@@ -2,7 +2,7 @@
 
     python jobs/train.py --recipe cuhk_pedes --data s3://bucket/cuhk --name ceca-vitb16
 
-Ray Train starts the workers, DeepSpeed steps. The same command continues a run that was killed. The model is published
+Ray Train starts the workers. The same command continues a run that was killed. The model is published
 after the last epoch, with the weights of the epoch that was best on the validation split.
 """
 

@@ -138,7 +138,7 @@ class AugmentationConfig:
 
 @config
 class TrainConfig:
-    """Train CECA, or a method that it is compared with, on Ray Train and DeepSpeed."""
+    """Train CECA, or a method that it is compared with, on Ray Train."""
 
     name: Name = "ceca"
     """Name of the model below the dataset URI. Training under the same name resumes."""
@@ -191,7 +191,8 @@ class TrainConfig:
     """How the epoch is chosen: on the split `val`, or as the released programs choose it, on `test` with ω 0.5. All
     figures of such a model name the protocol."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = execution(1)
-    """DeepSpeed ZeRO stage: 1 splits optimiser states across workers, 2 also gradients, 3 also weights; 0 is off."""
+    """ZeRO stage: 1 splits optimiser states across workers, 2 also gradients, 3 also weights; 0 is off. DeepSpeed takes
+    the steps with 2 and 3."""
     offload: bool = execution(False)
     """Keep optimiser states in CPU memory; needs zero_stage 1 or more."""
     micro_batch: Positive | None = execution(None)
@@ -252,8 +253,3 @@ class TrainConfig:
             raise ValueError("summary_swap needs summaries: set summary_weight above 0")
         if self.precision == "fp16" and not self.gpus_per_worker:
             raise ValueError("precision fp16 needs a GPU; CPUs compute in fp32 or bf16")
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError(
-                "precision bf16 needs zero_stage 1 or more: without it DeepSpeed keeps no fp32 weights, and steps "
-                "finer than bf16 resolves are lost"
-            )

@@ -1,9 +1,10 @@
-"""The DeepSpeed engine of a training worker: how it is built, checkpointed and resumed with any number of workers.
+"""The engine of a training worker: which one it is, how it is checkpointed and resumed with any number of workers.
 
-Notable: a checkpoint is DeepSpeed's own (one file per rank) with our progress beside it. If the number of workers has
-changed, the checkpoint is first converted to DeepSpeed's universal form, which holds every parameter's state in one
-piece. DeepSpeed is imported in one place, `import_deepspeed`; each of its habits that training must work around has
-its reason where it is handled.
+Notable: ZeRO 0 and 1 have an engine of plain PyTorch (`plain`), whose steps cost the host less. DeepSpeed is for 2, 3
+and offload, and for runs that it began. Its checkpoint has one file per rank; if the number of workers has changed,
+it is first converted to DeepSpeed's universal form, which holds every parameter's state in one piece. DeepSpeed is
+imported in one place, `import_deepspeed`; each of its habits that training must work around has its reason where it
+is handled.
 """
 
 from __future__ import annotations
@@ -29,18 +30,17 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from ceca.config import OptimiserConfig, TrainConfig
+from ceca.config import TrainConfig
 from ceca.environment import cache_folder, temporary_folder
 from ceca.errors import UserError
 from ceca.model.ceca import CECA, HEADS
 from ceca.model.mixer import GlobalBatchNorm
 from ceca.training.curve import Curve
-from ceca.training.optimiser import parameter_groups, rate_schedule
-from ceca.training.workers import world
+from ceca.training.optimiser import NO_SMALLER_SCALE, SkippingAdam, first_loss_scale, parameter_groups, rate_schedule
+from ceca.training.plain import PlainEngine
+from ceca.training.workers import MANY_WORKERS, world
 
-MANY_WORKERS = 8  # from which gradients are added up in fp32: each addition in bf16 or fp16 rounds the sum
 MOST_IN_A_BUCKET = 2**26  # numbers that DeepSpeed reduces or gathers at once; of bf16, 134 MB
-SCALE_OF_A_MEAN = 16  # DeepSpeed's first loss scale in fp16 as a power of two; it suits the mean over a batch
 TAG = "state"  # the name under which DeepSpeed finds the state in a checkpoint
 
 
@@ -98,16 +98,29 @@ def import_deepspeed(module: str = "deepspeed") -> Any:
     return importlib.import_module(module)
 
 
-def make_engine(model: CECA, config: TrainConfig, steps: int) -> Any:
-    """Build a DeepSpeed engine around a model.
+def takes_deepspeed(config: TrainConfig, checkpoint: Path | None = None) -> bool:
+    """Whether a run needs DeepSpeed: for ZeRO 2, 3 and offload, or because its checkpoint is DeepSpeed's."""
+    return config.zero_stage > 1 or config.offload or (checkpoint is not None and (checkpoint / TAG).is_dir())
+
+
+def make_engine(model: CECA, config: TrainConfig, steps: int, checkpoint: Path | None = None) -> Any:
+    """Build a `PlainEngine` or, where `takes_deepspeed` says so, a DeepSpeed engine around a model.
 
     Args:
         model: the model to train; it takes over `micro_batch` and `recompute` from the settings.
         config: the settings of the run.
         steps: number of steps in one epoch.
+        checkpoint: the one that the run continues, if there is one.
     """
     model.micro_batch = config.micro_batch
     model.backbone.recompute = config.recompute
+    if takes_deepspeed(config, checkpoint):
+        return make_deepspeed(model, config, steps)
+    return PlainEngine(model, config, steps)
+
+
+def make_deepspeed(model: CECA, config: TrainConfig, steps: int) -> Any:
+    """Build a DeepSpeed engine; arguments as `make_engine`."""
     optimiser = _make_optimiser(model, config)
     factor = rate_schedule(config.optimiser, config.epochs, steps)
     engine, *_ = import_deepspeed().initialize(
@@ -134,24 +147,21 @@ def _reduce_nothing(engine: Any) -> None:
 def take_step(engine: Any) -> None:
     """Let the optimiser step, unless a gradient is not finite; all ranks call this after the backward pass.
 
-    The device decides and the host does not wait, except in fp16, with ZeRO 3 and with offload: there DeepSpeed looks
-    at the gradients itself. `skipped_steps` counts both.
+    The device decides and the host does not wait, except with DeepSpeed in fp16, with ZeRO 3 and with offload: there
+    it looks at the gradients itself. `skipped_steps` counts both.
 
     Args:
         engine: what `make_engine` returned.
     """
-    adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if isinstance(adam, SkippingAdam) and not engine.fp16_enabled() and engine.zero_optimization_stage() < 3:
-        largest = torch.stack(torch._foreach_norm(_gradients(engine), torch.inf)).amax()
-        adam.found_inf = 1.0 - torch.isfinite(largest).float()
-        if world()[1] > 1:
-            torch.distributed.all_reduce(adam.found_inf, torch.distributed.ReduceOp.MAX)
-        adam.skipped = adam.skipped + adam.found_inf  # it begins on the CPU, before DeepSpeed moves the model
+    if not isinstance(engine, PlainEngine):
+        adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        if isinstance(adam, SkippingAdam) and not engine.fp16_enabled() and engine.zero_optimization_stage() < 3:
+            adam.look_at(_gradients(engine))
     engine.step()
 
 
 def _gradients(engine: Any) -> list[Tensor]:
-    """The gradients that this rank's optimiser is about to use."""
+    """The gradients that DeepSpeed's optimiser of this rank is about to use."""
     if engine.zero_optimization_stage() == 0:
         return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     groups = engine.optimizer.averaged_gradients.values()
@@ -160,17 +170,10 @@ def _gradients(engine: Any) -> list[Tensor]:
 
 def skipped_steps(engine: Any) -> int:
     """Number of steps that were not taken, because a gradient was not finite. The host waits for the device."""
+    if isinstance(engine, PlainEngine):
+        return engine.skipped_steps()
     adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return max(int(engine.skipped_steps), int(adam.skipped) if isinstance(adam, SkippingAdam) else 0)
-
-
-class SkippingAdam(torch.optim.Adam):
-    """Adam in one kernel per group, which takes no step if `found_inf` is 1; `skipped` counts these steps."""
-
-    def __init__(self, groups: list[dict[str, Any]], config: OptimiserConfig):
-        super().__init__(groups, betas=config.betas, eps=config.epsilon, fused=True)
-        self.skipped = torch.zeros((), device=groups[0]["params"][0].device)
-        self.found_inf = torch.zeros_like(self.skipped)
 
 
 def _make_optimiser(model: CECA, config: TrainConfig) -> torch.optim.Optimizer:
@@ -253,19 +256,8 @@ def deepspeed_config(config: TrainConfig, parameters: int = MOST_IN_A_BUCKET) ->
     if config.precision == "bf16" and unchecked:
         settings["bf16"]["check_grad_overflow"] = False
     if config.precision == "fp16":
-        settings["fp16"]["initial_scale_power"] = _first_loss_scale(config)
+        settings["fp16"]["initial_scale_power"] = first_loss_scale(config)
     return settings
-
-
-def _first_loss_scale(config: TrainConfig) -> int:
-    """The first loss scale of fp16 as a power of two.
-
-    The loss is multiplied by the number of workers, and TAL is a sum over the batch. DeepSpeed's own first scale would
-    overflow in the first steps, and each overflow skips a step.
-    """
-    summed = any(term.startswith("tal_") for term in config.losses.terms)
-    factor = config.workers * (config.global_batch if summed else 1)
-    return max(0, SCALE_OF_A_MEAN - math.ceil(math.log2(factor)))
 
 
 @contextlib.contextmanager
@@ -276,10 +268,7 @@ def explained_overflow() -> Iterator[None]:
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
-        raise UserError(
-            "the gradients are not finite, although fp16's loss scale is as small as it can be; lower the learning "
-            "rates or use precision bf16, under another --name"
-        ) from error
+        raise UserError(NO_SMALLER_SCALE) from error
 
 
 def keep_statistics_in_fp32(model: CECA) -> None:
@@ -320,6 +309,8 @@ def published_weights(engine: Any, model: CECA) -> dict[str, torch.Tensor]:
     state = {
         name: value.float() if value.is_floating_point() else value for name, value in model.published_state().items()
     }
+    if isinstance(engine, PlainEngine):
+        return state | {name: exact for name, exact in engine.weights().items() if name in state}
     full = import_deepspeed("deepspeed.utils").safe_get_full_fp32_param
     for name, parameter in engine.module.named_parameters():
         if name in state and (exact := full(parameter)) is not None:  # none without ZeRO
@@ -342,8 +333,11 @@ def save_checkpoint(engine: Any, progress: Progress, folder: Path) -> None:
     """
     rank, progress.workers = world()
     progress.zero_stage = engine.zero_optimization_stage()
-    engine.skipped_steps = skipped_steps(engine)
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    if isinstance(engine, PlainEngine):
+        engine.save_checkpoint(folder)
+    else:
+        engine.skipped_steps = skipped_steps(engine)
+        engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     if rank == 0:
         progress.save(folder)
 
@@ -357,7 +351,8 @@ def load_checkpoint(engine: Any, folder: Path, node: str = "alone") -> Progress:
         node: name of this machine among the nodes of the run; its workers share one converted copy.
 
     Raises:
-        UserError: the checkpoint is from another ZeRO stage, or holds more than tensors and DeepSpeed's records.
+        UserError: the checkpoint is from another ZeRO stage or was written without offload, or holds more than tensors
+            and DeepSpeed's records.
     """
     progress = Progress.load(folder)
     stage = engine.zero_optimization_stage()
@@ -366,6 +361,12 @@ def load_checkpoint(engine: Any, folder: Path, node: str = "alone") -> Progress:
             f"the last checkpoint is from ZeRO {progress.zero_stage} and this run has {stage}; resume with "
             f"--zero-stage {progress.zero_stage} or start anew under another --name"
         )
+    if isinstance(engine, PlainEngine):
+        with _only_tensors(folder):
+            engine.load_checkpoint(folder)
+        return progress
+    if not (folder / TAG).is_dir():
+        raise UserError("the last checkpoint was written without offload; resume without --offload")
     with _running_no_code(folder):
         if stage == 0 or progress.workers == world()[1]:
             engine.load_checkpoint(str(folder), tag=TAG)
@@ -391,6 +392,18 @@ def _restore_adam(engine: Any) -> None:
 
 
 @contextlib.contextmanager
+def _only_tensors(folder: Path) -> Iterator[None]:
+    """In this block a file of the checkpoint that holds more than tensors is a UserError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the checkpoint {folder} holds more than tensors, and no code in it is run: it is damaged, or "
+            f"somebody else wrote it; remove it and train again ({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+@contextlib.contextmanager
 def _running_no_code(folder: Path) -> Iterator[None]:
     """In this block torch reads only tensors and DeepSpeed's records from files. DeepSpeed asks it to read anything.
 
@@ -407,14 +420,9 @@ def _running_no_code(folder: Path) -> Iterator[None]:
         _environment_variable("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0"),
         _environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"),
         torch.serialization.safe_globals(records),
+        _only_tensors(folder),
     ):
-        try:
-            yield
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"the checkpoint {folder} holds more than tensors, and no code in it is run: it is damaged, or "
-                f"somebody else wrote it; remove it and train again ({' '.join(str(error).split())[:200]})"
-            ) from None
+        yield
 
 
 def _load_universal(engine: Any, folder: Path) -> None:

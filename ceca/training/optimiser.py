@@ -1,4 +1,4 @@
-"""The optimiser's parameter groups and its learning-rate schedule (method: Optimisation).
+"""The optimiser, its parameter groups and its learning-rate schedule (method: Optimisation).
 
 Notable: CLIP and the new modules have rates of their own, and biases have groups of their own without weight decay.
 The rates are stated for the published global batch; `batch_rule` says how another batch changes them.
@@ -10,11 +10,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ceca.config import OptimiserConfig
+from ceca.config import OptimiserConfig, TrainConfig
+from ceca.training.workers import world
 
 REFERENCE_BATCH = 64  # the published global batch; the configured rates are for this one
+SCALE_OF_A_MEAN = 16  # the first loss scale in fp16 as a power of two; it suits the mean over a batch
+NO_SMALLER_SCALE = (
+    "the gradients are not finite, although fp16's loss scale is as small as it can be; lower the learning rates or "
+    "use precision bf16, under another --name"
+)
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig, batch: int = REFERENCE_BATCH) -> list[dict[str, Any]]:
@@ -80,3 +87,40 @@ def rate_factor(step: int, *, warmup: float, total: int, start: float) -> float:
     if step < warmup:
         return start + (1 - start) * step / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+
+
+class SkippingAdam(torch.optim.Adam):
+    """Adam in one kernel per group, which takes no step if `found_inf` is 1; `skipped` counts these steps.
+
+    Args:
+        groups: what `parameter_groups` returned, or groups like these.
+        config: β1, β2 and ε.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimiserConfig):
+        super().__init__(groups, betas=config.betas, eps=config.epsilon, fused=True)
+        self.skipped = torch.zeros((), device=groups[0]["params"][0].device)
+        self.found_inf = torch.zeros_like(self.skipped)
+        self.grad_scale: Tensor | None = None  # by which gradients are divided
+
+    def look_at(self, gradients: list[Tensor]) -> None:
+        """Let the next step be skipped if one of these gradients is not finite on any worker; all workers call this.
+
+        The device decides, and the host does not wait.
+        """
+        largest = torch.stack(torch._foreach_norm(gradients, torch.inf)).amax()
+        self.found_inf = 1.0 - torch.isfinite(largest).float()
+        if world()[1] > 1:
+            torch.distributed.all_reduce(self.found_inf, torch.distributed.ReduceOp.MAX)
+        self.skipped = self.skipped + self.found_inf  # it begins on the CPU, before DeepSpeed moves the model
+
+
+def first_loss_scale(config: TrainConfig) -> int:
+    """The first loss scale of fp16 as a power of two.
+
+    The loss is multiplied by the number of workers, and TAL is a sum over the batch. A scale that suits a mean would
+    overflow in the first steps, and each overflow skips a step.
+    """
+    summed = any(term.startswith("tal_") for term in config.losses.terms)
+    factor = config.workers * (config.global_batch if summed else 1)
+    return max(0, SCALE_OF_A_MEAN - math.ceil(math.log2(factor)))

@@ -15,6 +15,8 @@ from torch import Tensor
 from ceca.model.ceca import Features
 from ceca.training.order import batch_slice
 
+MANY_WORKERS = 8  # from which gradients are added up in fp32: each addition in bf16 or fp16 rounds the sum
+
 
 def world() -> tuple[int, int]:
     """This worker's rank and the number of workers; (0, 1) without a process group."""

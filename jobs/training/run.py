@@ -1,4 +1,4 @@
-"""A training run from its samples to the published model: Ray Train starts the workers, DeepSpeed steps."""
+"""A training run from its samples to the published model: Ray Train starts the workers."""
 
 from __future__ import annotations
 

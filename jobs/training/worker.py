@@ -1,4 +1,4 @@
-"""The work of every training worker: DeepSpeed steps over the global batch, validation, checkpoints.
+"""The work of every training worker: steps over the global batch, validation, checkpoints.
 
 A checkpoint is taken every `checkpoint_every` steps, after `checkpoint_minutes` and at the end of every epoch, and is
 uploaded while training goes on. It carries the number of finished steps, so a run continues in the middle of an epoch
@@ -42,6 +42,7 @@ from ceca.training.engine import (
     published_weights,
     save_checkpoint,
     skipped_steps,
+    takes_deepspeed,
     whole_model,
 )
 from ceca.training.order import Batches
@@ -75,8 +76,12 @@ def train_worker(settings: dict[str, Any]) -> None:
         model.add_heads(samples.identities)
     batches = Batches.of(samples.visited, config)
     scratch = _scratch()
-    engine = make_engine(model, config, len(batches))
-    progress = _resume(engine, config, len(batches))
+    with _last_checkpoint() as checkpoint:
+        if takes_deepspeed(config, checkpoint):
+            import_deepspeed()  # the accelerator is chosen
+            quiet()
+        engine = make_engine(model, config, len(batches), checkpoint)
+        progress = _resume(engine, config, len(batches), checkpoint)
     if not progress.steps and config.model.pretrained is not None:
         _tell_start(start, config)
         if not start.at_random:
@@ -115,7 +120,6 @@ def _prepare_device(config: TrainConfig, size: int) -> torch.device:
     """Choose DeepSpeed's accelerator and the device; on CPU also the number of threads."""
     on_gpu = config.gpus_per_worker > 0
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
-    import_deepspeed()  # after the accelerator is chosen
     quiet()
     if on_gpu:
         return torch.device("cuda", torch.cuda.current_device())
@@ -193,7 +197,7 @@ def _train(
 
 
 def _count_skipped(engine: Any, progress: Progress, config: TrainConfig) -> None:
-    """Count the steps that DeepSpeed skipped since the last call, and say so."""
+    """Count the steps that were skipped since the last call, and say so."""
     skipped = skipped_steps(engine)
     if skipped > progress.skipped and world()[0] == 0:
         tell(
@@ -336,13 +340,22 @@ def _checkpoint(engine: Any, progress: Progress, watch: Watch | None, scratch: P
     )
 
 
-def _resume(engine: Any, config: TrainConfig, steps: int) -> Progress:
-    """Load the last checkpoint of this run, if there is one, and say where training continues."""
+@contextlib.contextmanager
+def _last_checkpoint() -> Iterator[Path | None]:
+    """The folder of this run's last checkpoint within the block; None if there is no checkpoint."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return Progress()
+        yield None
+        return
     with checkpoint.as_directory() as folder:
-        progress = load_checkpoint(engine, Path(folder), ray.get_runtime_context().get_node_id())
+        yield Path(folder)
+
+
+def _resume(engine: Any, config: TrainConfig, steps: int, folder: Path | None) -> Progress:
+    """Load a checkpoint, if there is one, and say where training continues."""
+    if folder is None:
+        return Progress()
+    progress = load_checkpoint(engine, folder, ray.get_runtime_context().get_node_id())
     if world()[0] == 0:
         epoch, step = divmod(progress.steps, steps)
         place = f"after epoch {epoch}" if not step else f"after step {step} of epoch {epoch + 1}"

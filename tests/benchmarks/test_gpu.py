@@ -13,13 +13,14 @@ import torch.nn.functional as F
 
 import ceca.model.backbone as towers
 from benchmarks import bench as benches
-from benchmarks import gpu, speed
+from benchmarks import speed
 from benchmarks.bench import CheckFailed, make_bench
 from benchmarks.gpu import CHECKS, Settings, main
-from benchmarks.plain import PlainEngine
 from ceca.model.backbone import Packing
 from ceca.model.ceca import CECA
 from ceca.search.topk import Best
+from ceca.training.optimiser import SkippingAdam
+from ceca.training.plain import PlainEngine
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -46,26 +47,31 @@ def read(value: torch.Tensor) -> torch.Tensor:
 
 
 def forgetful(patch: pytest.MonkeyPatch) -> None:
-    """A checkpoint without the optimiser's state."""
-    patch.setattr(torch.optim.Optimizer, "load_state_dict", lambda self, state: None)
+    """A checkpoint that leaves out Adam's states."""
+    load = PlainEngine.load_checkpoint
+
+    def without_states(engine: PlainEngine, folder: Path) -> None:
+        load(engine, folder)
+        engine.optimizer.state.clear()
+
+    patch.setattr(PlainEngine, "load_checkpoint", without_states)
 
 
 def careless(patch: pytest.MonkeyPatch) -> None:
     """Steps without a look at the gradients."""
-    patch.setattr("ceca.training.step.take_step", lambda engine: engine.step())
-    patch.setattr(gpu, "take_step", lambda engine: engine.step())
+    patch.setattr(SkippingAdam, "look_at", lambda adam, gradients: None)
 
 
 def thorough(patch: pytest.MonkeyPatch) -> None:
     """A look at each single gradient, as DeepSpeed's."""
 
-    def take_step(engine: PlainEngine) -> None:
-        for parameter in engine.parameters:
-            if parameter.grad is not None:
-                torch.isfinite(parameter.grad).all().logical_not()
-        engine.step()
+    def step(engine: PlainEngine) -> None:
+        for parameter in engine.module.parameters():
+            torch.isfinite(parameter).all().logical_not()
+        right(engine)
 
-    patch.setattr("ceca.training.step.take_step", take_step)
+    right = PlainEngine.step
+    patch.setattr(PlainEngine, "step", step)
 
 
 def wrongly_compiled(patch: pytest.MonkeyPatch) -> None:

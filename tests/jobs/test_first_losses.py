@@ -103,7 +103,6 @@ def test_the_first_five_losses_are_those_of_a_plain_loop(one_worker: None) -> No
     for step in range(5):
         _, _, terms = train_step(engine, batch(step), config, step // STEPS, step % STEPS, torch.device("cpu"))
         found.append(sum(value.item() for value in terms.values()))
-    engine.destroy()
     assert found == pytest.approx(expected, rel=1e-4)
     assert len({round(loss, 2) for loss in found}) == 5
 
@@ -149,4 +148,3 @@ def test_a_divided_epoch_learns_from_the_pairs_that_its_model_calls_clean(one_wo
     assert terms["tal_local"].item() == pytest.approx(
         tal(f.local_text, f.local_visual, same)[chosen].sum().item(), rel=1e-5
     )
-    engine.destroy()
