@@ -457,6 +457,7 @@ def kill_engines(since: float) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eight_clients_are_answered_in_time_while_the_engine_comes_and_goes(
     running: Running, endpoint: ChatServer, store: Store
 ) -> None:
