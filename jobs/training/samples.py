@@ -41,7 +41,10 @@ def training_set(sets: Sequence[InputSet], config: TrainConfig, steps: int | Non
         )
         for number, each in enumerate(sets)
     ]
-    joined = join_sets(samples, [len(each.tables["images"].parts) for each in sets])
+    if len(samples) == 1:
+        joined = samples[0]  # not copied, for texts may fill much of the memory
+    else:
+        joined = join_sets(samples, [len(each.tables["images"].parts) for each in sets])
     if not len(Batches.of(joined.visited, config)):
         raise UserError(
             f"split {config.split!r} has {joined.visited} image-caption pairs, fewer than one global batch of "
