@@ -30,7 +30,6 @@ from ceca.environment import usable_gpus
 from ceca.errors import UserError
 from ceca.model.registry import PublishedModel, require_model
 from ceca.settings import to_mapping
-from jobs.evaluations.recall import measure_recall
 from jobs.runtime.console import console, entry
 from jobs.runtime.embed import ImagePlan, plan_images
 from jobs.runtime.records import Joined, Units, from_json, to_json
@@ -60,6 +59,8 @@ def index(data: str, config: IndexConfig, *, redo: bool = False) -> dict[str, Ma
     store = Store(data)
     published = _index(store, config, redo)
     if config.approximate:
+        from jobs.evaluations.recall import measure_recall
+
         published["recall"] = measure_recall(store, published["gallery"], config.model, config.approximate, redo=redo)
     return published
 

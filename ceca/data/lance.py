@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ceca.data.filesystems import s3_endpoint
-from ceca.data.schema import TIME
+from ceca.data.schema import TIME, TRACKLET
 from ceca.data.store import Store
 from ceca.data.webdataset import samples
 from ceca.errors import UserError
@@ -20,6 +20,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.string()) for name in ("image_id", "split", "camera", "source_path")),
         pa.field("identity", pa.int64()),
         TIME,
+        TRACKLET,
         pa.field("captions", pa.list_(pa.string())),
         pa.field("summary", pa.string()),
     ]

@@ -148,13 +148,13 @@ def refuses(text: str) -> bool:
     return (refusing or nothing_else) and not describing
 
 
+_LABEL = r"(?:the |a )?(?:short |final |brief )?(?:summary|description|answer|caption|output|response)"
 _NOTHING = re.compile(
-    r"(?:the |a )?(?:(?:short |final |brief )?"
-    r"(?:summary|description|answer|caption|person|output|response)(?: is)?\b)?\W*"
+    rf"(?:{_LABEL}(?: is)?)?|(?:(?:{_LABEL}|(?:the |a )?person)(?: is)?\b)?\W*"
     r"(?:n[/. ]?a|nan|none|null|nil|nothing|undefined|unknown|unavailable|empty|error|tbd|unclear|"
     r"(?:is )?(?:not|un)[ -]?(?:applicable|available|known|specified|provided|visible|clear|sure|determined)|"
     r"no (?:summary|description|answer|caption|person|data|text|information|info|output|response|comment)"
-    r"(?: (?:is |was )?(?:available|provided|given|visible|found|possible))?)?",
+    r"(?: (?:is |was )?(?:available|provided|given|visible|found|possible))?)",
     re.IGNORECASE,
 )
 

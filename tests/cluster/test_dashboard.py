@@ -65,7 +65,7 @@ def queries() -> list[str]:
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     ours = exported()
-    assert len(ours) == 11
+    assert len(ours) == 13
     used = set()
     for query in queries():
         names = set(re.findall(r"\b(ray_\w+|DCGM_\w+)\b", query)) - {"ray_io_cluster"}

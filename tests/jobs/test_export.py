@@ -163,7 +163,14 @@ def test_a_lance_dataset_holds_what_is_known_and_is_read_again(tmp_path: Path):
     first = dataset.take([0]).to_pylist()[0]
     assert len(first.pop("image_id")) == 16
     texts = {"captions": [summarize(0)], "summary": summarize(0)}
-    known = {"identity": 0, "split": "test", "camera": "c0", "time": taken(0), "source_path": "0000.jpg"}
+    known = {
+        "identity": 0,
+        "split": "test",
+        "camera": "c0",
+        "time": taken(0),
+        "source_path": "0000.jpg",
+        "tracklet": "walk 0",
+    }
     assert first == {"image": draw_person(0), **known, **texts}
 
     read_again(out)

@@ -222,7 +222,15 @@ def test_a_summary_without_a_word_that_describes_says_nothing(text: str):
 @pytest.mark.parametrize(
     "text",
     [
-        *("a man", "A woman in red.", "Nothing is carried by the man.", "A man with no bag.", "man", "N/A jacket, man"),
+        *(
+            "a man",
+            "a person",
+            "A woman in red.",
+            "Nothing is carried by the man.",
+            "A man with no bag.",
+            "man",
+            "N/A jacket, man",
+        ),
         *("The person is unknown but wears a coat.", "None of the clothes is red.", "Navy coat", "一个男人", "мужчина"),
     ],
 )
