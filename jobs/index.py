@@ -214,16 +214,20 @@ def _unchanged(store: Store, earlier: Manifest, images: Images, made_from: dict[
     """Keys of the images that had the same picture and summary when the earlier gallery was made, [N]."""
     images = images.take(_same_pictures(store, earlier, images))
     version = earlier.made_from.get("dialogues")
-    if version is None and "dialogues" not in made_from:
+    before = store.manifest("dialogues", version) if version else None
+    is_same = version == made_from.get("dialogues")
+    has_common = before is not None and before.config.get("agree", "none") != "none"
+    if is_same and not has_common:
         return images.keys
     # If that version of the dialogues is gone, the earlier summaries are unknown and no image counts as unchanged.
-    before = store.manifest("dialogues", version) if version else None
     if before is None or not before.rows:
         return images.keys[:0]
-    assert images.dialogues is not None, "a model that uses summaries made the earlier gallery"
     told_before = Positions(read_keys(store, before)).find(images.keys)
-    same = (told_before >= 0) & ~_dropped(store, before)[told_before]
-    if version != made_from.get("dialogues"):
+    same = told_before >= 0
+    if has_common:
+        same &= ~_dropped(store, before)[told_before]
+    if not is_same:
+        assert images.dialogues is not None, "a model that uses summaries made the earlier gallery"
         same &= _digests(store, before)[told_before] == _digests(store, images.dialogues)[images.told]
     return images.keys[same]
 
