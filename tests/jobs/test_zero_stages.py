@@ -113,7 +113,6 @@ def plain_engine(model: CECA, config: TrainConfig) -> PlainEngine:
             group.weights.data.sub_(RATE * group.weights.grad)
 
     engine.optimizer.step = descend
-    engine.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1.0)
     return engine
 
 
