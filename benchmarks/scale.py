@@ -55,7 +55,7 @@ class Settings:
     sections: tuple[str, ...] = ()
     """What is measured; by default everything."""
     embeddings: bool = True
-    """Make embeddings of 512 + 1,024 numbers, of which the replicas are opened; else of 4 + 4, and no replica."""
+    """Make embeddings of 512 + 1,024 numbers. Otherwise they have 4 + 4, and no search replica is measured."""
     keep: str = ""
     """Folder in which the datasets are left, and found again by the next run."""
     picture: str = ""

@@ -105,7 +105,7 @@ class Reranker:
 
         Args:
             query: it asks for re-ranking.
-            result: its hits, best first, at least as many as it wants judged, if there are.
+            result: its hits, best first: as many as the query wants judged, or more, unless there are fewer.
         """
         assert query.rerank is not None
         wanted, started, found, weight = query.rerank, time.monotonic(), Findings(), 0.0

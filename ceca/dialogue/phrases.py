@@ -59,7 +59,7 @@ def write_answers(seen: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def write_summary(seen: Mapping[str, str], random: np.random.Generator) -> str:
-    """A summary in one of three wordings; if attributes are missing, the answers of which none is.
+    """A summary in one of three wordings. If attributes are missing: the answers that need none of them.
 
     Args:
         seen: attribute → value.

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ceca.data.names import RECALL
-from ceca.data.store import Store
+from ceca.data.store import Manifest, Store
 from ceca.errors import UserError
 from ceca.search.edition import Edition
 from ceca.search.gallery import Gallery
@@ -42,6 +42,16 @@ def sample_rows(rows: int) -> Sequence[int]:
     return np.unique(np.linspace(0, rows - 1, min(rows, TEXTS)).astype(int)).tolist()  # type: ignore[no-any-return]
 
 
+def least_recall(store: Store, measured: Manifest) -> float:
+    """The least recall of all ω that were measured.
+
+    Args:
+        store: the dataset.
+        measured: the table of recall.
+    """
+    return float(min(store.read(measured, ["recall"])["recall"].to_pylist()))
+
+
 def require_recall(store: Store, edition: Edition, share: float, least: float) -> None:
     """Refuse an approximate search whose recall is not known, or below what is asked for.
 
@@ -63,7 +73,7 @@ def require_recall(store: Store, edition: Edition, share: float, least: float) -
             f"measured: run `ceca index --approximate {share:g}` with the settings of that gallery, or ask for no "
             "least recall"
         )
-    recall = min(store.read(measured, ["recall"])["recall"].to_pylist())
+    recall = least_recall(store, measured)
     if recall < least:
         raise UserError(
             f"an approximate search that compares {share:.2%} of gallery {edition.gallery} finds {recall:.1%} of the "

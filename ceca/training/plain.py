@@ -33,7 +33,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 class _Group:
-    """The parameters of one group of the optimiser in one buffer, of which each worker holds a share in fp32.
+    """One buffer with the parameters of one group of the optimiser. Each worker holds a share of it in fp32.
 
     Args:
         parameters: by name, fp32; they become views of the buffer.

@@ -9,7 +9,7 @@ from ceca.data.names import RECALL
 from ceca.data.store import Manifest, Store, StoreError, version_of
 from ceca.search.edition import find_edition
 from ceca.search.gallery import open_gallery
-from ceca.search.recall import OMEGAS, TOP_K, find_recall, sample_rows
+from ceca.search.recall import OMEGAS, TOP_K, find_recall, least_recall, sample_rows
 from jobs.runtime.console import console
 from jobs.runtime.units import Output, Plan, Workers, run_plan
 
@@ -53,7 +53,7 @@ def measure_recall(store: Store, gallery: Manifest, model: str, share: float, *,
         config={"gallery": gallery.version, "approximate": share},
     )
     published = run_plan(store, plan, Workers(1, cpus=1), redo=redo)[RECALL]
-    recall = min(store.read(published, ["recall"])["recall"].to_pylist())
+    recall = least_recall(store, published)
     console.print(f"recall: comparing {share:.2%} of the images exactly finds {recall:.1%} of the ten best")
     return published
 

@@ -31,7 +31,7 @@ class Looks:
     def __init__(self, count: int):
         self.people = {hashlib.sha256(draw_person(number)).hexdigest()[:12]: number for number in range(count)}
         self.seconds = 0.0  # delay of an answer
-        self.silent: set[int] = set()  # people about whom it never answers
+        self.silent: set[int] = set()  # numbers of people; questions about them get no answer
         self.away = False  # behind a gateway that says so
         self.asked: Counter[tuple[int, str]] = Counter()  # (person, attribute) → number of questions
 

@@ -404,7 +404,7 @@ HAIR, SHOES = "a person with long brown hair", "a person in white boots"
 
 
 class Crowd:
-    """Eight clients, each of which searches plainly and with the engine, by turns, until it is stopped."""
+    """Eight clients. Each searches without the engine and with it, in turns, until it is stopped."""
 
     def __init__(self, url: str):
         self.url, self.query, self.going = url, QUERY, True

@@ -17,7 +17,7 @@ from ceca.datasets.records import DatasetError
 from ceca.datasets.rows import SPLIT_NAMES, Row, find_columns, parse_columns
 from ceca.datasets.sources.arrow import STATE, arrow_rows, parquet_rows, saved_files
 from ceca.datasets.sources.files import Files, folder_rows
-from ceca.datasets.sources.lance import lance_folders, lance_rows
+from ceca.datasets.sources.lance import ENDING, lance_folders, lance_rows
 from ceca.datasets.sources.layout import LayoutSource
 from ceca.datasets.sources.source import Source
 from ceca.datasets.sources.tables import ENDINGS, ending, text_rows
@@ -126,7 +126,7 @@ def _open_table(
     if layout == "huggingface":
         return Source(layout, source, Files(fs, root), partial(_saved_rows, fs, root), given)
     if layout == "lance":
-        if not fs.isdir(root) or not (folders := lance_folders(fs, root)):
+        if not fs.isdir(root) or not (folders := lance_folders(fs, root, files)):
             raise DatasetError(f"{source!r} is no Lance dataset, and holds none")
         return Source(layout, source, Files(fs, root), partial(_lance_rows, fs, root, folders), given)
     home, names = root, files
@@ -202,11 +202,16 @@ def _split_of(name: str) -> str | None:
 
 
 def _files(fs: Any, root: str) -> list[str]:
-    """Names of the files in a folder, and below it, in some folders, of Parquet and tar files and pictures."""
+    """Names of the files in a folder, and below it, in some folders, of Parquet and tar files and pictures.
+
+    Folders of Lance datasets are among them, with a slash at the end.
+    """
     found = []
     for folder, folders, names in itertools.islice(fs.walk(root, maxdepth=2), 1000):
         below = folder[len(root) :].strip("/")
         folders.sort()
+        if not below:
+            found += [f"{name}/" for name in folders if name.endswith(ENDING)]
         for name in sorted(names):
             told = not below or ending(name) in HOLDERS or ending(name)[1:] in PICTURES
             if name and not name.startswith(".") and told:
@@ -230,7 +235,7 @@ def _find_kind(fs: Any, root: str, source: str, files: list[str], given: Mapping
         raise DatasetError(f"{source!r} is no source: expected a folder, {', '.join(TABLES)} or .tar")
     if STATE in files or "dataset_dict.json" in files:
         return "huggingface"
-    if lance_folders(fs, root):
+    if lance_folders(fs, root, files):
         return "lance"
     if present_layouts(fs, root) and not given:
         return find_layout(fs, root, source).name

@@ -19,12 +19,18 @@ VERSIONS = "_versions"  # folder in each Lance dataset
 ENDING = ".lance"  # of such a folder's name
 
 
-def lance_folders(fs: Any, root: str) -> list[str]:
-    """Names of the Lance datasets in a folder; an empty one if the folder is such a dataset itself."""
+def lance_folders(fs: Any, root: str, there: Sequence[str]) -> list[str]:
+    """Names of the Lance datasets in a folder; an empty one if the folder is such a dataset itself.
+
+    Args:
+        fs: its filesystem.
+        root: its path.
+        there: what it holds; names of folders end with a slash.
+    """
     if fs.isdir(f"{root}/{VERSIONS}"):
         return [""]
-    names = sorted(PurePosixPath(path).name for path in fs.ls(root, detail=False))
-    return [name for name in names if name.endswith(ENDING) and fs.isdir(f"{root}/{name}/{VERSIONS}")]
+    named = (name.rstrip("/") for name in there if name.endswith(f"{ENDING}/"))
+    return [name for name in named if fs.isdir(f"{root}/{name}/{VERSIONS}")]
 
 
 def lance_rows(fs: Any, path: str, name: str) -> Iterator[Row | Reject]:
