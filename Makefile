@@ -36,8 +36,8 @@ serve: install  ## the search page on the demo's result
 test: install browser promtool  ## the tests, two at a time
 	$(BIN)/python -m pytest -n 2 --durations=20
 
-drill: install  ## the slow tests: losing actors, nodes and jobs, reads cut, a full disk, wrong clocks
-	$(BIN)/python -m pytest -m "slow and not long" --durations=40
+drill: install  ## the slow tests, two at a time: losing actors, nodes and jobs, reads cut, a full disk, wrong clocks
+	$(BIN)/python -m pytest -m "slow and not long" -n 2 --no-loadscope-reorder --timeout 600 --durations=40
 
 long: install  ## the slow tests for which CI has no time
 	$(BIN)/python -m pytest -m long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
+import psutil
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 from xdist.scheduler import LoadScopeScheduling
@@ -19,6 +21,7 @@ from cluster.object_store import S3Server, free_port, serve_s3
 REPOSITORY = Path(__file__).parent.parent
 # Tests that share what is slow to start, by the first of these that begins their file's name.
 TOGETHER = {"tests/jobs/": "stages", "tests/cluster/": "service", "tests/serve/": "service"}
+TOGETHER |= {f"tests/drills/test_{name}": name for name in ("autoscaling", "vllm")} | {"tests/drills/": "demo"}
 # Few slow tests. The scheduler begins with what has most tests, and these would come last, with one process alone.
 TOGETHER |= {"tests/ceca/model/test_golden": "stages", "tests/benchmarks/": "service"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unless a user asks for it
@@ -123,6 +126,16 @@ def ray_cluster() -> Iterator[RayCluster]:
     cluster = RayCluster()
     yield cluster
     cluster.nodes.shutdown()
+
+
+def own_processes(title: str) -> list[psutil.Process]:
+    """Processes of this test run whose command line holds some words; workers of its Ray clusters are among them."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 Command = Callable[..., subprocess.CompletedProcess]

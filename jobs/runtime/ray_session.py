@@ -16,10 +16,14 @@ from ceca.environment import RAY_JOB_CONFIG, cannot_join, hand_token_to_ray, ray
 from jobs.runtime.console import divert_stderr, label
 from jobs.runtime.noise import forward
 
-# Environment of Ray's worker processes, unless it is set otherwise.
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+# Environment of Ray's worker processes, unless it is set otherwise. Ray Train gives its processes all those variables
+# that it reads itself. As others have the same ones, a process without work becomes Ray Train's, and none is started.
 WORKERS = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line of a worker twice
     "PYTHONWARNINGS": "ignore",  # warnings of libraries about other libraries
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line of a worker twice
+    START_TIMEOUT: "1800",  # machines from an autoscaler take minutes; Ray Train gives up after one and starts anew
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's controller does
 }
 
 
@@ -83,7 +87,8 @@ def _options(address: str) -> dict[str, Any]:
     """
     if not address:
         hand_token_to_ray()
-        return {"address": "local", "num_cpus": max(8, os.cpu_count() or 1), "_temp_dir": ray_folder()}
+        own = {"num_cpus": max(8, os.cpu_count() or 1), "_temp_dir": ray_folder(), "include_dashboard": False}
+        return {"address": "local", "runtime_env": {"env_vars": _worker_variables()}, **own}
     if RAY_JOB_CONFIG not in os.environ:
         return {"address": address, "runtime_env": {"env_vars": _worker_variables(), **_object_store()}}
     submitted = json.loads(os.environ[RAY_JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})

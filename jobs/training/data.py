@@ -99,7 +99,7 @@ def training_machines(config: TrainConfig) -> dict[str, str]:
 
 
 class LoadSamples:
-    """Ray Data actor: sample numbers → decoded images and tokens.
+    """Ray Data actor: ranges of sample numbers (`first`, `end`) → decoded images and tokens.
 
     A sample number counts this worker's samples through all passes. The order of an epoch gives the global batches;
     this worker loads its own part of each batch. An epoch has two equal passes if it begins with a division.
@@ -124,7 +124,8 @@ class LoadSamples:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         samples = self.samples
-        pairs, captions, summaries = np.array([self._pair(self.start + int(sample)) for sample in batch["id"]]).T
+        numbers = [n for first, end in zip(batch["first"], batch["end"], strict=True) for n in range(first, end)]
+        pairs, captions, summaries = np.array([self._pair(self.start + int(sample)) for sample in numbers]).T
         model = self.config.model
         form = model.image_height, model.image_width, model.image_resize
         encoded = self.images.read(samples.part[pairs].tolist(), samples.row[pairs].tolist())
@@ -206,11 +207,13 @@ def stream_batches(
     context.execution_options.label_selector = training_machines(config)
     if not most:  # fewer pairs than workers
         return cut_batches(iter(()), sizes, empty_batch(config))
-    numbers = ray.data.range(sum(sizes), override_num_blocks=max(1, min(len(sizes) // 4, 1000)))
-    loaded = numbers.map_batches(
+    total = sum(sizes)
+    ranges = [{"first": first, "end": min(first + most, total)} for first in range(0, total, most)]
+    # `ray.data.range` and Arrow tables start processes that read these numbers.
+    loaded = ray.data.from_items(ranges, override_num_blocks=max(1, min(len(ranges) // 4, 1000))).map_batches(
         LoadSamples,
         fn_constructor_args=(config, rank, size, samples, images, numbered.first),
-        batch_size=most,
+        batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.loaders_per_worker),
         num_cpus=config.cpus_per_loader,
     )

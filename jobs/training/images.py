@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import operator
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 import ray
 from filelock import FileLock
@@ -25,6 +28,7 @@ from ceca.environment import cache_folder
 from jobs.runtime.console import console
 
 FITS = 0.5  # share of the object stores that encoded images may take; the stream of batches needs the rest
+TASK_BYTES = 64 * 2**20  # of images that one task fetches, or one part: a process costs more than a small read
 OPEN = 256  # files that a process has open
 KEPT_DAYS = 2  # files of a run that nobody used for so long are removed
 FILES = "training"  # folder of the files below CECA_CACHE
@@ -129,8 +133,9 @@ class InFiles:
 
 
 @ray.remote(num_cpus=0.5, max_retries=-1)  # on a full disk workers die until there is room again
-def _load_part(part: ImagePart) -> pa.Table:
-    return part.read()
+def _load_parts(parts: Sequence[ImagePart]) -> tuple[pa.Table, ...] | pa.Table:
+    loaded = tuple(part.read() for part in parts)
+    return loaded if len(loaded) > 1 else loaded[0]  # as `num_returns` wants it
 
 
 def hold_images(
@@ -154,8 +159,14 @@ def hold_images(
             "each machine keeps them in files (CECA_CACHE)"
         )
         return InFiles(store.uri, run, stored)
-    fetch = _load_part.options(label_selector=machines)
-    return InMemory({part: fetch.remote(found) for part, found in stored.items()})
+    references: dict[int, Any] = {}
+    bytes_before = np.cumsum([0, *(found.table.parts[found.number].bytes for found in stored.values())])[:-1]
+    for _, group in itertools.groupby(zip(stored, bytes_before // TASK_BYTES, strict=True), key=operator.itemgetter(1)):
+        numbers = [part for part, _ in group]
+        fetch = _load_parts.options(label_selector=machines, num_returns=len(numbers))
+        fetched = fetch.remote([stored[part] for part in numbers])
+        references |= zip(numbers, fetched if len(numbers) > 1 else [fetched], strict=True)
+    return InMemory(references)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from ceca.model.registry import PublishedModel
 from ceca.model.weights import publish_model
 from ceca.settings import to_mapping
 from jobs.runtime.console import console
-from jobs.runtime.ray_session import connect
+from jobs.runtime.ray_session import START_TIMEOUT, WORKERS, connect
 from jobs.training.data import HeldOut, Run, TrainingSet, training_machines
 from jobs.training.images import hold_images
 from jobs.training.samples import held_out, training_set
@@ -153,10 +153,9 @@ def fit(store: Store, config: TrainConfig, run: Run) -> str:
         UserError: a worker raised it.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    if not config.workers_min:
-        # Machines from an autoscaler take minutes to start, and Ray Train gives up after one minute and starts anew.
-        # An elastic run keeps that minute: it may have counted a node that is gone, and must count again.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+    if config.workers_min and os.environ.get(START_TIMEOUT) == WORKERS[START_TIMEOUT]:
+        # An elastic run keeps Ray Train's own minute: it may have counted a node that is gone, and must count again.
+        os.environ[START_TIMEOUT] = "60"
     storage = None
     if not isinstance(store.fs, LocalFileSystem):
         storage = as_pyarrow(store.fs)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from ceca.data.store import Store
 from ceca.model.registry import find_model
-from tests.conftest import REPOSITORY, finish
+from tests.conftest import REPOSITORY, finish, own_processes
 from tests.drills.conftest import RECIPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -114,11 +114,7 @@ def wait_for_a_checkpoint(data: Path, process: subprocess.Popen) -> None:
 
 
 def training_workers() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-            found.append(process)
-    return sorted(found, key=lambda process: process.pid)
+    return sorted(own_processes("RayTrainWorker"), key=lambda process: process.pid)
 
 
 @pytest.mark.long

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 from PIL import Image
@@ -28,7 +27,7 @@ from ceca.dialogue.conversation import Dialogue, Subject, converse
 from ceca.dialogue.supervised import Supervised
 from ceca.dialogue.tiny import make_tiny_vlm
 from ceca.dialogue.vllm import VLLMEngine
-from tests.conftest import REPOSITORY, finish
+from tests.conftest import REPOSITORY, finish, own_processes
 from tests.endpoint import ChatServer, Describer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -87,15 +86,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def actors() -> list[psutil.Process]:
-    """Processes of dialogue workers."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "MapWorker(Map(_UnitWorker))" in " ".join(process.info["cmdline"] or []):
-            found.append(process)
-    return found
-
-
 def test_an_actor_a_node_and_the_job_are_lost_and_each_image_is_there_once(three_nodes, describer, tmp_path):
     answers, url = describer
     data, store = tmp_path / "data", Store(str(tmp_path / "data"))
@@ -109,7 +99,7 @@ def test_an_actor_a_node_and_the_job_are_lost_and_each_image_is_there_once(three
 
     job = command("dialogue", *arguments, *sizes, environment=on_cluster)
     wait_for(lambda: len(receipts()) >= 4, job)
-    actors()[0].kill()
+    own_processes("MapWorker(Map(_UnitWorker))")[0].kill()
     wait_for(lambda: len(receipts()) >= 10, job)
     three_nodes.remove_node(three_nodes.workers[0], allow_graceful=False)
     wait_for(lambda: len(receipts()) >= 16, job)

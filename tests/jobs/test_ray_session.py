@@ -35,10 +35,10 @@ def test_no_key_is_in_the_description_of_a_job_that_joins_a_cluster(keys, monkey
 
 
 def test_a_submitted_job_and_ray_on_this_machine_pass_no_key_at_all(keys, monkeypatch):
-    assert "runtime_env" not in _options("")
+    assert set(_options("")["runtime_env"]["env_vars"]) == set(WORKERS)
     monkeypatch.setenv(RAY_JOB_CONFIG, json.dumps({"runtime_env": {"env_vars": {"PYTHONWARNINGS": "default"}}}))
     options = _options("head:6379")
-    assert options["runtime_env"] == {"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}}
+    assert options["runtime_env"] == {"env_vars": {n: v for n, v in WORKERS.items() if n != "PYTHONWARNINGS"}}
 
 
 def test_an_address_without_a_cluster_is_told_before_ray_is_started(monkeypatch):

@@ -76,7 +76,7 @@ def test_a_worker_reads_each_sample_from_its_set(
         for rank in range(workers):
             in_epoch = worker_places(Batches.of(samples.visited, settings), rank, workers)
             load = LoadSamples(settings, rank, workers, samples, images, epoch * len(in_epoch))  # type: ignore[arg-type]
-            batch = load({"id": np.arange(len(in_epoch))})
+            batch = load({"first": np.array([0]), "end": np.array([len(in_epoch)])})
             found |= dict(zip(in_epoch.tolist(), (picture.tobytes() for picture in batch["image"]), strict=True))
         return [found[place] for place in sorted(found)]
 

@@ -101,11 +101,12 @@ def test_images_are_held_in_memory_if_half_of_the_object_stores_has_room(
         def options(self, **_: object) -> Fetch:
             return self
 
-        def remote(self, part: ImagePart) -> int:
+        def remote(self, parts: list[ImagePart]) -> int:
+            (part,) = parts
             fetched.append(part.number)
             return part.number
 
-    monkeypatch.setattr(training_images, "_load_part", Fetch())
+    monkeypatch.setattr(training_images, "_load_parts", Fetch())
     monkeypatch.setattr(training_images.ray, "cluster_resources", lambda: {"object_store_memory": 2.0 * needed})
     assert hold_images(store, tables, {0}, "r", {}) == InMemory({0: 0})
     assert fetched == [0]

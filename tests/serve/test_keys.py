@@ -11,13 +11,13 @@ import socket
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 import ray
 from PIL import Image
 
 from ceca.data import schema
 from serve.wire import BODY_LIMIT
+from tests.conftest import own_processes
 from tests.serve.conftest import Running
 from tests.serve.dataset import QUERY
 
@@ -134,11 +134,7 @@ def test_rays_proxy_has_the_limits(running: Running) -> None:
     assert refused.status_code == 401
     assert running.client.get("/-/routes").status_code == 404
     assert running.client.get("/-/healthz").text == "success"
-    (process,) = (
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "ProxyActor" in (child.cmdline() or [""])[0]  # others may run on this machine
-    )
+    (process,) = own_processes("ProxyActor")
     before, port = process.memory_info().rss, int(running.url.rpartition(":")[2])
     begin = b"POST /closed/v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16777216\r\n\r\n"
     many = b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 300 + b"\r\n"
