@@ -37,7 +37,10 @@ class GalleryShard:
 
     def __init__(self, edition: Edition, gallery: Gallery):
         self.edition, self.gallery = edition, gallery
-        self.mask = functools.lru_cache(MASKS)(lambda where: self.facets.mask(dict(where)) if where else None)
+        self.mask = functools.lru_cache(MASKS)(self._mask)
+
+    def _mask(self, where: Conditions) -> torch.Tensor | None:
+        return torch.from_numpy(self.facets.mask(dict(where))) if where else None
 
     @functools.cached_property
     def facets(self) -> Facets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -183,3 +184,23 @@ def run(start: Callable[..., subprocess.Popen]) -> Command:
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     return run_command
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    """As `in_this_process`."""
+    from tests.stages import in_this_process
+
+    with in_this_process():
+        yield
+
+
+@pytest.fixture
+def do(without_ray, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Do a stage in this process, without Ray, and give back what it says, on one line."""
+
+    def do_stage(stage: str, *arguments: object) -> str:
+        importlib.import_module(f"jobs.{stage}").main([str(argument) for argument in arguments])
+        return " ".join(capsys.readouterr().err.split())
+
+    return do_stage

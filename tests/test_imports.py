@@ -101,6 +101,25 @@ def test_the_library_imports_no_ray():
             assert not any(within(name, "ray") for name in imported(file.read_text())), module
 
 
+def loaded_with(module: str, found: set[str]) -> set[str]:
+    """All modules that are loaded with one of ours: what it imports outside functions and not for types alone."""
+    found.add(module)
+    if module in MODULES:
+        body = ast.parse(MODULES[module].read_text()).body
+        at_once = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        for name in imported("\n".join(map(ast.unparse, at_once))) - found:
+            loaded_with(name, found)
+    return found
+
+
+@pytest.mark.parametrize("module", ["serve.ingress", "serve.judge", "serve.intake", "serve.describer"])
+def test_replicas_that_compute_no_embedding_load_no_torch(module):
+    """It takes 400 MB and the larger part of a replica's start."""
+    found = loaded_with(module, set())
+    assert "ceca.search.facets" in found or module not in ("serve.ingress", "serve.judge")
+    assert not any(within(name, "torch") for name in found)
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_package_has_a_circle(package):
     graph = {

@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ceca.data.files import writing
+from ceca.data.files import sweep, writing
 from ceca.data.keys import Positions, numbers
 from ceca.data.schema import NOBODY, TIME
 from ceca.data.store import StoreError, in_order, version_of
 from ceca.environment import cache_folder
 from ceca.search.edition import Edition
-from ceca.search.shards import sweep
 from ceca.search.sources import Source
 
 TOGETHER = 64  # parts whose columns are coded together: parts may be small

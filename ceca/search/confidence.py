@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ceca.data.names import EVALUATIONS
 from ceca.data.store import Store
 from ceca.errors import UserError
-
-if TYPE_CHECKING:  # it imports torch
-    from ceca.search.ranking import Hit
+from ceca.search.ranking import Hit
 
 CALIBRATED_ON: Literal["val"] = "val"  # the split, and the name of its evaluation
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
 
 from ceca.data.schema import TIME
 from ceca.errors import UserError
@@ -80,7 +78,7 @@ class Facets:
                     f"there are {', '.join(listed[:SHOWN])}{more}"
                 )
 
-    def where(self, conditions: Mapping[str, Sequence[str]]) -> Tensor:
+    def where(self, conditions: Mapping[str, Sequence[str]]) -> np.ndarray:
         """Find the images that have an accepted value of every facet.
 
         Args:
@@ -95,19 +93,19 @@ class Facets:
         self.check(conditions)
         return self.mask(conditions)
 
-    def mask(self, conditions: Mapping[str, Sequence[str]]) -> Tensor:
+    def mask(self, conditions: Mapping[str, Sequence[str]]) -> np.ndarray:
         """The same as `where` without the check, for a shard: no image of it may have a value that the gallery has."""
-        allowed = torch.ones(self.count, dtype=torch.bool)
+        allowed = np.ones(self.count, bool)
         for name, wanted in conditions.items():
             if name == TIME.name and self.times is not None:
-                allowed &= torch.from_numpy(in_ranges(self.times, wanted))
+                allowed &= in_ranges(self.times, wanted)
                 continue
             column = self.columns.get(name)
             if column is None:
-                return torch.zeros(self.count, dtype=torch.bool)
+                return np.zeros(self.count, bool)
             codes = [code for code, value in enumerate(column.dictionary.to_pylist()) if value in wanted]
             fitting = pc.is_in(column.indices, pa.array(codes, column.indices.type))  # false for null
-            allowed &= torch.from_numpy(fitting.to_numpy(zero_copy_only=False))
+            allowed &= fitting.to_numpy(zero_copy_only=False)
         return allowed
 
 

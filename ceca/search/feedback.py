@@ -6,13 +6,15 @@ expansion in image-to-image retrieval. The constants were chosen on validation s
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from typing import Any, TypeVar
 
 FIRST, SHARE, TEMPERATURE = 5, 0.3, 0.05
 
+Array = TypeVar("Array", bound=Any)  # of torch to evaluate, on its device; of NumPy to serve, without torch
 
-def rerank(similarity: Tensor, rows: tuple[Tensor, Tensor], omega: Tensor | float) -> Tensor:
+
+def rerank(similarity: Array, rows: tuple[Array, Array], omega: Array | float) -> Array:
     """Compute new similarities of each query's best images.
 
     s'_i = (1-β)·s_i + β·Σ_j a_j·S(j, i), where j ranges over the first `FIRST` images, S is the fused similarity of two
@@ -27,6 +29,7 @@ def rerank(similarity: Tensor, rows: tuple[Tensor, Tensor], omega: Tensor | floa
         [Q, R] similarities, in the order of the old ones.
     """
     first = min(FIRST, similarity.shape[1])
-    weights = (similarity[:, :first] / TEMPERATURE).softmax(dim=1)[:, None]
-    alike = [(part @ (weights @ part[:, :first]).transpose(1, 2))[..., 0] for part in rows]
-    return torch.lerp(similarity, torch.lerp(alike[0], alike[1], torch.as_tensor(omega, dtype=alike[0].dtype)), SHARE)
+    weights = math.e ** ((similarity[:, :first] - similarity[:, :1]) / TEMPERATURE)
+    weights = (weights / weights.sum(1)[:, None])[:, None]
+    alike = [(part @ (weights @ part[:, :first]).swapaxes(1, 2))[..., 0] for part in rows]
+    return (1 - SHARE) * similarity + SHARE * ((1 - omega) * alike[0] + omega * alike[1])  # type: ignore[no-any-return]

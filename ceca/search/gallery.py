@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceca.data.files import sweep
 from ceca.data.keys import spelled
 from ceca.errors import UserError
 from ceca.search.agreement import agree_with_neighbours
 from ceca.search.edition import Edition
 from ceca.search.ranking import Candidates, Hit, rank
 from ceca.search.rounding import Rounded
-from ceca.search.shards import open_names, open_rounded, open_shards, open_sketches, shards_folder, sweep
+from ceca.search.shards import open_names, open_rounded, open_shards, open_sketches, shards_folder
 from ceca.search.sketches import Sketches, find_near, sketch_all
 from ceca.search.sources import StoredPart, list_sources
 from ceca.search.topk import Best, Rows

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from ceca.search.feedback import rerank
 
@@ -82,8 +81,8 @@ def rank(
     if rerank_first and best:
         first = best[:rerank_first]
         rows = np.concatenate([candidates.rows for candidates in shards if candidates.rows is not None])[first]
-        parts = torch.from_numpy(rows).float()[None].split([global_dim, rows.shape[1] - global_dim], dim=2)
-        shown[first] = rerank(torch.from_numpy(similarity[first])[None], (parts[0], parts[1]), omega)[0].numpy()
+        parts = rows[None, :, :global_dim].astype(np.float32), rows[None, :, global_dim:].astype(np.float32)
+        shown[first] = rerank(similarity[None, first], parts, omega)[0]
         best = order(first, shown) + best[rerank_first:]
     columns = (shown, global_similarity, local_similarity)
     return [Hit(ids[place], identities[place], *(float(part[place]) for part in columns)) for place in best[:top_k]]

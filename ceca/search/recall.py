@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from ceca.data.names import RECALL
 from ceca.data.store import Manifest, Store
 from ceca.errors import UserError
 from ceca.search.edition import Edition
-from ceca.search.gallery import Gallery
+
+if TYPE_CHECKING:  # torch, which a process that asks shards does without
+    from torch import Tensor
+
+    from ceca.search.gallery import Gallery
 
 TOP_K = 10
 OMEGAS = (0.0, 0.3, 1.0)  # a query may have any ω: the least recall of these counts

@@ -67,7 +67,7 @@ class Searcher:
         Raises:
             FacetError: `where` names a facet or value that the gallery does not have.
         """
-        allowed = self.facets.where(where) if where else None
+        allowed = self._allowed(where)
         embeddings = embed_texts(self.model, [query], self.device)
         (hits,) = self.gallery.search(*embeddings, omega=omega, top_k=top_k, allowed=allowed, rerank_first=rerank_first)
         return hits
@@ -87,8 +87,11 @@ class Searcher:
         """
         if self.calibration is None:
             return None
-        images = self.gallery.images(self.facets.where(where) if where else None)
-        return self.calibration.of_hits(hits, omega, images)
+        return self.calibration.of_hits(hits, omega, self.gallery.images(self._allowed(where)))
+
+    def _allowed(self, where: Mapping[str, Sequence[str]] | None) -> torch.Tensor | None:
+        """Which images fulfil the conditions, [N]; None for all."""
+        return torch.from_numpy(self.facets.where(where)) if where else None
 
     @functools.cached_property
     def facets(self) -> Facets:

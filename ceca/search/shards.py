@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from ceca.search.sources import Source
 from ceca.search.topk import Rows
 
 NAMED = np.dtype([("id", np.uint64), ("identity", np.int64)])
-CACHED_DAYS = 30  # a shard that was not opened for this long is removed
 
 
 def shards_folder(store: Store) -> Path:
@@ -131,29 +129,6 @@ def _writing_in(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise StoreError(f"cannot write in {folder} ({error}); set CECA_CACHE to a folder with room") from error
-
-
-def sweep(folder: Path, current: set[str]) -> None:
-    """Remove files from this machine that no search needs. A process that has one mapped keeps its content.
-
-    Args:
-        folder: files of one dataset. The ones that are not current are removed at once, because they may hold images
-            that were erased. Those of other datasets are removed when they were not opened for `CACHED_DAYS`.
-        current: digests, which begin the names of the files to keep.
-    """
-    for file in folder.parent.glob("*/*"):
-        if file.parent.is_symlink():  # it leads to files that are no shards
-            continue
-        try:
-            age = time.time() - file.lstat().st_mtime
-            outdated = file.parent == folder and file.name.partition(".")[0] not in current
-            abandoned = file.suffix == ".tmp" and age > 3600  # its writer was killed
-            if abandoned or (file.suffix in (".npy", ".npz") and (outdated or age > CACHED_DAYS * 86_400)):
-                file.unlink(missing_ok=True)
-        except FileNotFoundError:  # another process was faster
-            continue
-        except OSError as error:
-            raise StoreError(f"cannot remove {file} ({error}); set CECA_CACHE to a folder of your own") from error
 
 
 def _shard(source: Source, folder: Path) -> np.ndarray:

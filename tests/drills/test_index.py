@@ -15,9 +15,14 @@ from ceca.errors import UserError
 from ceca.search.edition import find_edition
 from ceca.search.gallery import open_gallery
 from ceca.search.searcher import Searcher
+from jobs.dialogue import dialogue
+from jobs.index import index
+from jobs.ingest import ingest
+from jobs.pipeline import recipe_config
 from jobs.remove import remove
 from tests.drills.conftest import RECIPE
 from tests.jobs.test_stages import digests, kill_after_some_units
+from tests.stages import in_this_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -41,17 +46,18 @@ def rows_by_id(store: Store) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def half_indexed(run, drawn, undisturbed, tmp_path_factory) -> Path:
+def half_indexed(drawn, undisturbed, tmp_path_factory) -> Path:
     """A gallery of fewer images, after which the others have come and have been asked about."""
     data = tmp_path_factory.mktemp("growing")
     shutil.copytree(undisturbed.root, data, dirs_exist_ok=True)
     for table in ("images", "captions", "dialogues", "gallery"):
         shutil.rmtree(data / table)
-    run("ingest", *SETTINGS, "--source", drawn, "--data", data, "--limit", 64)
-    run("dialogue", *SETTINGS, "--data", data)
-    run("index", *SETTINGS, "--data", data)
-    run("ingest", *SETTINGS, "--source", drawn, "--data", data)
-    run("dialogue", *SETTINGS, "--data", data, "--only-missing")
+    with in_this_process():
+        ingest(str(data), recipe_config(RECIPE, "ingest", source=str(drawn), limit=64))
+        dialogue(str(data), recipe_config(RECIPE, "dialogue"))
+        index(str(data), recipe_config(RECIPE, "index"))
+        ingest(str(data), recipe_config(RECIPE, "ingest", source=str(drawn)))
+        dialogue(str(data), recipe_config(RECIPE, "dialogue", only_missing=True))
     return data
 
 
@@ -76,25 +82,25 @@ def test_adding_images_writes_new_parts_only_and_a_kill_leaves_the_old_version(
     assert "lacks nothing" in run(*adding).stdout
 
 
-def test_removed_people_are_out_of_search_at_once_and_out_of_the_parts_after_the_next_index(run, undisturbed, tmp_path):
+def test_removed_people_are_out_of_search_at_once_and_out_of_the_parts_after_the_next_index(do, undisturbed, tmp_path):
     shutil.copytree(undisturbed.root, tmp_path, dirs_exist_ok=True)
     store = Store(str(tmp_path))
     table = store.read(store.current("gallery"), ["image_id", "identity"])
     person = table["identity"][0].as_py()
     ids = {row["image_id"] for row in table.to_pylist() if row["identity"] == person}
-    run("index", "--recipe", "tiny", "--data", tmp_path, "--redo")  # one part, which holds other people too
+    do("index", "--recipe", "tiny", "--data", tmp_path, "--redo")  # one part, which holds other people too
 
     assert remove(str(tmp_path), identities=(person,)) == ids
     hits = Searcher(store).search("a woman in a red coat", omega=0.3, top_k=1000)
     assert len(hits) == table.num_rows - len(ids)
     assert not ids & {hit.image_id for hit in hits}
 
-    assert "are copied, 0 images" in run("index", "--recipe", "tiny", "--data", tmp_path, "--only-missing").stdout
+    assert "are copied, 0 images" in do("index", "--recipe", "tiny", "--data", tmp_path, "--only-missing")
     compacted = store.read(store.current("gallery"))
     assert compacted.num_rows == table.num_rows - len(ids)
     assert not ids & set(compacted["image_id"].to_pylist())
     for taken in (("--only-missing",), ("--redo",)):
-        run("index", "--recipe", "tiny", "--data", tmp_path, *taken)
+        do("index", "--recipe", "tiny", "--data", tmp_path, *taken)
         assert store.current("gallery").rows == table.num_rows - len(ids)
     with pytest.raises(UserError, match="has no image nobody; nothing is removed"):
         remove(str(tmp_path), images=("nobody",))

@@ -33,7 +33,7 @@ from jobs.ingest import ingest
 from jobs.runtime import units
 from jobs.runtime.records import rows_in
 from tests.endpoint import ChatServer, completion
-from tests.jobs.conftest import in_this_process
+from tests.stages import in_this_process
 
 ORACLE = DialogueConfig(engine="oracle", oracle=OracleConfig(hidden_error_rate=0.6), images_per_part=5)
 BY_IDENTITY = dataclasses.replace(ORACLE, agree="identity")

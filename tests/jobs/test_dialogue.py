@@ -27,7 +27,8 @@ from jobs.dialogues.worker import DialogueWorker
 from jobs.ingest import ingest
 from jobs.pipeline import recipe_config
 from tests.endpoint import ChatServer, completion, digest_of
-from tests.jobs.conftest import SMALL, in_this_process
+from tests.jobs.conftest import SMALL
+from tests.stages import in_this_process
 
 IMAGES = 24
 

@@ -18,7 +18,7 @@ from jobs.dialogue import dialogue
 from jobs.ingest import ingest
 from jobs.pipeline import recipe_config
 from tests.conftest import REPOSITORY
-from tests.jobs.conftest import in_this_process
+from tests.stages import in_this_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -21,7 +21,7 @@ def test_queries_ranked_by_tasks_of_the_cluster_are_ranked_as_in_one_process(ray
     alone = ranking.rank(texts, images, [0.0, 0.5])
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.nodes.address)
     monkeypatch.setattr(ranking, "ALONE", 0)
-    monkeypatch.setattr(ranking, "TASK_ROWS", 20)
+    monkeypatch.setattr(ranking, "TASK_ROWS", 25)
     try:
         together = ranking.rank(texts, images, [0.0, 0.5])
     finally:

@@ -17,8 +17,8 @@ from ceca.errors import UserError
 from ceca.settings import ConfigError
 from jobs.evaluate import evaluate
 from jobs.reports.page import reranked_section
-from tests.jobs.conftest import in_this_process
 from tests.serve.dataset import publish_people, publish_tiny
+from tests.stages import in_this_process
 
 pytestmark = pytest.mark.usefixtures("without_ray")
 

@@ -17,9 +17,9 @@ from jobs.search import search
 from serve.access import Gate
 from serve.api import make_api
 from serve.app import application
-from tests.jobs.conftest import in_this_process
 from tests.serve.dataset import QUERY, publish_gallery, publish_people, publish_tiny
 from tests.serve.inside import InProcess
+from tests.stages import in_this_process
 
 
 @pytest.fixture(scope="module")

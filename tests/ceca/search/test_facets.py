@@ -27,7 +27,7 @@ def facets() -> Facets:
     ],
 )
 def test_images_must_have_one_value_of_every_facet_named(words: tuple[str, ...], rows: list[int]):
-    assert facets().where(parse_conditions(words)).nonzero()[:, 0].tolist() == rows
+    assert np.flatnonzero(facets().where(parse_conditions(words))).tolist() == rows
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def timed() -> Facets:
     ],
 )
 def test_images_must_be_of_one_of_the_ranges_of_time(words: tuple[str, ...], rows: list[int]):
-    assert timed().where(parse_conditions(words)).nonzero()[:, 0].tolist() == rows
+    assert np.flatnonzero(timed().where(parse_conditions(words))).tolist() == rows
 
 
 def test_the_values_of_time_are_the_first_and_the_last():

@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from ceca.data.files import CACHED_DAYS, sweep
 from ceca.data.store import Manifest, Part, Store, StoreError
-from ceca.search.shards import CACHED_DAYS, open_shards, sweep
+from ceca.search.shards import open_shards
 from ceca.search.sources import StoredPart
 
 
