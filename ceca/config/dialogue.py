@@ -20,6 +20,7 @@ OWN_SETTING = {
     "max_num_batched_tokens": "batched_tokens",
     "max_num_seqs": "sequences",
     "tensor_parallel_size": "tensor_parallel",
+    "distributed_executor_backend": "several_machines",
     "gpu_memory_utilization": "memory_fraction",
     "enforce_eager": "enforce_eager",
     "enable_prefix_caching": "prefix_caching",
@@ -53,6 +54,8 @@ class VLLMConfig:
     """Ray's name of the kind of GPU that workers need, such as `H100`; none takes any."""
     tensor_parallel: Positive = execution(1)
     """Number of GPUs that one model is split across."""
+    several_machines: bool = execution(False)
+    """These GPUs may be on several machines: vLLM places its workers with Ray. Without it, one machine has them all."""
     gpus: NonNegative = execution(1)
     """GPUs per replica, multiplied by tensor_parallel; 0 uses vLLM's CPU build."""
     memory_fraction: Share = execution(0.9)
@@ -69,6 +72,10 @@ class VLLMConfig:
     """Maximum number of restarts of a dead or stalled engine per worker; 0 never restarts."""
 
     def __post_init__(self) -> None:
+        if self.several_machines and self.gpus * self.tensor_parallel < 2:
+            raise ValueError("several_machines needs two GPUs or more: raise tensor_parallel")
+        if self.several_machines and "://" in self.model:
+            raise ValueError("several_machines needs a model of the hub, or a folder that all machines share")
         try:
             given = json.loads(self.arguments)
         except ValueError as error:

@@ -121,7 +121,8 @@ class VLLMEngine:
             raise EngineError(f"vLLM's engine has no argument {', '.join(unknown)}; correct --vllm.arguments")
         try:
             self._use_processor(AutoProcessor.from_pretrained(weights, trust_remote_code=False))
-            if usable_gpus(self.config.gpus):
+            # On several machines this process has no GPU of its own, and others' may be full.
+            if usable_gpus(self.config.gpus) and not self.config.several_machines:
                 await wait_for_memory(self.config.memory_fraction, free_shares)
             children = set(multiprocessing.active_children())
             # The first gives vLLM's sizes for work that nobody waits for, by the GPU's memory.
@@ -158,6 +159,8 @@ class VLLMEngine:
             "max_num_seqs": self.config.sequences,
         }
         arguments |= {name: value for name, value in chosen.items() if value is not None}
+        if self.config.several_machines:
+            arguments["distributed_executor_backend"] = "ray"
         if usable_gpus(self.config.gpus):
             arguments["gpu_memory_utilization"] = self.config.memory_fraction
         else:

@@ -39,6 +39,7 @@ def engine_workers(config: DialogueConfig, images_per_unit: int) -> Workers:
         accelerator_type=config.vllm.accelerator_type if gpus else None,
         units_at_once=1 + math.ceil(conversations / images_per_unit),
         may_be_lost=config.engine == "vllm",
+        spread=bool(gpus) and config.vllm.several_machines,
     )
 
 

@@ -10,6 +10,7 @@ not without its lease, not without its parts, and not images that were erased me
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -32,6 +33,7 @@ from jobs.runtime.alone import alone
 from jobs.runtime.console import Track, console, plain
 from jobs.runtime.noise import tell_warnings
 from jobs.runtime.ray_session import connect
+from jobs.runtime.spread import bundles_of, reserved
 from jobs.runtime.team import Lost, Team, WorkerLost
 
 ROUNDS = 3  # of doing units whose receipts have disappeared
@@ -84,6 +86,7 @@ class Workers:
         accelerator_type: Ray's name of the kind of GPU; None takes any.
         units_at_once: units that one worker does at the same time, each called from a thread of its own.
         may_be_lost: a worker may raise WorkerLost.
+        spread: the GPUs of one worker may be on several machines.
     """
 
     replicas: int
@@ -92,6 +95,7 @@ class Workers:
     accelerator_type: str | None = None
     units_at_once: int = 1
     may_be_lost: bool = False
+    spread: bool = False
 
 
 def run_plan(store: Store, plan: Plan, workers: Workers, *, redo: bool) -> dict[str, Manifest]:
@@ -258,23 +262,36 @@ def _round(
     import ray
 
     rows = [{"unit": unit, "work": json.dumps(plan.units[unit])} for unit in todo]
-    units = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _UnitWorker,
-        fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments), team),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=min(replicas, len(todo)),
-            max_concurrent_calls_per_actor=workers.units_at_once,
-            enable_true_multi_threading=workers.units_at_once > 1,
-        ),
-        num_cpus=workers.cpus,
-        num_gpus=workers.gpus or None,
-        **({"accelerator_type": workers.accelerator_type} if workers.accelerator_type else {}),
-    )
-    # As an option of the execution and not of the workers alone: Ray Data also asks for machines before it needs them.
     pool: Pool = "dialogue" if workers.gpus else "cpu"
-    units.context.execution_options.label_selector = machines_for(pool)
-    yield from units.iter_rows()
+    with _gpus(workers, machines_for(pool)) as gpus:
+        units = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            _UnitWorker,
+            fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments), team),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=min(replicas, len(todo)),
+                max_concurrent_calls_per_actor=workers.units_at_once,
+                enable_true_multi_threading=workers.units_at_once > 1,
+            ),
+            num_cpus=workers.cpus,
+            **gpus,
+        )
+        # As an option of the execution and not of the workers alone: Ray Data also asks for machines before it needs
+        # them.
+        units.context.execution_options.label_selector = machines_for(pool)
+        yield from units.iter_rows()
+
+
+@contextlib.contextmanager
+def _gpus(workers: Workers, machines: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Ray Data's options for the GPUs of workers on these machines."""
+    if workers.spread:
+        bundles = bundles_of(int(workers.gpus), workers.cpus, workers.accelerator_type)
+        with reserved(bundles, machines) as options:
+            yield {"ray_remote_args_fn": options}
+    else:
+        kind = {"accelerator_type": workers.accelerator_type} if workers.accelerator_type else {}
+        yield {"num_gpus": workers.gpus or None, **kind}
 
 
 class _UnitWorker:

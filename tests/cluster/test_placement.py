@@ -22,9 +22,11 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, GangResourceRequest, ResourceRequest
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
-from ceca.config import DialogueConfig, TrainConfig
+from ceca.config import DialogueConfig, TrainConfig, VLLMConfig
 from ceca.machines import LABEL, Pool, machines_for
 from ceca.settings import from_mapping
+from jobs.dialogues.engine import engine_workers
+from jobs.runtime.spread import bundles_of
 from jobs.training.data import training_machines
 from serve.app import WAITING, replica_machines
 from tests.cluster.manifests import as_ray_reads, one
@@ -107,6 +109,16 @@ def engines(config: dict[str, Any], count: int) -> Machines:
     return single(config, [request(bundle, machines_for("dialogue"))] * count)
 
 
+def spread_engine(config: dict[str, Any], gpus: int) -> Machines:
+    """Machines for the placement group of one engine of `--vllm.several-machines`."""
+    made = DialogueConfig(engine="vllm", vllm=VLLMConfig(tensor_parallel=gpus, several_machines=True))
+    workers = engine_workers(made, made.images_per_part)
+    assert workers.spread
+    bundles = bundles_of(int(workers.gpus), workers.cpus, workers.accelerator_type)
+    gang = GangResourceRequest(requests=[request(bundle, machines_for("dialogue")) for bundle in bundles])
+    return started(config, gang_resource_requests=[gang])
+
+
 def service(config: dict[str, Any], cpus: int, gpus: float) -> Machines:
     """Machines for two replicas of each kind of the service, on different nodes, and its intake (serve/app.py)."""
     computing = {"CPU": float(cpus), **({"GPU": gpus} if gpus else {})}
@@ -127,6 +139,7 @@ def ingest(config: dict[str, Any], tasks: int) -> Machines:
 WORK: dict[str, Callable[[dict[str, Any]], Machines]] = {
     "ingest, 40 tasks": lambda config: ingest(config, 40),
     **{f"dialogue --replicas {n}": functools.partial(engines, count=n) for n in range(1, 9)},
+    "dialogue --vllm.tensor-parallel 2 --vllm.several-machines": functools.partial(spread_engine, gpus=2),
     **{f"train --workers {n}": functools.partial(training, workers=n) for n in (1, 2, 4, 8)},
     "train --workers 4 --gpus-per-worker 0": functools.partial(training, workers=4, gpus_per_worker=0),
     "service": functools.partial(service, cpus=1, gpus=0),

@@ -143,6 +143,8 @@ def test_settings_reach_the_arguments_of_vllms_engine(monkeypatch):
         return VLLMEngine(VLLMConfig(**values), temperature=0.0, seed=0)._engine_arguments("weights")
 
     assert not {"max_num_seqs", "max_num_batched_tokens", "quantization"} & arguments().keys()
+    assert "distributed_executor_backend" not in arguments(tensor_parallel=2)
+    assert arguments(tensor_parallel=2, several_machines=True)["distributed_executor_backend"] == "ray"
     given = arguments(
         sequences=8,
         batched_tokens=512,
