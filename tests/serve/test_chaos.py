@@ -33,17 +33,17 @@ NAME = "chaos"
 class Clients:
     """Clients on one event loop, each asking again soon after it is answered: replicas that start need a core too."""
 
-    def __init__(self, url: str, pause_s: float = 0.2):
-        self.url, self.pause_s, self.going = url, pause_s, True
+    def __init__(self, url: str, pause_s: float = 0.2, count: int = CLIENTS):
+        self.url, self.pause_s, self.count, self.going = url, pause_s, count, True
         self.answers: list[httpx.Response] = []
         self.errors: list[BaseException] = []
         self.thread = threading.Thread(target=lambda: asyncio.run(self._ask_all()))
         self.thread.start()
 
     async def _ask_all(self) -> None:
-        limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
+        limits = httpx.Limits(max_connections=self.count, max_keepalive_connections=self.count)
         async with httpx.AsyncClient(timeout=60, limits=limits) as client:
-            await asyncio.gather(*(self._ask(client) for _ in range(CLIENTS)))
+            await asyncio.gather(*(self._ask(client) for _ in range(self.count)))
 
     async def _ask(self, client: httpx.AsyncClient) -> None:
         while self.going:
