@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -27,10 +28,11 @@ class Machine:
     Args:
         bridge: what its link is plugged into.
         number: last part of its address, from 2.
+        name: of its namespace and link, which no machine before it has had: the kernel removes those a little later.
     """
 
-    def __init__(self, bridge: str, subnet: str, number: int):
-        self.name, self.address = f"{bridge}-{number}", f"{subnet}.{number}"
+    def __init__(self, bridge: str, subnet: str, number: int, name: str):
+        self.name, self.address = name, f"{subnet}.{number}"
         self.folder = Path(tempfile.mkdtemp(prefix="ceca-", dir="/tmp"))
         self.processes: list[subprocess.Popen[bytes]] = []
         _ip("netns", "add", self.name)
@@ -81,13 +83,14 @@ class Network:
     def __init__(self) -> None:
         self.bridge, self.subnet = f"ceca{os.getpid() % 10**6}", f"10.219.{os.getpid() % 250}"
         self.machines: list[Machine] = []
+        self.numbers = itertools.count()
         _ip("link", "add", self.bridge, "type", "bridge")
         _ip("addr", "add", f"{self.subnet}.1/24", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
 
     def add(self, number: int) -> Machine:
         """A new machine; the number may be that of one that is lost, as an address goes to its successor."""
-        machine = Machine(self.bridge, self.subnet, number)
+        machine = Machine(self.bridge, self.subnet, number, f"{self.bridge}-{next(self.numbers)}")
         self.machines.append(machine)
         return machine
 
