@@ -73,7 +73,7 @@ def submit(folder: Path, environment: dict[str, str], *arguments: str) -> subpro
 def wait_for(stage: str, dataset: Path, job: subprocess.Popen) -> None:
     """Until the stage has done some of its work."""
     place = dataset / AT_WORK[stage]
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not any(path.is_file() for path in place.rglob("*")):
         assert job.poll() is None, f"ended before {stage}: {(job.communicate()[0] or '')[-4000:]}"
         assert time.monotonic() < deadline, stage

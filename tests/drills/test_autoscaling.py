@@ -30,7 +30,7 @@ from serve.client import Client
 from tests.conftest import REPOSITORY, finish
 from tests.drills.conftest import submit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 NAME = "drill"
 RECIPE = Path(__file__).parent / "people.yaml"
@@ -85,7 +85,7 @@ def running(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     shutil.copy(RECIPE, folder)
     make_tiny_vlm(folder / "tiny-vlm")
     local.down(NAME)
-    cluster = local.up(NAME, nodes=4, gpus=2, idle_minutes=0.15, dashboard_port=0)
+    cluster = local.up(NAME, nodes=4, gpus=2, idle_minutes=0.4, dashboard_port=0)
     try:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in cluster.variables.items():
@@ -118,8 +118,8 @@ def finished(running: Running) -> tuple[str, str]:
         assert time.monotonic() < deadline
         time.sleep(0.5)
     second = running.submit(*PIPELINE, "--data", "s3://bucket/data", job="second")
-    refused = finish(second, 300, expect=1)
-    output = finish(first, 600)
+    refused = finish(second, 600, expect=1)
+    output = finish(first, 1200)
     watching.join()
     return output, refused
 
@@ -142,7 +142,7 @@ def test_of_two_submissions_of_one_name_one_works_and_the_other_says_who_does(fi
 
 def test_the_same_name_again_finds_everything_published(running: Running, finished: tuple[str, str]) -> None:
     again = running.submit(*PIPELINE, "--data", "s3://bucket/data")
-    output = finish(again, 300)
+    output = finish(again, 600)
     for table in ("images", "dialogues", "gallery"):
         assert "is published already" in next(
             line for line in output.splitlines() if f"s3://bucket/data/{table}" in line

@@ -16,7 +16,7 @@ from cluster import local
 from tests.conftest import REPOSITORY, finish
 from tests.drills.conftest import AT_WORK, RECIPE, assert_same, result, submit, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 NAME = "losses"
 
@@ -77,7 +77,7 @@ def test_a_node_is_lost_in_every_stage(cloud: Cloud, undisturbed: Store) -> None
         for stage in AT_WORK:
             cloud.wait_for(stage, data, job)
             assert local.kill_node(NAME)
-        finish(job, 400)
+        finish(job, 1000)
 
     timed("a node lost in every stage", work)
     assert_same(cloud.result(data), result(undisturbed))
@@ -95,7 +95,7 @@ def test_the_head_and_with_it_the_cluster_is_lost_in_every_stage(cloud: Cloud, u
             job.kill()  # it would ask for the head's state for long
             job.communicate()
             cloud.start()
-        finish(cloud.submit(data), 400)
+        finish(cloud.submit(data), 1000)
 
     timed("the head lost in every stage", work)
     assert_same(cloud.result(data), result(undisturbed))

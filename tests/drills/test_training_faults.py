@@ -30,7 +30,7 @@ from ceca.model.registry import find_model
 from tests.conftest import REPOSITORY, finish, own_processes
 from tests.drills.conftest import RECIPE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Checkpoints within epochs; a worker fills its node.
 TRAIN = ("--recipe", RECIPE, "--checkpoint-every", 2, "--cpus-per-worker", 2)
@@ -106,7 +106,7 @@ def checkpoints(data: Path) -> int:
 
 
 def wait_for_a_checkpoint(data: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while checkpoints(data) == 0:
         assert process.poll() is None, process.communicate()[0][-5000:]
         assert time.monotonic() < deadline, "training does not get so far"

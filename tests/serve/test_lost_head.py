@@ -24,7 +24,7 @@ from tests.serve.dataset import QUERY, publish_gallery, publish_people, publish_
 from tests.serve.machines import Machine, Network, network
 from tests.serve.test_chaos import Clients
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 PORT, LOST_S = 8000, 20
 RECONNECT_S = 600  # KubeRay tells workers to wait so long for a new head; Ray's own default is a minute

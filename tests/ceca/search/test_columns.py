@@ -154,7 +154,7 @@ def test_times_are_kept_by_this_machine_and_for_the_next_edition(edition: Editio
         assert catalogue.facets.values("time") == ["2026-01-31T12:00:00Z", "2026-02-04T12:00:00Z"]
         found = catalogue.facets.where({"time": ["2026-01-31T12..2026-02-02"]})
         expected = {*IDS[1:4]}
-        assert {spelled(catalogue.ids)[row] for row in found.nonzero()[:, 0]} == expected
+        assert {spelled(catalogue.ids)[row] for row in np.flatnonzero(found)} == expected
     assert read == []
 
 
