@@ -167,7 +167,7 @@ class _Planned(Exception):
 def plan_dialogue(store: Store) -> Callable[[], str]:
     from jobs.dialogue import dialogue
 
-    return _plan("jobs.dialogue", lambda: dialogue(store.uri, DialogueConfig(engine="openai")))
+    return _plan("jobs.dialogues.common", lambda: dialogue(store.uri, DialogueConfig(engine="openai")))
 
 
 def plan_index(store: Store) -> Callable[[], str]:
