@@ -27,6 +27,7 @@ DIRECTIONS = 128
 SAMPLE = 8192  # rows whose principal directions are taken
 PER_HIT = 16  # least number of rows compared for each hit that is asked for
 TOGETHER = 4096  # rows sketched at a time
+STRIDE = 64  # one estimate of this number is in the sample that tells which ones are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,31 @@ def find_near(
     def near(query: Tensor, estimate: np.ndarray, error: np.float32) -> tuple[Tensor, Tensor]:
         if refused is not None:
             estimate[refused] = -np.inf
-        least = np.partition(estimate, len(rows) - count)[len(rows) - count] - error
-        return best_among(rows, query, np.flatnonzero(estimate >= max(least, np.finfo(np.float32).min)), k)
+        return best_among(rows, query, largest(estimate, count, error), k)
 
     over = spread(True)
     return Best(*(torch.stack(part) for part in zip(*over(near, queries, estimates, errors), strict=True)))
+
+
+def largest(estimates: np.ndarray, count: int, margin: float) -> np.ndarray:
+    """Find the largest of N numbers, and those that are less than the last of them by at most a margin.
+
+    Sorting out all N would take as long as making them. A sample gives a bound that more than `count` are above.
+
+    Args:
+        estimates: [N] fp32; -inf is never found.
+        count: how many, at most N.
+        margin: not negative.
+
+    Returns:
+        Their places, ascending.
+    """
+    sample = estimates[::STRIDE]
+    place = len(sample) - 2 * math.ceil(count / STRIDE) - 8  # twice as many as needed, and some for a small sample
+    bound = np.partition(sample, place)[place] if place > 0 else -np.inf
+    above = np.flatnonzero(estimates >= bound)
+    if len(above) < count:
+        above = np.arange(len(estimates))
+    least = np.partition(estimates[above], len(above) - count)[len(above) - count] - margin
+    least = max(least, np.finfo(np.float32).min)
+    return above[estimates[above] >= least] if least >= bound else np.flatnonzero(estimates >= least)

@@ -121,7 +121,7 @@ def test_every_question_is_answered_while_the_head_is_lost_and_when_a_new_one_co
     clients = [Clients(f"{url}/v1/search", count=4) for url in urls]
 
     def asked(more: int) -> None:
-        """Both workers answer so many more questions."""
+        """Both workers answer this many more questions."""
         before = [len(each.answers) for each in clients]
         until(lambda: all(len(each.answers) >= was + more for each, was in zip(clients, before, strict=True)), 60)
 

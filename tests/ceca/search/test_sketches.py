@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ceca.errors import UserError
 from ceca.search.gallery import Gallery
-from ceca.search.sketches import PER_HIT, find_directions, find_near, sketch, sketch_all
+from ceca.search.sketches import PER_HIT, find_directions, find_near, largest, sketch, sketch_all
 from ceca.search.topk import Rows, top_k
 
 PARTS = (64, 128)
@@ -88,6 +88,31 @@ def test_among_many_allowed_rows_only_those_are_found(people):
     assert near.row.remainder(2).eq(0).all()
     exact = top_k(rows, scaled, 10, allowed)
     assert (exact.row[:, :, None] == near.row[:, None]).any(dim=2).float().mean() >= 0.99
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 5000),
+    share=st.floats(0, 1),
+    kinds=st.integers(1, 40),  # few values: many are equal
+    margin=st.sampled_from([0.0, 1.0, 7.5]),
+    refused=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    ordered=st.booleans(),  # a sample of every so many-th may then be of one kind
+)
+def test_the_largest_numbers_are_found_with_those_within_the_margin(
+    seed: int, rows: int, share: float, kinds: int, margin: float, refused: float, ordered: bool
+):
+    source = np.random.default_rng(seed)
+    estimates = source.integers(0, kinds, rows).astype(np.float32)
+    estimates[source.random(rows) < refused] = -np.inf
+    if ordered:
+        estimates = np.sort(estimates)
+        estimates[::64] = estimates[-1]
+    count = max(1, round(share * rows))
+    least = np.sort(estimates)[-count] - margin
+    expected = np.flatnonzero((estimates >= least) & np.isfinite(estimates))
+    assert np.array_equal(largest(estimates, count, margin), expected)
 
 
 @settings(max_examples=15, deadline=None)
