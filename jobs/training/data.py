@@ -125,7 +125,7 @@ class LoadSamples:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         samples = self.samples
         numbers = [n for first, end in zip(batch["first"], batch["end"], strict=True) for n in range(first, end)]
-        pairs, captions, summaries = np.array([self._pair(self.start + int(sample)) for sample in numbers]).T
+        pairs, captions, summaries = np.array([self._pair(self.start + number) for number in numbers]).T
         model = self.config.model
         form = model.image_height, model.image_width, model.image_resize
         encoded = self.images.read(samples.part[pairs].tolist(), samples.row[pairs].tolist())
