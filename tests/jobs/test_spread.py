@@ -72,6 +72,8 @@ ray.init(nodes.address, logging_level="error", log_to_driver=False)
 for version in ("a", "b"):
     plan = Plan("some", version, ("captions",), [1, 2], [1, 1], Places, {}, {}, {})
     run_plan(Store(sys.argv[1]), plan, Workers(1, cpus=1, gpus=2, spread=True), redo=False)
+ray.shutdown()  # before its nodes go: a driver that loses them exits with 1
+nodes.shutdown()
 """
 
 
