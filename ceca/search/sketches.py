@@ -105,7 +105,7 @@ def find_near(
     def near(query: Tensor, estimate: np.ndarray, error: np.float32) -> tuple[Tensor, Tensor]:
         if refused is not None:
             estimate[refused] = -np.inf
-        return best_among(rows, query, largest(estimate, count, error), k)
+        return best_among(rows, query, largest(estimate, count, float(error)), k)
 
     over = spread(True)
     return Best(*(torch.stack(part) for part in zip(*over(near, queries, estimates, errors), strict=True)))
