@@ -79,6 +79,7 @@ def image_ids(store: Store) -> list[str]:
     return store.read(store.current("images"), ["image_id"])["image_id"].to_pylist()
 
 
+@pytest.mark.slow
 def test_each_image_is_completed_or_rejected_by_an_endpoint_that_misbehaves_in_every_way(run, serve, data):
     faults = itertools.cycle(["", "", "busy", "", "", "error", "", "", "garbage", "", "", "nothing", ""])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import ray
 import torch
 
@@ -10,6 +11,7 @@ from ceca.evaluation.evaluation import Embedded
 from jobs.evaluations import ranking
 
 
+@pytest.mark.slow
 def test_queries_ranked_by_tasks_of_the_cluster_are_ranked_as_in_one_process(ray_cluster, monkeypatch):
     source = np.random.default_rng(0)
 
