@@ -105,7 +105,7 @@ class Reranker:
 
         Args:
             query: it asks for re-ranking.
-            result: its hits, best first: as many as the query wants judged, or more, unless there are fewer.
+            result: its hits, best first. They include all that may be judged.
         """
         assert query.rerank is not None
         wanted, started, found, weight = query.rerank, time.monotonic(), Findings(), 0.0

@@ -114,7 +114,7 @@ def find_near(
 def largest(estimates: np.ndarray, count: int, margin: float) -> np.ndarray:
     """Find the largest of N numbers, and those that are less than the last of them by at most a margin.
 
-    Sorting out all N would take as long as making them. A sample gives a bound that more than `count` are above.
+    To partition all N takes twice as long. A sample gives a bound, and only numbers above it are partitioned.
 
     Args:
         estimates: [N] fp32; -inf is never found.
@@ -125,7 +125,7 @@ def largest(estimates: np.ndarray, count: int, margin: float) -> np.ndarray:
         Their places, ascending.
     """
     sample = estimates[::STRIDE]
-    place = len(sample) - 2 * math.ceil(count / STRIDE) - 8  # twice as many as needed, and some for a small sample
+    place = len(sample) - 2 * math.ceil(count / STRIDE) - 8  # about twice `count` are above it
     bound = np.partition(sample, place)[place] if place > 0 else -np.inf
     above = np.flatnonzero(estimates >= bound)
     if len(above) < count:

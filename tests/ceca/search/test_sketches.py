@@ -98,7 +98,7 @@ def test_among_many_allowed_rows_only_those_are_found(people):
     kinds=st.integers(1, 40),  # few values: many are equal
     margin=st.sampled_from([0.0, 1.0, 7.5]),
     refused=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
-    ordered=st.booleans(),  # a sample of every so many-th may then be of one kind
+    ordered=st.booleans(),  # then the largest number is at all places of the sample
 )
 def test_the_largest_numbers_are_found_with_those_within_the_margin(
     seed: int, rows: int, share: float, kinds: int, margin: float, refused: float, ordered: bool
