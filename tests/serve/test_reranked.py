@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import ray
 import uvicorn
@@ -34,6 +33,7 @@ from serve.app import QUIET, application
 from serve.client import Client, Rerank
 from serve.engine import Engine, OnDemand
 from serve.judge import VERDICT_BYTES, Judge
+from tests.conftest import own_processes
 from tests.endpoint import ChatServer
 from tests.serve.conftest import COUNT, Running, wait_until_ready
 from tests.serve.dataset import publish_gallery, publish_people, publish_tiny
@@ -446,11 +446,7 @@ class Crowd:
 
 def kill_engines(since: float) -> int:
     """Kill the processes of engines that this process's cluster has started since; returns their number."""
-    found = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.create_time() > since and process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Engine")
-    ]
+    found = [process for process in own_processes("ray::Engine") if process.create_time() > since]
     for process in found:
         process.kill()
     return len(found)
