@@ -276,6 +276,7 @@ SECTIONS: dict[str, Callable[[Store], Callable[[], str]]] = {
 
 def measure(section: str, settings: Settings, folder: Path) -> dict[str, Any]:
     """Cost of one section over the dataset in `folder`."""
+    importlib.import_module("pandas")  # Arrow imports this library, of 20 MB, with its first array
     if section in ("ingress", "replica"):
         shutil.rmtree(folder / "cache", ignore_errors=True)
     work = SECTIONS[section](Store(str(folder / "data")))

@@ -74,6 +74,10 @@ class Positions:
             found[start + by_size] = np.where(self.sorted[place] == asked, self.order[place], -1)
         return found
 
+    def unique(self) -> np.ndarray:
+        """The keys, each once, sorted."""
+        return self.sorted[np.diff(self.sorted, prepend=~self.sorted[:1]) != 0]
+
     def of(self, key: str) -> int | None:
         """The position of one key, given by its hex digits; None if it is not among the keys."""
         (position,) = self.find(np.array([int(key, 16)], np.uint64)).tolist()

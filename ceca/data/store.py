@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections import Counter, deque
@@ -28,6 +29,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from ceca.data.filesystems import StoreError
 from ceca.data.filesystems import filesystem as filesystem
@@ -43,6 +45,8 @@ from ceca.data.schema import REJECTS, SCHEMA_VERSION
 A = TypeVar("A")
 B = TypeVar("B")
 READERS = 8  # objects read at the same time
+READERS_HERE = 4  # the same of small parts of this machine: more would wait for Python's lock
+ROWS_TOGETHER = 2048  # in such parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +203,16 @@ class Store(Objects):
         if not manifest.parts:
             raise StoreError(f"table {manifest.table!r} in {self.uri} is empty; see its rejects")
         read = functools.partial(self.read_columns, manifest, columns=columns)
-        return in_order(read, range(len(manifest.parts)))
+        return in_order(read, range(len(manifest.parts)), self.together(manifest))
+
+    def together(self, manifest: Manifest) -> int:
+        """Number of a table's parts that one thread reads one after the other: several small ones of this machine.
+
+        A part that is here is read faster than another thread is told to read it.
+        """
+        if not isinstance(self.fs, LocalFileSystem) or not manifest.parts:
+            return 1
+        return max(1, ROWS_TOGETHER * len(manifest.parts) // max(1, manifest.rows))
 
     def read_columns(self, manifest: Manifest, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Columns of one part. Fetches these columns alone, so the part's digest is not checked."""
@@ -424,20 +437,27 @@ class Store(Objects):
         return [part for part in parts if sizes.get(f"{table}/{part.path}") != part.bytes]
 
 
-def in_order(call: Callable[[A], B], arguments: Collection[A]) -> Iterator[B]:
-    """Results of calls that wait for a store, in order. READERS threads call; few results wait to be taken."""
+def in_order(call: Callable[[A], B], arguments: Collection[A], together: int = 1) -> Iterator[B]:
+    """Results of calls that wait for a store, in order. Several threads call; few results wait to be taken.
+
+    Args:
+        call: the function.
+        arguments: of each call.
+        together: number of calls that a thread makes one after the other, as `Store.together` has it.
+    """
     if len(arguments) == 1:  # a picture, a text: no thread is worth it
         yield from map(call, arguments)
         return
-    waiting: deque[Future[B]] = deque()
-    with ThreadPoolExecutor(READERS) as readers:
+    left = iter(arguments)
+    waiting: deque[Future[list[B]]] = deque()
+    with ThreadPoolExecutor(READERS if together == 1 else READERS_HERE) as readers:
         try:
-            for argument in arguments:
-                waiting.append(readers.submit(call, argument))
+            while some := list(itertools.islice(left, together)):
+                waiting.append(readers.submit(lambda of: [call(argument) for argument in of], some))
                 if len(waiting) > 2 * READERS:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()

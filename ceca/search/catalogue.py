@@ -105,7 +105,7 @@ class Catalogue:
             table: open_columns(edition, table, self.sources[table], names, before.columns[table] if before else None)
             for table, names in FACETS.items()
         }
-        ids = np.unique(self.columns["gallery"].ids)
+        ids = self.columns["gallery"].index.unique()
         self.ids = ids[~edition.is_removed(ids)]
         self._pictures: Recent[Picture] = Recent(CACHE_BYTES)
         self._texts: Recent[pa.Table] = Recent(TEXT_BYTES)

@@ -64,7 +64,8 @@ class Columns:
         held_lengths = np.diff(before.starts).tolist() if before else []
         lengths = np.array([held_lengths[kept[digest]] if digest in kept else 0 for digest in self.digests], np.int64)
         read = []  # of several parts together: places, ids, coded columns, times
-        tables = in_order(lambda place: sources[place].describe(["image_id", *names]), new)
+        together = sources[new[0]].together if new else 1
+        tables = in_order(lambda place: sources[place].describe(["image_id", *names]), new, together)
         for start in range(0, len(new), TOGETHER):
             places = new[start : start + TOGETHER]
             parts = list(itertools.islice(tables, len(places)))

@@ -25,6 +25,11 @@ class StoredPart:
     def digest(self) -> str:
         return self.manifest.parts[self.number].sha256
 
+    @property
+    def together(self) -> int:
+        """Number of such objects that one thread reads one after the other."""
+        return self.store.together(self.manifest)
+
     def describe(self, columns: list[str]) -> pa.Table:
         """Small columns, read alone."""
         return self.store.read_columns(self.manifest, self.number, columns)
@@ -44,6 +49,7 @@ class AddedObject:
 
     edition: Edition
     name: str
+    together = 1
 
     @property
     def digest(self) -> str:

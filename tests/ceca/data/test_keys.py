@@ -40,3 +40,8 @@ def test_a_key_is_found_at_its_last_position(there, wanted, at_once):
         patch.setattr(keys, "AT_ONCE", at_once)
         found = Positions(np.array(there, np.uint64)).find(np.array(wanted, np.uint64))
     assert found.tolist() == [expected.get(key, -1) for key in wanted]
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3)))
+def test_keys_are_given_once_and_sorted(there):
+    assert Positions(np.array(there, np.uint64)).unique().tolist() == sorted(set(there))

@@ -219,7 +219,8 @@ def test_a_bucket_that_is_not_there_is_one_error(s3_environment):
         Store("s3://nowhere/data").write_bytes(b"x", "object")
 
 
-def test_calls_that_wait_give_their_results_in_order_and_few_of_them_wait_to_be_taken():
+@pytest.mark.parametrize("together", [1, 3, 7])
+def test_calls_that_wait_give_their_results_in_order_and_few_of_them_wait_to_be_taken(together):
     called = []
 
     def call(number: int) -> int:
@@ -227,9 +228,9 @@ def test_calls_that_wait_give_their_results_in_order_and_few_of_them_wait_to_be_
         called.append(number)
         return -number
 
-    results = in_order(call, range(200))
+    results = in_order(call, range(200), together)
     assert next(results) == 0
-    assert len(called) < 60  # not all 200 at once
+    assert len(called) < max(60, 28 * together)  # not all 200 at once
     assert list(results) == [-number for number in range(1, 200)]
     assert sorted(called) == list(range(200))
 
@@ -246,6 +247,14 @@ def test_an_error_of_a_call_that_waits_ends_the_others():
     with pytest.raises(StoreError, match="gone"):
         list(in_order(call, range(1000)))
     assert len(called) < 100
+
+
+def test_small_parts_of_this_machine_are_read_together_and_those_of_a_store_are_not(tmp_path, s3_environment):
+    here, far = Store(str(tmp_path)), Store("s3://bucket/people")
+    small = Manifest("t", "v", 1000, (Part("a", 100, 1, ""),) * 10, {}, {}, {}, "")
+    large = dataclasses.replace(small, rows=50_000)
+    assert (here.together(small), here.together(large), far.together(small)) == (20, 1, 1)
+    assert here.together(dataclasses.replace(small, rows=0, parts=())) == 1
 
 
 def test_columns_of_parts_come_in_the_order_that_was_asked_for(store: Store):
