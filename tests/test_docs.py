@@ -71,6 +71,7 @@ RUN_BY = {
     "ceca report dialogues": (JOBS, "test_the_report_shows_images_of_different_people_with_caption_and_summary"),
     "ceca report training": (METHODS, "test_every_method_trains_from_its_recipe_and_one_command_prints_the_table"),
     "ceca report omega": (PIPELINE, "test_the_omega_curve_has_the_figures_of_an_evaluation_and_a_picture"),
+    "ceca report confidence": (PIPELINE, "test_the_picture_of_confidence_has_the_open_set_figures_of_an_evaluation"),
     "ceca report ranked": (PIPELINE, "test_ranked_lists_of_a_report_are_those_of_a_search"),
     "ceca report significance": (
         PIPELINE,

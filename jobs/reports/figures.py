@@ -77,7 +77,7 @@ def report_training(
         label = model.label(name)
         curves[label], validation[label] = training_curve(model, model_file(store, name, "curve.parquet"))
     draw_training(curves, validation, picture)
-    console.print(f"report: {len(curves)} models → {picture}")
+    console.print(f"report: {', '.join(curves)} → {picture}")
 
 
 def training_curve(model: PublishedModel, content: bytes) -> tuple[dict[str, Any], tuple[list[int], list[float]]]:
@@ -154,7 +154,7 @@ def report_confidence(
         if "confidence" in result["open_set"]:
             bins[label] = result["open_set"]["confidence"]["reliability"]
     draw_reliability(bins, curves, picture)
-    console.print(f"report: {len(models)} models → {picture}")
+    console.print(f"report: {', '.join(found)} → {picture}")
     return found
 
 

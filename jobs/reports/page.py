@@ -100,7 +100,7 @@ def report_page(
         f"Best by Rsum: {require_model(store, best).label(best)}. {store.uri}, {time.strftime('%Y-%m-%d')}."
     )
     out = write_page("Text-to-image person retrieval", lead, sections, folder / "index.html")
-    console.print(f"report: {len(names)} models → {out} ({out.stat().st_size / 1e6:.1f} MB, complete in itself)")
+    console.print(f"report: {', '.join(names)} → {out} ({out.stat().st_size / 1e6:.1f} MB, complete in itself)")
     return out
 
 

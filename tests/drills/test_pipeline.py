@@ -23,7 +23,13 @@ from ceca.model.registry import find_model
 from ceca.model.weights import load_model
 from ceca.search.searcher import Searcher
 from jobs.index import SMALL_PARTS, CopiedRows, reuse
-from jobs.reports.figures import report_attributes, report_omega, report_ranked, report_significance
+from jobs.reports.figures import (
+    report_attributes,
+    report_confidence,
+    report_omega,
+    report_ranked,
+    report_significance,
+)
 from jobs.reports.page import report_page
 from tests.conftest import REPOSITORY
 from tests.drills.conftest import RECIPE
@@ -90,6 +96,13 @@ def test_the_omega_curve_has_the_figures_of_an_evaluation_and_a_picture(undistur
     for omega, similarity in ((0.0, "global"), (0.3, "fused"), (1.0, "local")):
         found = metrics(undisturbed)[similarity]
         assert curve[omega] == pytest.approx((found["rank1"], found["rsum"]))
+
+
+def test_the_picture_of_confidence_has_the_open_set_figures_of_an_evaluation(undisturbed, tmp_path):
+    found = report_confidence(undisturbed.uri, ("ceca",), picture=tmp_path / "confidence.png")
+    assert (tmp_path / "confidence.png").stat().st_size > 5000
+    model = find_model(undisturbed, "ceca")
+    assert found == {"ceca": undisturbed.read_json("evaluations", model.digest, "test.json")["open_set"]}
 
 
 def test_a_model_does_not_differ_from_itself_and_one_that_was_not_evaluated_is_named(undisturbed):
