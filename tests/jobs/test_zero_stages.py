@@ -85,7 +85,8 @@ def make_model(method: str, micro_batch: int | None = None) -> CECA:
 def inputs(method: str, step: int, rows: slice) -> tuple[Any, ...]:
     """What the model is called with: images, captions, summaries, labels, the task of hidden words."""
     batch = batch_of(method)
-    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(step))[rows]
+    # Of these images no two tokens are chosen so narrowly that the rounding of another processor chooses otherwise.
+    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(100 + step))[rows]
     ids = trim(tokenize(CAPTIONS + SUMMARIES))
     captions, summaries = ids[:batch][rows], ids[BATCH:][:batch][rows]
     if method.endswith("ceca"):
@@ -248,9 +249,8 @@ def test_every_zero_stage_takes_the_steps_of_one_process(results, reference, cas
     wanted, before = of(expected, "after"), of(expected, "before")
     assert {name for name in wanted if not name.startswith("heads.")} <= after.keys()
     for name, value in after.items():
-        # As a whole: Adam divides a gradient by its own size, so single numbers that are almost zero differ by machine.
-        step = float((wanted[name] - before[name]).norm())
-        assert float((value - wanted[name]).norm()) <= 1e-2 * step + 1e-6, name
+        step = (wanted[name] - before[name]).abs().max()
+        assert torch.allclose(value, wanted[name], rtol=0, atol=1e-3 * float(step) + 1e-6), name
 
 
 @pytest.mark.slow
