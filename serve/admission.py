@@ -21,7 +21,7 @@ from serve.audit import audit
 from serve.origin import names_this_machine, of_another_site
 from serve.refusals import Overloaded, refused, unavailable
 from serve.sessions import cookie_name
-from serve.wire import ADMITTED, ASK, BODY_LIMIT, with_headers
+from serve.wire import ADMITTED, ASK, BODY_LIMIT, TIME_LIMIT, with_headers
 
 if TYPE_CHECKING:  # it imports Ray
     from serve.metrics import Metrics
@@ -77,7 +77,7 @@ class Admission:
             refusal = Response(status_code=204, headers={ADMITTED.decode(): "1"})
             await refusal(request.scope, receive, send)
             return
-        answer = Answer(send, functools.partial(self._record, request, refusal is not None))
+        answer = Answer(send, self.config.timeout_s, functools.partial(self._record, request, refusal is not None))
         if refusal is not None:
             await refusal(request.scope, receive, answer.send)
             return
@@ -142,11 +142,13 @@ class Answer:
 
     Args:
         forward: ASGI's `send`.
+        limit_s: seconds in which a replica answers, for the proxy.
         record: is called with the status once, before the client gets anything.
     """
 
-    def __init__(self, forward: Any, record: Callable[[int], None]):
+    def __init__(self, forward: Any, limit_s: float, record: Callable[[int], None]):
         self.forward, self.record = forward, record
+        self.limit = (TIME_LIMIT, b"%g" % limit_s)
         self.begun = False
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
@@ -154,7 +156,7 @@ class Answer:
         if message["type"] == "http.response.start":
             self.begun = True
             self.record(message["status"])
-            message = {**message, "headers": with_headers(message.get("headers", ()))}
+            message = {**message, "headers": [*with_headers(message.get("headers", ())), self.limit]}
         await self.forward(message)
 
     def end(self) -> None:

@@ -5,6 +5,8 @@
 - If an ingress replica dies, its requests are retried on another. Ray answers such a request with 500, because it
   cannot know whether the request may be repeated. Here every request may: a search changes nothing, and adding or
   removing an image twice has the same effect as once.
+- If a replica does not answer at all, the same is done. Every replica says how long it takes at most (`TIME_LIMIT`).
+  Ray itself would wait for ever: for a process that hangs, and in rare cases for one that has died.
 - Headers by which clients could steer Ray are removed, and Ray's list of applications is closed.
 
 Ray's proxies load this module because of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in their environment
@@ -15,17 +17,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 from starlette.middleware import Middleware
 
 from serve import connections
-from serve.wire import ADMITTED, ASK, BODY_LIMIT, INGRESS, with_headers
+from serve.wire import ADMITTED, ASK, BODY_LIMIT, INGRESS, TIME_LIMIT, with_headers
 
 ATTEMPTS, PAUSE_S = 5, 0.2
+LATE_S = 5.0  # beyond a replica's own limit, which does not hold for all that it does
 # Bodies of at most BODY_LIMIT are read at once, others when they are wanted. All that arrive or wait for an answer:
 SMALL_BYTES, LARGE_BYTES = 32 * 1024 * 1024, 64 * 1024 * 1024
 BODY_S, BODY_BYTES_PER_S = 10.0, 64 * 1024  # time for a body to arrive, and that much more for a large one
@@ -94,18 +98,27 @@ class Bodies:
             oldest.reschedule(0)
 
 
+@dataclasses.dataclass
+class Room:
+    """The bodies of all requests of a proxy."""
+
+    small: Bodies = dataclasses.field(default_factory=lambda: Bodies(SMALL_BYTES))
+    large: Bodies = dataclasses.field(default_factory=lambda: Bodies(LARGE_BYTES))
+
+
 class AskAgain:
     """Reads the body of a request, if the service wants it, and sends the request again until a replica answers.
 
-    Answers are streamed unchanged.
+    Answers are streamed, and only the header `TIME_LIMIT` is taken out.
 
     Args:
         app: the ASGI application of the proxy.
+        room: where bodies are kept.
     """
 
-    def __init__(self, app: Any):
-        self.app = app
-        self.small, self.large = Bodies(SMALL_BYTES), Bodies(LARGE_BYTES)
+    def __init__(self, app: Any, room: Room):
+        self.app, self.room = app, room
+        self.limit_s: float | None = None  # in which replicas answer, as the last answer stated it
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         length = _length(scope)
@@ -113,7 +126,7 @@ class AskAgain:
         if large and not await self._wanted(scope, send):
             return
         try:
-            async with (self.large if large else self.small).keep(receive, length or 0) as body:
+            async with (self.room.large if large else self.room.small).keep(receive, length or 0) as body:
                 if body is not None:
                     await self._ask(scope, body, receive, send)
         except TimeoutError:
@@ -137,28 +150,48 @@ class AskAgain:
 
     async def _ask(self, scope: dict[str, Any], body: bytes, receive: Any, send: Any) -> None:
         """Send a request until a replica answers."""
-        started = False
-
-        async def send_and_note(message: dict[str, Any]) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         for attempt in range(ATTEMPTS):
-            unread = [{"type": "http.request", "body": body, "more_body": False}]
-
-            async def receive_again(unread: list[dict[str, Any]] = unread) -> dict[str, Any]:
-                return unread.pop() if unread else await receive()
-
-            try:
-                await self.app(dict(scope), receive_again, send_and_note)
-            except Exception:
-                if started:
-                    raise
-            if started:
+            if await self._attempt(scope, body, receive, send):
                 return
             await asyncio.sleep(PAUSE_S * (attempt + 1))
         await _answer(send, 503, "no replica answers; try again")
+
+    async def _attempt(self, scope: dict[str, Any], body: bytes, receive: Any, send: Any) -> bool:
+        """Send a request to one replica. Returns whether it answered in time."""
+        started = False
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_again() -> dict[str, Any]:
+            return unread.pop() if unread else await receive()
+
+        async def send_and_note(message: dict[str, Any]) -> None:
+            nonlocal started
+            if end.expired():  # what Ray says about a request that was given up
+                return
+            if not started:
+                started = True
+                end.reschedule(None)  # a client may take its time for a long answer
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": self._note_limit(message.get("headers", ()))}
+            await send(message)
+
+        try:
+            async with asyncio.timeout(None if self.limit_s is None else self.limit_s + LATE_S) as end:
+                await self.app(dict(scope), receive_again, send_and_note)
+        except Exception:
+            if started:
+                raise
+        return started
+
+    def _note_limit(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Note the limit that a replica states. Returns the headers for the client, without it."""
+        passed = []
+        for name, value in headers:
+            if name == TIME_LIMIT:
+                self.limit_s = float(value)
+            else:
+                passed.append((name, value))
+        return passed
 
 
 class Front:
@@ -169,26 +202,31 @@ class Front:
     """
 
     def __init__(self, app: Any):
-        self.app, self.service = app, AskAgain(app)
+        self.app, self.room = app, Room()
+        self.services: dict[str, AskAgain] = {}  # by the path below which each answers
         while not hasattr(app, "proxy_router"):  # of Ray's own application, below its middleware
             app = app._app
         self.router = app.proxy_router
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        prefix = self._ours(path)
         if path == "/-/routes":
             await _answer(send, 404, "this list is closed")
-        elif not self._ours(path):
+        elif prefix is None:
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
+            if prefix not in self.services:
+                self.services[prefix] = AskAgain(self.app, self.room)
             headers = [(name, value) for name, value in scope["headers"] if _passes(name, value)]
-            await self.service({**scope, "headers": headers}, receive, send)
+            await self.services[prefix]({**scope, "headers": headers}, receive, send)
 
-    def _ours(self, path: str) -> bool:
+    def _ours(self, path: str) -> str | None:
+        """The path below which our service answers this request; None if another application does."""
         found = self.router.match_route(path)
-        return found is not None and found[1].deployment_id.name == INGRESS
+        return found[0] if found is not None and found[1].deployment_id.name == INGRESS else None
 
 
 def _passes(name: bytes, value: bytes) -> bool:

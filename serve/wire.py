@@ -8,6 +8,8 @@ INGRESS = "CecaIngress"  # the deployment that answers HTTP
 BODY_LIMIT = 64 * 1024  # bytes of a body that is no image; the longest query is a few thousand
 ASK = "ceca.ask"  # extension of a request's scope: answer only whether it would be let in
 ADMITTED = b"ceca-admitted"  # header of that answer
+# Header of every answer to a proxy, which takes it out: seconds in which a replica answers or says that it cannot.
+TIME_LIMIT = b"ceca-time-limit"
 # Headers of every answer that does not set them itself. A browser keeps none, takes none for another type than it is,
 # and shows none in pages of other sites.
 HEADERS = {

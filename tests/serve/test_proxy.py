@@ -18,8 +18,8 @@ from ray.serve.config import HTTPOptions
 from ceca.config import ServeConfig
 from cluster.object_store import free_port
 from serve import proxy
-from serve.proxy import LARGE_BYTES, AskAgain, Bodies, Front, Full, middlewares
-from serve.wire import ADMITTED, ASK, BODY_LIMIT, INGRESS
+from serve.proxy import LARGE_BYTES, AskAgain, Bodies, Front, Full, Room, middlewares
+from serve.wire import ADMITTED, ASK, BODY_LIMIT, INGRESS, TIME_LIMIT
 from tests.serve.front import Proxy
 
 PIECE = b"x" * 1024
@@ -74,16 +74,16 @@ async def admit(scope: Any, receive: Any, send: Any) -> None:
     ids=str,
 )
 def test_a_body_without_a_length_or_a_large_one_is_not_read_before_the_service_wants_it(headers: Any) -> None:
-    read, sent = send_to(AskAgain(refuse), headers, pieces=10**6)
+    read, sent = send_to(AskAgain(refuse, Room()), headers, pieces=10**6)
     assert (read, [message["status"] for message in sent]) == (0, [413])
 
 
 def test_a_large_body_is_read_when_the_service_wants_it() -> None:
     length = BODY_LIMIT + 1024
-    read, sent = send_to(AskAgain(admit), {b"content-length": str(length).encode()}, pieces=length // 1024)
+    read, sent = send_to(AskAgain(admit, Room()), {b"content-length": str(length).encode()}, pieces=length // 1024)
     assert read == length // 1024
     assert [message.get("body") for message in sent] == [None, str(length).encode()]
-    read, sent = send_to(AskAgain(admit), {b"content-length": str(LARGE_BYTES + 1).encode()}, pieces=10**6)
+    read, sent = send_to(AskAgain(admit, Room()), {b"content-length": str(LARGE_BYTES + 1).encode()}, pieces=10**6)
     assert (read, sent[0]["status"]) == (0, 503)
 
 
@@ -96,7 +96,7 @@ def test_a_request_is_asked_again_with_its_body_until_a_replica_answers() -> Non
             raise RuntimeError("the replica is gone")
         await refuse(scope, receive, send)
 
-    read, sent = send_to(AskAgain(dies_once), {b"content-length": b"3072"}, pieces=3)
+    read, sent = send_to(AskAgain(dies_once, Room()), {b"content-length": b"3072"}, pieces=3)
     assert read == 3
     assert bodies == [3 * PIECE] * 2
     assert len(sent) == 1
@@ -112,9 +112,67 @@ def test_the_question_whether_a_body_is_wanted_is_asked_again_too() -> None:
         await admit(scope, receive, send)
 
     length = BODY_LIMIT + 1024
-    _, sent = send_to(AskAgain(dies_every_other_time), {b"content-length": str(length).encode()}, pieces=length // 1024)
+    _, sent = send_to(
+        AskAgain(dies_every_other_time, Room()), {b"content-length": str(length).encode()}, pieces=length // 1024
+    )
     assert asked == [True, True, False, False]
     assert sent[-1]["body"] == str(length).encode()
+
+
+class Hangs:
+    """Replicas of an application: the first request is answered, the next `count` never, like those of dead processes.
+
+    Args:
+        count: requests without an answer.
+        pause_s: between beginning and end of the others' answers.
+    """
+
+    def __init__(self, count: int, pause_s: float = 0.0):
+        self.count, self.pause_s = count, pause_s
+        self.given_up: list[bytes] = []  # their bodies
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"]
+        if scope["path"] == "/hang" and len(self.given_up) < self.count:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:  # as Ray: it answers a client that has left, and its task ends quietly
+                self.given_up.append(body)
+                await send({"type": "http.response.start", "status": 499, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+                return
+        await send({"type": "http.response.start", "status": 200, "headers": [(TIME_LIMIT, b"0.05"), (b"a", b"b")]})
+        await asyncio.sleep(self.pause_s)
+        await send({"type": "http.response.body", "body": body})
+
+    def ask(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Ask twice → both answers."""
+        service = AskAgain(self, Room())
+        length = {b"content-length": b"1024"}
+        return send_to(service, length, 1)[1], send_to(service, length, 1, "/hang")[1]
+
+
+def test_a_replica_that_does_not_answer_is_given_up_when_its_own_limit_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "LATE_S", 0.05)
+    monkeypatch.setattr(proxy, "PAUSE_S", 0.0)
+    replicas = Hangs(count=1)
+    first, second = replicas.ask()
+    assert first[0]["headers"] == [(b"a", b"b")]  # the limit is not for the client
+    assert second == first
+    assert replicas.given_up == [PIECE]
+
+    replicas = Hangs(count=100)
+    start, body = replicas.ask()[1]
+    assert start["status"] == 503
+    assert (b"retry-after", b"1") in start["headers"]
+    assert b"no replica answers" in body["body"]
+    assert len(replicas.given_up) == proxy.ATTEMPTS
+
+
+def test_an_answer_that_has_begun_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "LATE_S", 0.05)
+    replicas = Hangs(count=0, pause_s=0.2)
+    assert [message.get("body") for message in replicas.ask()[1]] == [None, PIECE]
 
 
 def test_a_body_that_arrives_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +185,9 @@ def test_a_body_that_arrives_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPa
             sent.append(message)
 
         scope = {"type": "http", "path": "/", "headers": [(b"content-length", b"9")]}
-        front = AskAgain(admit)
+        front = AskAgain(admit, Room())
         await front(scope, asyncio.Event().wait, send)
-        assert (front.small.kept, front.small.arriving) == (0, {})
+        assert (front.room.small.kept, front.room.small.arriving) == (0, {})
         return sent
 
     start, body = asyncio.run(ask())
@@ -205,6 +263,18 @@ def test_the_largest_image_that_settings_allow_fits() -> None:
     assert ServeConfig(image_bytes_limit=LARGE_BYTES)
     with pytest.raises(ValueError, match="image_bytes_limit"):
         ServeConfig(image_bytes_limit=LARGE_BYTES + 1)
+
+
+def test_each_application_has_a_time_limit_of_its_own() -> None:
+    async def replica(scope: Any, receive: Any, send: Any) -> None:
+        limit = {"/a": b"20", "/b": b"0.5"}[scope["path"]]
+        await send({"type": "http.response.start", "status": 200, "headers": [(TIME_LIMIT, limit)]})
+        await send({"type": "http.response.body", "body": b""})
+
+    front = Front(Proxy(replica, {"/a": INGRESS, "/b": INGRESS}))
+    for path in ("/a", "/b", "/a"):
+        send_to(front, {}, 1, path)
+    assert {prefix: service.limit_s for prefix, service in front.services.items()} == {"/a": 20, "/b": 0.5}
 
 
 def test_what_is_rays_own_is_closed() -> None:
