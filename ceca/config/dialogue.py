@@ -48,6 +48,9 @@ class VLLMConfig:
     """Tokens that one step of the engine processes; none leaves it to vLLM, which takes 16,384 on large GPUs."""
     sequences: Positive | None = execution(None)
     """Sequences that one step of the engine processes; none leaves it to vLLM, which takes 1,024 on large GPUs."""
+    image_processes: NonNegative | None = execution(None)
+    """Processes that decode images and prepare them for the model; 0 does it in the worker's own, none takes two where
+    the model runs on a GPU, else 0."""
     arguments: str = execution("{}")
     """Further arguments of vLLM's engine, as a JSON object. They are not part of a result's version."""
     accelerator_type: str | None = execution(None)

@@ -2,14 +2,17 @@
 
 All turns of a conversation go to the same engine, so its prefix cache holds the image and the history. The prompt of a
 turn consists of the token ids of the previous prompt, of the model's answer and of the new question. Tokenising the
-text again could give other ids, which the cache would not recognise. The image is identified by its id, so vLLM
-neither hashes nor encodes it again.
+text again could give other ids, which the cache would not recognise. The image is prepared once
+(`ceca.dialogue.preparation`) and sent with the first turn. vLLM keeps it under its id, so it neither hashes nor encodes
+it again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import gc
 import itertools
 import json
 import multiprocessing
@@ -20,10 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from ceca.config import VLLMConfig
-from ceca.datasets.images import ImageError, open_image
 from ceca.dialogue.answers import one_line
 from ceca.dialogue.attributes import Choices, json_schema
 from ceca.dialogue.conversation import (
@@ -37,12 +37,15 @@ from ceca.dialogue.conversation import (
     chat_messages,
 )
 from ceca.dialogue.fetch import fetch_model
+from ceca.dialogue.preparation import Prepared, Preparer
 from ceca.environment import cache_folder, socket_folder, usable_gpus
 
 CONVERSATIONS_KEPT = 1536  # conversations in memory; more than are in flight at once, which are 1,024 at most
 ANSWER_MARK = "\u2603answer\u2603"  # stands for the last answer in a rendered chat, to cut out the text after it
 CPU_BLOCK = 32  # tokens in a block of the prefix cache on a CPU
 MEMORY_S = 60.0  # longest wait for a GPU's memory, which the driver gives back seconds after a process has ended
+# One process prepares some 400 images of 128 x 256 pixels per second. Without a GPU, the model takes all cores.
+GPU_IMAGE_PROCESSES = 2
 SHUTDOWN_S = 30.0  # time limit of a clean shutdown, which takes 6 s on two cores; vLLM's default of 5 s is too short
 
 
@@ -51,16 +54,14 @@ class _Conversation:
     """State that the next turn continues.
 
     Attributes:
-        image: decoded image.
+        image: the prepared image; None before the first turn.
         turns: answers so far, as they will stand in the history.
-        ids: token ids of the last prompt and answer. The image is one placeholder, which vLLM expands.
-        context: number of tokens of the last prompt and answer, with the image expanded.
+        ids: token ids of the last prompt and answer.
     """
 
-    image: Image.Image
+    image: Prepared | None = None
     turns: tuple[str, ...] = ()
     ids: list[int] = dataclasses.field(default_factory=list)
-    context: int = 0
 
 
 class _Prompt(NamedTuple):
@@ -86,6 +87,7 @@ class VLLMEngine:
         self.requests = itertools.count()
         self.conversations: OrderedDict[str, _Conversation] = OrderedDict()
         self.engine: Any = None
+        self.preparer: Preparer | None = None
         self.guard: subprocess.Popen[bytes] | None = None
         self.children: list[Any] = []  # processes of vLLM
 
@@ -104,6 +106,7 @@ class VLLMEngine:
             from transformers import AutoProcessor
             from vllm import SamplingParams
             from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.multimodal.cache import MultiModalProcessorSenderCache
             from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
             from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
@@ -115,6 +118,8 @@ class VLLMEngine:
         self.sampling = SamplingParams
         self.final_only = RequestOutputKind.FINAL_ONLY
         self.structured = StructuredOutputsParams
+        self._first = functools.lru_cache(maxsize=1024)(self._render_first)
+        self._following = functools.lru_cache(maxsize=1024)(self._render_following)  # the same for all images
         weights = await asyncio.to_thread(fetch_model, self.config.model)
         arguments = self._engine_arguments(weights)
         if unknown := sorted(arguments.keys() - {field.name for field in dataclasses.fields(AsyncEngineArgs)}):
@@ -127,16 +132,36 @@ class VLLMEngine:
             children = set(multiprocessing.active_children())
             # The first gives vLLM's sizes for work that nobody waits for, by the GPU's memory.
             context = UsageContext.LLM_CLASS if usable_gpus(self.config.gpus) else UsageContext.ENGINE_CONTEXT
+            given = AsyncEngineArgs(**arguments)
+            settings = await asyncio.to_thread(given.create_engine_config, context)
+            self.preparer = Preparer(settings, self.config.max_pixels, self._image_processes())
+            starting = asyncio.create_task(self.preparer.start())  # beside the engine
             self.engine = await asyncio.to_thread(
-                AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments), usage_context=context
+                AsyncLLM.from_vllm_config,
+                settings,
+                usage_context=context,
+                enable_log_requests=given.enable_log_requests,
+                disable_log_stats=given.disable_log_stats,
             )
+            await starting
         except Exception as error:
+            await self.close()
             raise EngineError(self._explain(error)) from error
         if usable_gpus(self.config.gpus):
             self.at_once = self.engine.vllm_config.scheduler_config.max_num_seqs
+        # Else each turn sends the image again.
+        self.keeps_images = isinstance(self.engine.renderer.mm_processor_cache, MultiModalProcessorSenderCache)
         self.block: int = self.engine.vllm_config.cache_config.block_size
         self.children = [child for child in multiprocessing.active_children() if child not in children]
         self.guard = end_with_this_process([child.pid for child in self.children])
+        # What vLLM has loaded stays. To look through it at each collection would cost 1 ms per image.
+        gc.collect()
+        gc.freeze()
+
+    def _image_processes(self) -> int:
+        if self.config.image_processes is not None:
+            return self.config.image_processes
+        return GPU_IMAGE_PROCESSES if usable_gpus(self.config.gpus) else 0
 
     def _engine_arguments(self, weights: str) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -193,6 +218,8 @@ class VLLMEngine:
         return text
 
     async def close(self) -> None:
+        if self.preparer is not None:
+            self.preparer.close()
         if self.engine is None:
             return
         engine, self.engine = self.engine, None
@@ -214,13 +241,8 @@ class VLLMEngine:
     async def answer(
         self, subject: Subject, history: Sequence[Turn], question: str, max_tokens: int, choices: Choices | None = None
     ) -> Answer:
-        conversation = await self._conversation(subject)
-        ids, continues = self._prompt(conversation, history, question)
-        prompt = {
-            "prompt_token_ids": ids,
-            "multi_modal_data": {"image": conversation.image},
-            "multi_modal_uuids": {"image": subject.image_id},
-        }
+        conversation = self._conversation(subject)
+        ids, continues = await self._prompt(subject, conversation, history, question)
         sampling = self.sampling(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -228,32 +250,57 @@ class VLLMEngine:
             output_kind=self.final_only,
             structured_outputs=self.structured(json=json_schema(choices)) if choices else None,
         )
-        result = await self._generate(prompt, sampling, subject.image_id)
+        known = len(conversation.ids) if continues else 0
+        result = await self._ask(subject, conversation, question, ids, sampling)
         output = result.outputs[0]
-        prompt_tokens, answer_ids = len(result.prompt_token_ids or ()), list(output.token_ids)
-        reusable = conversation.context // self.block * self.block if continues else 0
+        answer_ids = list(output.token_ids)
         # An answer with thoughts differs from what will stand in the history, so the next prompt is rendered anew.
         conversation.turns = (*(turn.answer for turn in history), one_line(output.text))
-        conversation.context = prompt_tokens + len(answer_ids)
         if answer_ids and answer_ids[-1] in self.special:  # the next prompt ends this answer in its own way
             answer_ids.pop()
         conversation.ids = ids + answer_ids
         return Answer(
             text=output.text,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=len(ids),
             cached_tokens=result.num_cached_tokens or 0,
-            reusable_tokens=reusable,
+            reusable_tokens=known // self.block * self.block,
             completion_tokens=len(output.token_ids),
             cut_off=output.finish_reason == "length",
         )
 
-    async def _generate(self, prompt: dict[str, Any], sampling: Any, image_id: str) -> Any:
-        """Run a request and return vLLM's output.
+    async def _ask(
+        self, subject: Subject, conversation: _Conversation, question: str, ids: list[int], sampling: Any
+    ) -> Any:
+        """Run a request and return vLLM's output. The image goes with it, unless vLLM has it.
 
         Raises:
             DialogueError: vLLM refuses the prompt or ends the request.
-            EngineDied: the engine core has died.
+            EngineDied: the engine core, or a process that prepares images, has died.
         """
+        image = conversation.image
+        assert image is not None
+        assert self.preparer is not None
+        sent = image.tensors is not None
+        if sent or self.keeps_images:
+            try:
+                return await self._generate(subject.image_id, image, ids, sampling)
+            except DialogueError as error:
+                if sent or error.reason != "engine_error":
+                    raise
+        # vLLM has dropped the image, as it does with the oldest ones where its memory for them is full.
+        again = await self.preparer.prepare(subject, self._first(question))
+        return await self._generate(subject.image_id, dataclasses.replace(image, tensors=again.tensors), ids, sampling)
+
+    async def _generate(self, image_id: str, image: Prepared, ids: list[int], sampling: Any) -> Any:
+        """As `_ask`, with the tensors that the image still has."""
+        tensors, image.tensors = image.tensors, None
+        prompt = {
+            "type": "multimodal",
+            "prompt_token_ids": ids,
+            "mm_kwargs": {"image": [tensors]},
+            "mm_hashes": {"image": [image_id]},
+            "mm_placeholders": {"image": [image.place]},
+        }
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -279,55 +326,53 @@ class VLLMEngine:
             raise DialogueError("engine_error", f"vLLM ended the request with {finish_reason!r}; see its log")
         return result
 
-    def _prompt(self, conversation: _Conversation, history: Sequence[Turn], question: str) -> _Prompt:
-        """Return the prompt of the next turn."""
+    async def _prompt(
+        self, subject: Subject, conversation: _Conversation, history: Sequence[Turn], question: str
+    ) -> _Prompt:
+        """Return the prompt of the next turn, and prepare the image where that is needed.
+
+        Raises:
+            DialogueError: the image cannot be decoded, or the model refuses it.
+            EngineDied: a process that prepares images has died.
+        """
         if history and conversation.turns == tuple(turn.answer for turn in history):
-            last = Turn(history[-1].question, ANSWER_MARK)
-            following = self._render((*history[:-1], last), question).partition(ANSWER_MARK)[2]
-            new_ids = self.tokenizer.encode(following, add_special_tokens=False)
-            return _Prompt(conversation.ids + new_ids, continues=True)
-        return _Prompt(self.tokenizer.encode(self._render(history, question)), continues=False)
+            following = self._following(tuple(turn.question for turn in history), question)
+            return _Prompt(conversation.ids + following, continues=True)
+        ids = self.tokenizer.encode(self._render(history, question)) if history else self._first(question)
+        expanded = conversation.image.expand(ids) if conversation.image is not None else None
+        if expanded is None:
+            assert self.preparer is not None, "the engine has not started"
+            conversation.image = await self.preparer.prepare(subject, ids)
+            expanded = conversation.image.prompt
+        return _Prompt(expanded, continues=False)
+
+    def _render_first(self, question: str) -> list[int]:
+        """Ids of a conversation that begins with a question."""
+        return self.tokenizer.encode(self._render((), question))
+
+    def _render_following(self, questions: tuple[str, ...], question: str) -> list[int]:
+        """Ids of what a chat template writes after the last answer: its end, and the next question.
+
+        Args:
+            questions: those that were answered.
+            question: the next one.
+        """
+        history = tuple(Turn(asked, ANSWER_MARK) for asked in questions)
+        following = self._render(history, question).rpartition(ANSWER_MARK)[2]
+        return self.tokenizer.encode(following, add_special_tokens=False)
 
     def _render(self, history: Sequence[Turn], question: str) -> str:
         """Render the conversation with the model's chat template."""
         messages = chat_messages(history, question, {"type": "image"})
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    async def _conversation(self, subject: Subject) -> _Conversation:
-        """Return the conversation about an image. The image is decoded once, in another thread."""
-        conversation = self.conversations.get(subject.image_id)
-        if conversation is None:
-            conversation = _Conversation(await asyncio.to_thread(self._decode, subject))
-            self.conversations[subject.image_id] = conversation
-            if len(self.conversations) > CONVERSATIONS_KEPT:
-                self.conversations.popitem(last=False)
+    def _conversation(self, subject: Subject) -> _Conversation:
+        """Return the conversation about an image."""
+        conversation = self.conversations.setdefault(subject.image_id, _Conversation())
         self.conversations.move_to_end(subject.image_id)
+        if len(self.conversations) > CONVERSATIONS_KEPT:
+            self.conversations.popitem(last=False)
         return conversation
-
-    def _decode(self, subject: Subject) -> Image.Image:
-        """Decode the image and scale it down to the pixel budget.
-
-        Raises:
-            DialogueError: the image cannot be decoded.
-        """
-        try:
-            return fit_pixels(open_image(subject.image), self.config.max_pixels)
-        except ImageError as error:
-            raise DialogueError(error.reason, error.detail) from None
-
-
-def fit_pixels(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Scale an image down to at most `max_pixels`, keeping its aspect ratio. Smaller images are returned unchanged.
-
-    The processors of models could do this too, but their options differ from model to model.
-    """
-    pixels = image.width * image.height
-    if pixels <= max_pixels:
-        return image
-    scale = (max_pixels / pixels) ** 0.5
-    # The bounds matter for an image that is only a few pixels wide or high.
-    width, height = (min(max_pixels, max(1, int(side * scale))) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def free_shares() -> list[float]:

@@ -4,6 +4,7 @@ The engine starts once (20-40 s), holds all conversations and closes. The tests 
 """
 
 import asyncio
+import dataclasses
 import io
 import json
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ceca.dialogue.conversation import (
     Answer,
     Dialogue,
     DialogueError,
+    EngineDied,
     Subject,
     Turn,
     converse,
@@ -61,6 +63,8 @@ class Record:
     judged: Answer | None = None  # the answer to a further claim about the same image
     failures: dict[str, DialogueError] = field(default_factory=dict)
     after_failures: Answer | None = None
+    forgotten: list[Answer] = field(default_factory=list)  # two turns; between them vLLM drops all images
+    died: EngineDied | None = None  # when a process that prepares images was killed
     processes: list[psutil.Process] = field(default_factory=list)
     guard_exit: int | None = None
 
@@ -99,6 +103,19 @@ async def hold_all(engine: VLLMEngine, record: Record) -> None:
         record.failures[name] = caught.value
     record.after_failures = await engine.answer(alone, [], QUESTIONS[0], ANSWER_TOKENS)
 
+    subject, history = Subject("forgotten", draw(99)), []
+    for question in QUESTIONS[:2]:
+        record.forgotten.append(await engine.answer(subject, history, question, ANSWER_TOKENS))
+        history.append(Turn(question, record.forgotten[-1].text))
+        await engine.engine.reset_mm_cache()
+        await engine.engine.reset_prefix_cache()
+
+    for process in engine.preparer.pool._processes.values():
+        process.kill()
+    with pytest.raises(EngineDied) as died:
+        await engine.answer(Subject("new", draw(96)), [], QUESTIONS[0], ANSWER_TOKENS)
+    record.died = died.value
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -110,6 +127,7 @@ def record(tiny: Path) -> Record:
     config = VLLMConfig(
         model=str(tiny), gpus=0, dtype="float32", max_model_len=MAX_MODEL_LEN, max_pixels=MAX_PIXELS, enforce_eager=True
     )
+    config = dataclasses.replace(config, image_processes=1)  # without a GPU, a thread does it
     engine, record, here = VLLMEngine(config, temperature=0.0, seed=0), Record(), psutil.Process()
     before = set(here.children(recursive=True))
 
@@ -210,6 +228,15 @@ def test_an_image_that_the_model_refuses_is_rejected_with_its_cause(record):
 
 def test_the_engine_continues_after_a_rejected_image(record):
     assert record.after_failures.text == record.turn_by_turn[0].text
+
+
+def test_an_image_that_vllm_has_dropped_is_sent_again(record):
+    assert [answer.text for answer in record.forgotten] == [answer.text for answer in record.turn_by_turn[:2]]
+    assert record.forgotten[1].cached_tokens == 0
+
+
+def test_a_killed_process_that_prepares_images_is_a_dead_engine_with_advice(record):
+    assert "--vllm.image-processes" in str(record.died)
 
 
 def test_closing_leaves_no_process(record):

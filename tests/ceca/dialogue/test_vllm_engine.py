@@ -15,8 +15,9 @@ from ceca.config import VLLMConfig
 from ceca.dialogue.conversation import (
     EngineError,
 )
+from ceca.dialogue.preparation import fit_pixels
 from ceca.dialogue.tiny import make_tiny_vlm
-from ceca.dialogue.vllm import VLLMEngine, end_with_this_process, fit_pixels, wait_for_memory
+from ceca.dialogue.vllm import VLLMEngine, end_with_this_process, wait_for_memory
 
 MAX_PIXELS = 64 * 28 * 28
 
