@@ -103,16 +103,20 @@ class SkippingAdam(torch.optim.Adam):
         self.found_inf = torch.zeros_like(self.skipped)
         self.grad_scale: Tensor | None = None  # by which gradients are divided
 
-    def look_at(self, gradients: list[Tensor]) -> None:
-        """Let the next step be skipped if one of these gradients is not finite on any worker; all workers call this.
+    def look_at(self, gradients: list[Tensor]) -> Tensor:
+        """Let the next step be skipped if a gradient or its square is not finite on any worker; all workers call this.
 
-        The device decides, and the host does not wait.
+        Adam averages squares, so an infinite one would stay. The device decides, and the host does not wait.
+
+        Returns:
+            The norms of the gradients, [number of gradients].
         """
-        largest = torch.stack(torch._foreach_norm(gradients, torch.inf)).amax()
-        self.found_inf = 1.0 - torch.isfinite(largest).float()
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self.found_inf = 1.0 - torch.isfinite(norms.amax()).float()
         if world()[1] > 1:
             torch.distributed.all_reduce(self.found_inf, torch.distributed.ReduceOp.MAX)
         self.skipped = self.skipped + self.found_inf  # it begins on the CPU, before DeepSpeed moves the model
+        return norms
 
 
 def first_loss_scale(config: TrainConfig) -> int:

@@ -145,8 +145,7 @@ class PlainEngine:
         """Take the step of Adam unless a gradient is not finite, and the next learning rate; all workers call this."""
         adam = self.optimizer
         gradients = [group.weights.grad for group in self.groups if group.weights.grad is not None]
-        adam.look_at(gradients)
-        adam.grad_scale = self._divisor(gradients)
+        adam.grad_scale = self._divisor(adam.look_at(gradients))
         adam.step()
         for group in self.groups:
             group.weights.grad = None
@@ -155,11 +154,11 @@ class PlainEngine:
             torch._amp_update_scale_(self.scale, self.kept, adam.found_inf, 2.0, 0.5, KEPT_STEPS)
         self.lr_scheduler.step()
 
-    def _divisor(self, gradients: list[Tensor]) -> Tensor | None:
-        """By which gradients are divided: the loss scale times the factor of clipping."""
+    def _divisor(self, norms: Tensor) -> Tensor | None:
+        """By which gradients are divided, given their norms: the loss scale times the factor of clipping."""
         if not self.config.optimiser.gradient_clip:
             return self.scale
-        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        squares = norms.square().sum()
         if self.shares > 1:
             dist.all_reduce(squares)
         scale = torch.ones_like(squares) if self.scale is None else self.scale

@@ -1,6 +1,5 @@
 """What is prepared of an image: its place in prompts, and its way to the engine. tests/drills/test_vllm.py runs it."""
 
-import io
 import pickle
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ceca.dialogue.preparation import Prepared, _Pickler
+from ceca.dialogue.preparation import Prepared, _reduce
 
 ids = st.lists(st.integers(0, 9), max_size=8)
 
@@ -32,9 +31,8 @@ def test_a_prompt_with_the_image_elsewhere_is_prepared_anew(mark):
 @pytest.mark.parametrize("shape", [(2, 3), (), (0, 4)])
 def test_tensors_are_the_same_in_another_process(dtype, shape):
     tensor = torch.arange(6).reshape(3, 2).T.to(dtype) if shape == (2, 3) else torch.ones(shape, dtype=dtype)
-    packed = io.BytesIO()
-    _Pickler(packed).dump({"pixels": [tensor]})
-    (found,) = pickle.loads(packed.getvalue())["pixels"]
+    rebuild, parts = pickle.loads(pickle.dumps(_reduce(tensor)))
+    found = rebuild(*parts)
     assert found.dtype == dtype
     assert found.shape == tensor.shape
     assert torch.equal(found, tensor)
