@@ -117,7 +117,7 @@ def padding(bench: Bench) -> dict[str, float]:
 def without_packing() -> Iterator[None]:
     """Let texts pass their tower with their padding, on a CPU too."""
     before = Packing.of
-    Packing.of = classmethod(lambda cls, there: None)
+    Packing.of = classmethod(lambda cls, there: cls(None, *there.shape))
     try:
         yield
     finally:

@@ -88,8 +88,9 @@ class Backbone(nn.Module):
         start = visual.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([start, x], dim=1) + visual.positional_embedding
         x = visual.ln_pre(x)
-        x, importance, received = self._blocks(visual.transformer.resblocks, x, None)
-        x = visual.ln_post(x) @ visual.proj
+        packing = Packing(None, *x.shape[:2])
+        x, importance, received = self._blocks(visual.transformer.resblocks, x, None, packing)
+        x = packing.unpack(visual.ln_post(x) @ visual.proj)
         present = torch.ones(x.shape[0], x.shape[1] - 1, dtype=torch.bool, device=x.device)
         received = received[:, 1:] if received is not None else None
         return Tokens(x[:, 1:], importance[:, 1:], present, x[:, 0], x.shape[1] - 1, None, received)
@@ -108,10 +109,9 @@ class Backbone(nn.Module):
         length = ids.shape[1]
         positions = torch.arange(length, device=ids.device)
         x = self.clip.token_embedding(ids) + self.clip.positional_embedding[:length]
-        packing = Packing.of(positions <= end[:, None]) if here else None
+        packing = Packing.of(positions <= end[:, None]) if here else Packing(None, *ids.shape)
         x, importance, _ = self._blocks(self.clip.transformer.resblocks, x, end, packing)
-        x = self.clip.ln_final(x) @ self.clip.text_projection
-        x = packing.unpack(x) if packing is not None else x
+        x = packing.unpack(self.clip.ln_final(x) @ self.clip.text_projection)
         words = (positions > 0) & (positions < end[:, None])
         # A text without a single word stands for itself by its end, so that pooling has something to pool.
         present = words | ((positions == end[:, None]) & ~words.any(dim=1, keepdim=True))
@@ -120,14 +120,14 @@ class Backbone(nn.Module):
         return Tokens(x, importance, present, summit, self.context - 2, positions <= end[:, None], None, padded)
 
     def _blocks(
-        self, blocks: Any, x: Tensor, end: Tensor | None, packing: Packing | None = None
+        self, blocks: Any, x: Tensor, end: Tensor | None, packing: Packing
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Through a tower's blocks: [B, N, D] ([T, D] if packed), the importance [B, N], and the attention received.
+        """Through a tower's blocks: [B, N, D] → [T, D], the importance [B, N], and the attention received.
 
         Texts (with their `end` [B]) look back only, and their importance is that for the end; images' is for the
         class token.
         """
-        x = packing.pack(x) if packing is not None else x
+        x = packing.pack(x)
         for block in blocks[:-1]:
             if self.recompute and self.training:
                 x = checkpoint(
@@ -139,9 +139,12 @@ class Backbone(nn.Module):
 
 
 class Packing(NamedTuple):
-    """Texts without their padding: the tokens that are there, one after the other."""
+    """The tokens of a batch as rows of one matrix, texts without their padding.
 
-    places: Tensor  # [T] in the flattened [B·L]
+    Linear layers take a matrix as it is; of anything else they make one, and again in the backward pass.
+    """
+
+    places: Tensor | None  # [T] in the flattened [B·L]; None: all tokens are there
     batch: int
     length: int
 
@@ -152,12 +155,14 @@ class Packing(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, L, D] → [T, D]."""
-        return x.flatten(0, 1).index_select(0, self.places)
+        x = x.flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
 
     def unpack(self, x: Tensor) -> Tensor:
         """[T, D] → [B, L, D], zeros for padding."""
-        full = x.new_zeros(self.batch * self.length, x.shape[-1]).index_copy(0, self.places, x)
-        return full.view(self.batch, self.length, x.shape[-1])
+        if self.places is not None:
+            x = x.new_zeros(self.batch * self.length, x.shape[-1]).index_copy(0, self.places, x)
+        return x.view(self.batch, self.length, x.shape[-1])
 
 
 def trim(ids: Tensor) -> Tensor:
@@ -165,14 +170,14 @@ def trim(ids: Tensor) -> Tensor:
     return ids[:, : max(ids.argmax(dim=1).tolist(), default=0) + 1]
 
 
-def _block(block: Any, x: Tensor, causal: bool, packing: Packing | None) -> Tensor:
-    """A residual attention block, fused: [B, N, D] or packed [T, D] → the same."""
+def _block(block: Any, x: Tensor, causal: bool, packing: Packing) -> Tensor:
+    """A residual attention block, fused: [T, D] → [T, D]."""
     q, k, v = _heads(block, x, packing)
     return _add(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=causal), packing)
 
 
 def _last_block(
-    block: Any, x: Tensor, end: Tensor | None, packing: Packing | None, *, received: bool
+    block: Any, x: Tensor, end: Tensor | None, packing: Packing, *, received: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same, and the attention (mean over heads) of one row, [B, N]: the class token's, or the end's of texts.
 
@@ -196,18 +201,16 @@ def _last_block(
     return _add(block, x, mixed, packing), importance, all_rows
 
 
-def _heads(block: Any, x: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(block: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block's attention, [B, H, N, d] each."""
     attention = block.attn
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    qkv = packing.unpack(qkv) if packing is not None else qkv
+    qkv = packing.unpack(F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias))
     q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
-def _add(block: Any, x: Tensor, mixed: Tensor, packing: Packing | None) -> Tensor:
+def _add(block: Any, x: Tensor, mixed: Tensor, packing: Packing) -> Tensor:
     """What attention found, [B, H, N, d], and then the MLP, added to a block's input."""
-    mixed = mixed.transpose(1, 2).flatten(2)
-    mixed = packing.pack(mixed) if packing is not None else mixed
+    mixed = packing.pack(mixed.transpose(1, 2).flatten(2))
     x = x + block.ls_1(block.attn.out_proj(mixed))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
