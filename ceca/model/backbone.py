@@ -150,8 +150,8 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, there: Tensor) -> Packing:
-        """From [B, L] booleans."""
-        return cls(there.flatten().nonzero().squeeze(1), *there.shape)
+        """From [B, L] booleans on the CPU. A single text has no padding, and texts of one length have none."""
+        return cls(None if there.all() else there.flatten().nonzero().squeeze(1), *there.shape)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, L, D] → [T, D]."""
