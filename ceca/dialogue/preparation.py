@@ -12,6 +12,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import multiprocessing
+import os
 import threading
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.reduction import ForkingPickler
@@ -137,9 +138,25 @@ def _start(config: Any) -> None:
 
 def _start_process(config: Any) -> None:
     """As `_start`, in a process of its own."""
+    end_with_parent()
     _start(config)
     # Torch would pass each tensor through a file, and its other way takes 0.6 ms more for an image.
     ForkingPickler.register(torch.Tensor, _reduce)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it has ended, whatever signal ended that one.
+
+    A process of a pool waits for work on a pipe that it holds open itself, so it would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was not started by multiprocessing"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _reduce(tensor: torch.Tensor) -> tuple[Any, ...]:

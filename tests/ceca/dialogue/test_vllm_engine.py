@@ -42,6 +42,20 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert wait_for_end(int(finished.stdout))
 
 
+def test_a_killed_workers_processes_that_prepare_images_end():
+    """Also where it is killed before its engine has started, and with it the guard."""
+    script = """
+import concurrent.futures, multiprocessing, os, signal
+from ceca.dialogue.preparation import end_with_parent
+pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
+print(pool.submit(os.getpid).result(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == -9, finished.stderr
+    assert wait_for_end(int(finished.stdout))
+
+
 def test_a_dismissed_guard_ends_nothing():
     child = subprocess.Popen(["sleep", "60"])
     try:
