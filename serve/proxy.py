@@ -6,7 +6,7 @@
   cannot know whether the request may be repeated. Here every request may: a search changes nothing, and adding or
   removing an image twice has the same effect as once.
 - If a replica does not answer at all, the same is done. Every replica says how long it takes at most (`TIME_LIMIT`).
-  Ray itself would wait for ever: for a process that hangs, and in rare cases for one that has died.
+  Ray itself would wait for ever for a process that hangs.
 - Headers by which clients could steer Ray are removed, and Ray's list of applications is closed.
 
 Ray's proxies load this module because of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in their environment
