@@ -293,6 +293,9 @@ class VLLMEngine:
 
     async def _generate(self, image_id: str, image: Prepared, ids: list[int], sampling: Any) -> Any:
         """As `_ask`, with the tensors that the image still has."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
         tensors, image.tensors = image.tensors, None
         prompt = {
             "type": "multimodal",
@@ -301,9 +304,6 @@ class VLLMEngine:
             "mm_hashes": {"image": [image_id]},
             "mm_placeholders": {"image": [image.place]},
         }
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
         result = None
         try:
             async for streamed in self.engine.generate(prompt, sampling, f"{image_id}-{next(self.requests)}"):
