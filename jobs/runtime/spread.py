@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,28 +21,36 @@ def bundles_of(gpus: int, cpus: float, accelerator_type: str | None) -> list[dic
 
 
 @contextlib.contextmanager
-def reserved(bundles: list[dict[str, float]], machines: dict[str, str]) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Reserve bundles for each worker that starts while this lasts, and give all of them back at the end.
+def reserved(
+    bundles: list[dict[str, float]], machines: dict[str, str], workers: int
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Reserve bundles for each of some workers, and give all of them back at the end.
 
     Args:
         bundles: of one worker. They are on as few machines as can be.
         machines: Ray's label selector of the machines.
+        workers: number of workers. They must be started in one go.
 
     Yields:
-        A function that reserves the bundles of one more worker and returns Ray's options for it.
+        A function that returns Ray's options for the next worker. Ray Data also calls it to look at the options, before
+        or after it starts the workers: so it reserves nothing itself, and goes round. A reservation without a worker
+        could get the GPUs that a worker waits for.
     """
-    from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+    from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    made: list[PlacementGroup] = []
+    groups = [
+        placement_group(bundles, strategy="PACK", bundle_label_selector=[machines] * len(bundles))
+        for _ in range(workers)
+    ]
+    turns = itertools.cycle(groups)
 
     def options() -> dict[str, Any]:
-        made.append(placement_group(bundles, strategy="PACK", bundle_label_selector=[machines] * len(bundles)))
-        strategy = PlacementGroupSchedulingStrategy(made[-1], placement_group_capture_child_tasks=True)
+        strategy = PlacementGroupSchedulingStrategy(next(turns), placement_group_capture_child_tasks=True)
         return {"scheduling_strategy": strategy}
 
     try:
         yield options
     finally:
-        for group in made:
+        for group in groups:
             remove_placement_group(group)

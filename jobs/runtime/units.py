@@ -263,13 +263,14 @@ def _round(
 
     rows = [{"unit": unit, "work": json.dumps(plan.units[unit])} for unit in todo]
     pool: Pool = "dialogue" if workers.gpus else "cpu"
-    with _gpus(workers, machines_for(pool)) as gpus:
+    most = min(replicas, len(todo))
+    with _gpus(workers, machines_for(pool), most) as gpus:
         units = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _UnitWorker,
             fn_constructor_args=(store.uri, plan.stage, version, plan.worker, dict(plan.arguments), team),
             compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                max_size=min(replicas, len(todo)),
+                min_size=most if workers.spread else 1,
+                max_size=most,
                 max_concurrent_calls_per_actor=workers.units_at_once,
                 enable_true_multi_threading=workers.units_at_once > 1,
             ),
@@ -283,11 +284,11 @@ def _round(
 
 
 @contextlib.contextmanager
-def _gpus(workers: Workers, machines: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Ray Data's options for the GPUs of workers on these machines."""
+def _gpus(workers: Workers, machines: dict[str, str], most: int) -> Iterator[dict[str, Any]]:
+    """Ray Data's options for the GPUs of that many workers on these machines."""
     if workers.spread:
         bundles = bundles_of(int(workers.gpus), workers.cpus, workers.accelerator_type)
-        with reserved(bundles, machines) as options:
+        with reserved(bundles, machines, most) as options:
             yield {"ray_remote_args_fn": options}
     else:
         kind = {"accelerator_type": workers.accelerator_type} if workers.accelerator_type else {}

@@ -43,7 +43,8 @@ def test_a_bundle_has_one_gpu_and_room_for_the_worker() -> None:
     assert bundles_of(1, 2, "H100") == [{"GPU": 1.0, "CPU": 2, "accelerator_type:H100": 0.001}]
 
 
-# Two nodes with a GPU each, and two rounds of one stage: the second finds the GPUs of the first free again.
+# Two nodes with a GPU each, and three rounds of one stage: each finds the GPUs of the round before free again. In the
+# last one a second worker waits for GPUs that the first has.
 STAGE = """
 import sys
 import pyarrow as pa
@@ -52,11 +53,11 @@ from ray.cluster_utils import Cluster
 from ceca.data.schema import CAPTIONS
 from ceca.data.store import Store
 from cluster.object_store import free_port
+from ray.util.placement_group import placement_group_table
 from jobs.runtime.units import Output, Plan, Workers, run_plan
 
 class Places:
     def __call__(self, work):
-        from ray.util.placement_group import placement_group_table
         group = ray.util.get_current_placement_group()
         nodes = placement_group_table(group)["bundles_to_node_id"]
         text = f"{len(nodes)} bundles on {len(set(nodes.values()))} nodes, {len(ray.get_gpu_ids())} GPUs here"
@@ -69,9 +70,10 @@ for _ in range(2):
     ports = {"dashboard_agent_listen_port": free_port()}
     nodes.add_node(num_cpus=2, num_gpus=1, labels={"ceca-pool": "dialogue"}, **ports)
 ray.init(nodes.address, logging_level="error", log_to_driver=False)
-for version in ("a", "b"):
+for version, workers in [("a", 1), ("b", 1), ("c", 2)]:
     plan = Plan("some", version, ("captions",), [1, 2], [1, 1], Places, {}, {}, {})
-    run_plan(Store(sys.argv[1]), plan, Workers(1, cpus=1, gpus=2, spread=True), redo=False)
+    run_plan(Store(sys.argv[1]), plan, Workers(workers, cpus=1, gpus=2, spread=True), redo=False)
+print(len(placement_group_table()), "reservations")
 ray.shutdown()  # before its nodes go: a driver that loses them exits with 1
 nodes.shutdown()
 """
@@ -90,6 +92,7 @@ def test_ray_reserves_gpus_of_two_machines_and_gives_them_back(tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout == "4 reservations\n"  # one for each worker: one without a worker could keep its GPUs from it
     store = Store(str(tmp_path))
     texts = store.read(store.current("captions"), ["text"])["text"].to_pylist()
     assert texts == ["2 bundles on 2 nodes, 0 GPUs here"] * 2
