@@ -21,7 +21,7 @@ from serve.routes.about import about_routes
 from serve.routes.gallery import gallery_routes
 from serve.routes.search import search_routes
 from serve.routes.session import session_routes
-from serve.schema import ExplainRequest, LikeRequest, Rerank, SearchRequest
+from serve.schema import ExplainRequest, LikeRequest, Rerank, SearchRequest, WordsRequest
 from serve.service import Service
 
 
@@ -60,12 +60,13 @@ def _describe(description: dict[str, Any], config: ServeConfig, closed: bool) ->
     """Add the configured limits to /openapi.json, and the need for a key if the service is `closed`."""
     limits: dict[str, dict[str, float]] = {
         "query": {"maxLength": config.text_limit},
+        "words": {"maxLength": config.text_limit},
         "top_k": {"maximum": config.top_k_limit},
         "offset": {"maximum": config.top_k_limit - 1},
         "seconds": {"maximum": config.rerank_seconds_limit},
         "images": {"maximum": config.rerank_images_limit},
     }
-    for model in (SearchRequest, LikeRequest, ExplainRequest, Rerank):
+    for model in (SearchRequest, LikeRequest, ExplainRequest, Rerank, WordsRequest):
         properties = description["components"]["schemas"][model.__name__]["properties"]
         for name in limits.keys() & properties.keys():
             properties[name] |= limits[name]

@@ -36,6 +36,7 @@ from serve.schema import (
     SearchResponse,
     Sentence,
     Status,
+    Understood,
     Word,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "Reranking",
     "Sentence",
     "Status",
+    "Understood",
     "Word",
 ]
 
@@ -226,6 +228,21 @@ class Client:
         """Why a query returned an image."""
         body = {"query": query, "image_id": image_id, "omega": omega}
         return self._record(Explanation, "POST", "/v1/explain", json=body)
+
+    def understand(
+        self, words: str, *, facet: str | None = None, image_id: str | None = None, seconds: float | None = None
+    ) -> Understood:
+        """What somebody says in their own words, as `answers` of a search.
+
+        Args:
+            words: what they say of the person they look for.
+            facet: what they were asked about; None if they speak unasked.
+            image_id: the picture that they were shown.
+            seconds: most time that the service's engine has to read the words beside that picture; None reads them
+                without it.
+        """
+        body = {"words": words, "facet": facet, "image_id": image_id, "seconds": seconds}
+        return self._record(Understood, "POST", "/v1/understand", json=body)
 
     def image(self, image_id: str) -> bytes:
         """The file of an image of the gallery, unchanged."""

@@ -20,6 +20,7 @@ from ceca.config import DialogueConfig
 from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import AT_ONCE, Dialogue, DialogueError, EngineError, Subject, converse
 from ceca.dialogue.engines import make_engine
+from ceca.dialogue.understanding import understand
 from ceca.dialogue.verdicts import Claim, Verdict, judge
 from ceca.machines import machines_for
 
@@ -109,6 +110,29 @@ class Engine:
                 for claim in claims:
                     verdicts.append(await judge(self.engine, subject, claim))
         return verdicts
+
+    async def understand(
+        self, subject: Subject, words: str, choices: Choices, question: str, seconds: float
+    ) -> dict[str, str] | None:
+        """Read a searcher's words beside the picture that they were shown.
+
+        Args:
+            subject: the picture.
+            words: what they say.
+            choices: the facets that they can mean, and their values.
+            question: what they were asked; empty if they speak unasked.
+            seconds: time limit.
+
+        Returns:
+            The facets that are understood; None if the engine cannot tell in time.
+
+        Raises:
+            EngineError: the engine does not answer.
+        """
+        with contextlib.suppress(TimeoutError, DialogueError):
+            async with asyncio.timeout(seconds), self.free:
+                return await understand(self.engine, subject, words, choices, question)
+        return None
 
 
 class OnDemand:

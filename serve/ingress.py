@@ -33,10 +33,11 @@ from serve.query import Embeddings, Like, Query, ShardQuery, freeze
 from serve.refusals import NotFound, Overloaded
 from serve.replicas import Replicas
 from serve.reranking import Reranker
-from serve.schema import Job, Status
+from serve.schema import Job, Status, Understood, WordsRequest
 from serve.service import Explanation, NewImage, SearchResult
 from serve.snapshot import Snapshot
 from serve.tokens import Issuer, Tokens
+from serve.understanding import understand
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +258,17 @@ class Ingress:
         parts = cut(text, told)
         texts = await self.replicas.embed_texts(snapshot.edition, parts.texts)
         return explain(snapshot, parts, texts, image, omega)
+
+    @_in_time
+    async def understand(self, said: WordsRequest) -> Understood:
+        """Read what a searcher says in their own words.
+
+        Raises:
+            NotFound: the gallery does not have the picture.
+            RequestValidationError: nobody is asked about this facet.
+            Overloaded: not in time.
+        """
+        return await understand(self.snapshot, self.reranker.judge, said)
 
     @_in_time
     async def picture(self, image_id: str) -> Picture | None:

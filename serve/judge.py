@@ -1,5 +1,7 @@
 """Verdicts for searches: those that are known are kept in memory, the others are asked of an engine within seconds.
 
+The same engine reads what searchers say in their own words; that is not kept.
+
 Plain Python; `serve.app` makes it a deployment of one replica, so that what one search asked is known to all.
 """
 
@@ -11,11 +13,11 @@ import logging
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ceca.config import DialogueConfig, ServeConfig
 from ceca.data.store import Store
-from ceca.dialogue.attributes import read_truth, read_vocabulary
+from ceca.dialogue.attributes import Choices, read_truth, read_vocabulary
 from ceca.dialogue.conversation import EngineError, Subject
 from ceca.dialogue.verdicts import Claim, Verdict
 from ceca.search.catalogue import Recent
@@ -41,6 +43,13 @@ class Judged:
     """What the engine said. `problem` says why it said nothing or not all; empty if it was there."""
 
     verdicts: Verdicts
+    problem: str = ""
+
+
+class Heard(NamedTuple):
+    """What the engine understood of a searcher's words; None if it has not read them. `problem` says why, if known."""
+
+    answers: dict[str, str] | None
     problem: str = ""
 
 
@@ -139,6 +148,20 @@ class Judge:
         if problem:
             self.metrics.problems.inc(1, {"where": "verdicts"})
         return Judged(verdicts, problem)
+
+    async def understand(self, subject: Subject, words: str, choices: Choices, question: str, seconds: float) -> Heard:
+        """Have the engine read a searcher's words; arguments as of `serve.engine.Engine.understand`.
+
+        If the engine is not there, this starts it.
+        """
+        self.wanted = time.monotonic()
+        if not self.engine.ready():
+            return Heard(None, self.engine.problem)
+        try:
+            return Heard(await self.engine.call("understand", subject, words, choices, question, seconds))
+        except EngineError as error:
+            self.metrics.problems.inc(1, {"where": "words"})
+            return Heard(None, str(error))
 
     async def _ask_about(
         self, kept: Recent[Verdict], subject: Subject, claims: Sequence[Claim], deadline: float

@@ -196,7 +196,7 @@ class Reranker:
         found.known = found.answered
         if not (missing := found.missing()):
             return
-        pictures = await asyncio.gather(*(_picture(snapshot, image_id) for image_id in missing))
+        pictures = await asyncio.gather(*map(snapshot.file, missing))
         subjects = [Subject(name, picture) for name, picture in zip(missing, pictures, strict=True) if picture]
         left = until - time.monotonic()
         if not subjects or left <= 0:
@@ -223,13 +223,3 @@ def _in_order(hits: list[Hit], found: Findings, weight: float) -> list[Hit]:
     similarity = np.array([[hit.similarity for hit in best]])
     (new,) = rerank_by_verdicts(similarity, np.array([supported]), weight)
     return [best[place] for place in np.argsort(-new, kind="stable")] + hits[len(best) :]
-
-
-async def _picture(snapshot: Snapshot, image_id: str) -> bytes | None:
-    """The file of an image; None if it is gone: then nobody is asked about it."""
-    catalogue = snapshot.catalogue
-    try:
-        picture = catalogue.cached(image_id) or await asyncio.to_thread(catalogue.picture, image_id)
-    except (StoreError, FileNotFoundError):
-        return None
-    return picture.content if picture else None

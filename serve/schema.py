@@ -94,6 +94,22 @@ class SearchRequest(BaseModel):
     rerank: Rerank | None = None
 
 
+class WordsRequest(BaseModel):
+    """What the searcher says in their own words of the person they look for.
+
+    `facet`: what they were asked about, as in `question`; null if they speak unasked. `image_id`: the picture that they
+    were shown, with which a comparison is. `seconds`: most time that the service's multimodal engine has to read the
+    words beside that picture; null reads them without it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    words: Words
+    facet: Annotated[Text, Field(min_length=1)] | None = None
+    image_id: ImageId | None = None
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
 class LikeRequest(BaseModel):
     """An image of the gallery. Other images are compared with it by their embeddings."""
 
@@ -184,6 +200,20 @@ class Proposed(Record):
     facet: str
     text: str
     values: dict[str, float]
+
+
+class Understood(Record):
+    """What was understood of the searcher's words.
+
+    `answers` can be added to those of the next search; empty if nothing was understood. `by` is `engine` if it read
+    them too, else `words`: they were compared with a vocabulary. `reason` says why the engine did not, if it was asked
+    to. `seconds` is the time that it took.
+    """
+
+    answers: dict[str, str]
+    by: Literal["engine", "words"]
+    reason: str
+    seconds: float
 
 
 class SearchResponse(Record):

@@ -11,7 +11,7 @@ from ceca.dialogue.verdicts import Verdict
 from ceca.search.catalogue import Picture
 from ceca.search.ranking import Hit
 from serve.query import Query
-from serve.schema import Job, Proposed, Reranking, Sentence, Status, Word
+from serve.schema import Job, Proposed, Reranking, Sentence, Status, Understood, Word, WordsRequest
 from serve.snapshot import Snapshot
 
 if TYPE_CHECKING:  # it imports Ray
@@ -88,6 +88,8 @@ class Service(Protocol):
     async def search(self, query: Query) -> SearchResult: ...
 
     async def explain(self, text: str, image_id: str, omega: float) -> Explanation | None: ...
+
+    async def understand(self, said: WordsRequest) -> Understood: ...
 
     async def picture(self, image_id: str) -> Picture | None: ...
 

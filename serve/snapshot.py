@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from ceca.config import ServeConfig
-from ceca.data.store import Store
-from ceca.dialogue.attributes import attributes_of, read_vocabulary
+from ceca.data.store import Store, StoreError
+from ceca.dialogue.attributes import Choices, attributes_of, read_vocabulary
 from ceca.search.catalogue import Catalogue
 from ceca.search.confidence import Calibration, read_calibration
 from ceca.search.edition import Edition, find_edition
@@ -44,6 +45,21 @@ class Snapshot:
     def images(self, where: Mapping[str, Sequence[str]]) -> int:
         """Number of images that fulfil conditions."""
         return int(self.facets.mask(where).sum()) if where else len(self.catalogue)
+
+    async def file(self, image_id: str) -> bytes | None:
+        """The file of an image; None if it is gone: then nobody is asked about it."""
+        try:
+            picture = self.catalogue.cached(image_id) or await asyncio.to_thread(self.catalogue.picture, image_id)
+        except (StoreError, FileNotFoundError):
+            return None
+        return picture.content if picture else None
+
+    @property
+    def choices(self) -> Choices:
+        """The facets that an answer can be about, and their values."""
+        if not self.structured:
+            return self.vocabulary
+        return {name: self.facets.values(name) for name in self.structured}
 
     def possible(self, facet: str) -> Sequence[str]:
         """The values that a facet can have."""

@@ -192,10 +192,12 @@ _DOUBT = re.compile(
 )
 _DENIED = re.compile(r"\b(?:no|not|nothing|none|without|neither|nor|empty|\w+n't)\b[^,]*")
 _BEFORE = re.compile(
-    r"\b(?:an?|the|his|her|their|with|of|has|have|in|is|are|over|under|wear(?:s|ing)?|"
+    r"\b(?:an?|the|his|her|their|with|of|has|have|had|in|is|are|was|were|over|under|wear(?:s|ing)?|"
     r"carr(?:y|ies|ying)|hold(?:s|ing)?|pair)\b|[:()]"
 )
-_AFTER = re.compile(r"\s+(?:is|are)\s+((?:(?!\b(?:an?|the|s?he|they|his|her|their|with|in|wear(?:s|ing)?)\b)[^,:()])*)")
+_AFTER = re.compile(
+    r"\s+(?:is|are|was|were)\s+((?:(?!\b(?:an?|the|s?he|they|his|her|their|with|in|wear(?:s|ing)?)\b)[^,:()])*)"
+)
 
 
 def attributes_of(turns: Sequence[tuple[str, str]], choices: Choices) -> dict[str, str]:
@@ -223,6 +225,27 @@ def attributes_of(turns: Sequence[tuple[str, str]], choices: Choices) -> dict[st
     return {attribute: values[attribute] for attribute in choices if attribute in values}
 
 
+def named(text: str, values: Sequence[str]) -> str | None:
+    """Return the one value that a text names; None if it names none or several.
+
+    What a sentence denies does not count, and a sentence in doubt does not either.
+
+    >>> named("Not black. It was dark blue.", ["black", "blue"])
+    'blue'
+    """
+    said = {
+        mention.value
+        for sentence in _sentences(text.lower().replace("’", "'"))
+        for mention in _mentions(_DENIED.sub("", sentence), values)
+    }
+    return said.pop() if len(said) == 1 else None
+
+
+def _sentences(text: str) -> list[str]:
+    """Return the parts of a text that state something; those in doubt are left out."""
+    return [part for part in re.split(r"[.;!?\n]+|\bbut\b", text) if not _DOUBT.search(part)]
+
+
 def _read_thing(answer: str, name: str, attributes: Sequence[str], choices: Choices) -> dict[str, str]:
     """Read the attributes of one thing from the answer about it.
 
@@ -238,9 +261,7 @@ def _read_thing(answer: str, name: str, attributes: Sequence[str], choices: Choi
     if name == "hair":
         answer = re.sub(r"(?<!not )(?<!n't )\bbald\b", "no hair", answer)
     denied, named, phrases = False, set[str](), list[_Phrase]()
-    for sentence in re.split(r"[.;!?\n]+|\bbut\b", answer):
-        if _DOUBT.search(sentence):
-            continue
+    for sentence in _sentences(answer):
         denied |= any(_is_absent(name, denial, words) for denial in _DENIED.findall(sentence))
         stated = _DENIED.sub("", sentence)
         for mention in _mentions(stated, words):

@@ -64,6 +64,8 @@ class Subject:
         attributes: true attributes of a drawn pedestrian.
         view: view of a drawn pedestrian.
         views: pictures of the same person that the question is about (`ceca.dialogue.common`), this one among them.
+        said: what somebody who was shown the picture says of the person they look for, if the question is about that
+            (`ceca.dialogue.understanding`).
     """
 
     image_id: str
@@ -71,6 +73,7 @@ class Subject:
     attributes: Mapping[str, str] | None = None
     view: str | None = None
     views: tuple[View, ...] = ()
+    said: str = ""
 
 
 class Turn(NamedTuple):

@@ -13,9 +13,10 @@ import numpy as np
 
 from ceca.config import OracleConfig
 from ceca.data.schema import image_id as key_of
-from ceca.dialogue.attributes import Choices, chosen
+from ceca.dialogue.attributes import UNKNOWN, Choices, chosen
 from ceca.dialogue.conversation import QUESTIONS, Answer, DialogueError, EngineError, Subject, Turn
 from ceca.dialogue.phrases import read_summary, write_answers, write_summary
+from ceca.dialogue.understanding import read_words
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,9 @@ class OracleEngine:
     ) -> Answer:
         if subject.views:
             return Answer(self._agree(subject))
+        if subject.said:  # it reads the words alone
+            said = read_words(subject.said, choices or {})
+            return Answer(json.dumps({name: said.get(name, UNKNOWN) for name in choices or {}}))
         if subject.attributes is None:
             raise DialogueError("no_attributes", "the table of attributes has no row for this image")
         seen = self._perceive(subject.image_id, subject.attributes, subject.view)

@@ -13,9 +13,10 @@ from ceca.config import DialogueConfig, EvaluateConfig
 from ceca.data.names import EVALUATIONS
 from ceca.data.store import Store, version_of
 from ceca.dialogue.answers import spoken
-from ceca.dialogue.attributes import Choices, attributes_of, denied, read_attributes
-from ceca.dialogue.conversation import QUESTIONS, Engine, Subject
+from ceca.dialogue.attributes import Choices, denied, read_attributes
+from ceca.dialogue.conversation import Engine, Subject
 from ceca.dialogue.engines import generation_settings
+from ceca.dialogue.understanding import read_words
 from ceca.settings import ConfigError, from_mapping
 
 VERDICT_VERSION = "verdict-1"  # must change if the question changes
@@ -51,7 +52,7 @@ class Claim(NamedTuple):
 
 
 def stated(description: str, choices: Choices) -> tuple[Claim, ...]:
-    """Read what a description states of a person; words in doubt are left out (`attributes_of`).
+    """Read what a description states of a person; words in doubt are left out (`read_words`).
 
     Args:
         description: one or more sentences about one person.
@@ -60,9 +61,7 @@ def stated(description: str, choices: Choices) -> tuple[Claim, ...]:
     Returns:
         The claims, in the order of the vocabulary; at most one per attribute.
     """
-    # The description is read as the answer to each question: nobody knows which sentence is about what.
-    found = attributes_of([(question, description) for question in QUESTIONS], choices)
-    return tuple(Claim(attribute, value) for attribute, value in found.items())
+    return tuple(Claim(attribute, value) for attribute, value in read_words(description, choices).items())
 
 
 def wording(claim: Claim) -> str:

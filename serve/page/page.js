@@ -8,6 +8,7 @@ const EXAMPLES = [
 const BUSY_TRIES = 2; // again after 503, before saying so
 const POLL_MS = 500; // between looks at a job
 const POLL_LIMIT_MS = 120_000;
+const READING_S = 2; // that an engine has to read the searcher's words, if nothing else is chosen
 const SENTENCES = 3; // of an explanation, before "more"
 const ANSWERS = 8; // to a question, before "more"
 const IMAGE_TYPES = /^image\/(jpeg|png|webp|bmp|x-ms-bmp)$/;
@@ -541,9 +542,40 @@ function showQuestion(question, focused) {
     talk.replaceChildren(say(question.text, "question"), make("div", { className: "answers" }, ...buttons,
       ...unfold(buttons, ANSWERS, "answers"), press("I don't know", reply(null))));
   }
+  talk.append(ownWords(question));
   if (!focused) return;
   talk.firstChild.tabIndex = -1;
   talk.firstChild.focus({ preventScroll: true });
+}
+
+// An answer in the searcher's own words, to the question or unasked: the service reads it beside the first image.
+function ownWords(question) {
+  const words = make("input", { type: "text", maxLength: defaults.textLimit, required: true, autocomplete: "off",
+    placeholder: "no, the bag was darker" });
+  const said = say("");
+  said.setAttribute("role", "status");
+  const tell = async () => {
+    const json = { words: words.value, facet: question?.facet ?? null,
+      image_id: grid.firstElementChild?.dataset.image ?? null };
+    if (Number(closer.max)) json.seconds = Number(closer.value) || Math.min(READING_S, closer.max);
+    said.textContent = "Reading …";
+    try {
+      const { answers } = await call("v1/understand", { json, again: tell });
+      if (!said.isConnected) return; // another search has come
+      if (!Object.keys(answers).length) {
+        said.textContent = "None of that was understood. Name a garment, a colour, the hair, shoes or a bag.";
+        return;
+      }
+      for (const [facet, answer] of Object.entries(answers)) state.answers.set(facet, answer);
+      go();
+    } catch (error) {
+      if (error.name === "AbortError") said.textContent = ""; else said.replaceChildren(sayProblem(error, tell));
+    }
+  };
+  const form = make("form", { className: "own-words" }, make("label", {}, "Or in your own words ", words),
+    make("button", { type: "submit", textContent: "Tell" }), said);
+  form.addEventListener("submit", (event) => { event.preventDefault(); tell(); });
+  return form;
 }
 
 function lookLike(name) {

@@ -31,6 +31,8 @@ from serve.schema import (
     SearchHit,
     SearchRequest,
     SearchResponse,
+    Understood,
+    WordsRequest,
 )
 from serve.service import SearchResult, Service
 
@@ -97,6 +99,16 @@ def search_routes(service: Service, config: ServeConfig) -> APIRouter:
         """The images most similar to the image in the body (JPEG, PNG, WebP or BMP). Unlike gallery images it has no
         summary, so for an image that is in the gallery /v1/search/like is better. `where` is the JSON of /v1/search."""
         return await _answer(service, config, sent.content, ImageRequest(top_k, offset, omega, where), http)
+
+    @v1.post("/understand", responses=documented(404))
+    async def understand(request: WordsRequest, http: Request) -> Understood:
+        """What the searcher's own words say of the person they look for, as `answers` of a search."""
+        _check_length(request.words, config, "words")
+        _check_limit("seconds", "seconds", request.seconds or 0, config.rerank_seconds_limit)
+        note(http, query=hashed(request.words), images=[request.image_id] if request.image_id else [])
+        understood = await service.understand(request)
+        note(http, answers=sorted(understood.answers))
+        return understood
 
     @v1.post("/explain", responses=documented(404))
     async def explain(request: ExplainRequest, http: Request) -> ExplainResponse:
@@ -239,16 +251,18 @@ def _where(request: Request) -> dict[str, list[str]]:
         raise RequestValidationError(problems) from None
 
 
-def _check_length(query: str, config: ServeConfig) -> None:
-    if len(query) > config.text_limit:
-        message = f"the query has {len(query)} characters, at most {config.text_limit} are read: shorten it"
-        raise invalid("query", "too_long", message)
+def _check_length(text: str, config: ServeConfig, name: str = "query") -> None:
+    if len(text) > config.text_limit:
+        message = f"the text has {len(text)} characters, at most {config.text_limit} are read: shorten it"
+        raise invalid(name, "too_long", message)
 
 
 def _check_rerank(rerank: Rerank | None, config: ServeConfig) -> None:
-    if rerank is None:
-        return
-    limits = {"seconds": config.rerank_seconds_limit, "images": config.rerank_images_limit}
-    for name, limit in limits.items():
-        if getattr(rerank, name) > limit:
-            raise invalid("rerank", "less_than_equal", f"{name} is too large: this service gives an engine {limit:g}")
+    if rerank is not None:
+        _check_limit("rerank", "seconds", rerank.seconds, config.rerank_seconds_limit)
+        _check_limit("rerank", "images", rerank.images, config.rerank_images_limit)
+
+
+def _check_limit(field: str, name: str, found: float, limit: float) -> None:
+    if found > limit:
+        raise invalid(field, "less_than_equal", f"{name} is too large: this service gives an engine {limit:g}")

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from ceca.config import VLLMConfig
-from ceca.dialogue.attributes import UNKNOWN, denied
+from ceca.dialogue import understanding
+from ceca.dialogue.attributes import PERSON, UNKNOWN, denied, read_attributes
 from ceca.dialogue.conversation import (
     QUESTIONS,
     SUMMARY_REQUEST,
@@ -61,6 +62,7 @@ class Record:
     structured: Dialogue | None = None
     verdicts: list[str] = field(default_factory=list)
     judged: Answer | None = None  # the answer to a further claim about the same image
+    read: Answer | None = None  # a searcher's words about the same image
     failures: dict[str, DialogueError] = field(default_factory=dict)
     after_failures: Answer | None = None
     forgotten: list[Answer] = field(default_factory=list)  # two turns; between them vLLM drops all images
@@ -91,6 +93,8 @@ async def hold_all(engine: VLLMEngine, record: Record) -> None:
     record.verdicts = [await judge(engine, subject, claim) for claim in CLAIMS[:2]]
     choices = {CLAIMS[2].attribute: (CLAIMS[2].value, denied(CLAIMS[2].value))}
     record.judged = await engine.answer(subject, (), wording(CLAIMS[2]), TOKENS, choices)
+    request = understanding.wording("no, the bag was darker", "What is the person carrying, if anything?")
+    record.read = await engine.answer(subject, (), request, understanding.TOKENS, PERSON)
 
     unusable = {
         "too long": (alone, [Turn("Why?", "because " * 2000)]),
@@ -171,6 +175,12 @@ def test_a_verdict_is_one_of_three_and_the_next_claim_about_an_image_finds_it_in
     assert answer["shoes_kind"] in ("leather shoes", "not leather shoes", UNKNOWN)
     assert not record.judged.cut_off
     assert record.judged.cached_tokens >= CPU_BLOCK
+
+
+def test_a_searchers_words_are_read_whole_beside_the_image_from_the_cache(record):
+    assert read_attributes(record.read.text, PERSON) is not None
+    assert not record.read.cut_off
+    assert record.read.cached_tokens >= CPU_BLOCK
 
 
 def test_answers_at_the_length_limit_are_cut_off(record):

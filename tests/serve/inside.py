@@ -9,7 +9,9 @@ from ceca.config import ServeConfig
 from ceca.data.store import Store
 from serve.access import Key
 from serve.encoder import QueryEncoder
+from serve.engine import Engine, OnDemand
 from serve.ingress import Ingress
+from serve.judge import Judge
 from serve.searcher import GallerySearch
 from serve.sessions import Sessions
 
@@ -54,3 +56,35 @@ class InProcess(Ingress):
         self.following.ready = True
 
     async def keep_following(self) -> None: ...
+
+
+class OneJudge:
+    """Handle of the service's one judge, which is made in the event loop that first asks it."""
+
+    def __init__(self, data: str, config: ServeConfig):
+        self.arguments, self.judge = (data, config), Judge.__new__(Judge)
+        self.made = False
+
+    def __getattr__(self, method: str) -> Any:
+        async def remote(*arguments: Any) -> Any:
+            if not self.made:
+                self.made = True
+                await self.judge.__init__(*self.arguments)  # type: ignore[misc]
+            return await getattr(self.judge, method)(*arguments)
+
+        return SimpleNamespace(remote=remote)
+
+
+class InThisProcess(OnDemand):
+    """The engine without a process of its own."""
+
+    def _make(self, knowledge: Any) -> Any:
+        return Handle(Engine(self.settings, knowledge))
+
+
+class WithEngine(InProcess):
+    """The service with an engine, in this process."""
+
+    def __init__(self, store: Store, config: ServeConfig):
+        super().__init__(store, config, ())
+        self.reranker.judge = OneJudge(store.uri, config)

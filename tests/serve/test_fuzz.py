@@ -106,10 +106,14 @@ def fuzz(description: BaseSchema, *, erase: bool) -> Counter[int | None]:
         for part in (case.path_parameters, body):
             if part and part.get("image_id") == "null":  # from another answer; Schemathesis takes it for a valid one
                 part["image_id"] = "0" * 16
-            number = int(part["image_id"], 16) if part and "image_id" in part else 0
+            number = int(part["image_id"], 16) if part and part.get("image_id") else 0
             if number % 3 and (erase or case.method != "DELETE"):
                 part["image_id"] = IDS[number % len(IDS)]
-        for name, known in (("where", {"camera": ["c1"]}), ("answers", {"upper_colour": "red"})):
+        for name, known in (
+            ("where", {"camera": ["c1"]}),
+            ("answers", {"upper_colour": "red"}),
+            ("facet", "upper_colour"),
+        ):
             if body.get(name):  # the description cannot say which there are
                 body[name] = known
         for given in (body, case.query or {}):

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -31,13 +30,12 @@ from serve.access import Gate
 from serve.api import make_api
 from serve.app import QUIET, application
 from serve.client import Client, Rerank
-from serve.engine import Engine, OnDemand
-from serve.judge import VERDICT_BYTES, Judge
+from serve.judge import VERDICT_BYTES
 from tests.conftest import own_processes
 from tests.endpoint import ChatServer
 from tests.serve.conftest import COUNT, Running, wait_until_ready
 from tests.serve.dataset import publish_gallery, publish_people, publish_tiny
-from tests.serve.inside import Handle, InProcess
+from tests.serve.inside import InProcess, InThisProcess, WithEngine
 from tests.serve.looks import OMEGA, Looks, publish_weight, wears
 
 HERE = "http://localhost:8000"
@@ -48,42 +46,10 @@ CLAIMS = {"upper_kind": "shirt", "upper_colour": "green", "lower_kind": "trouser
 PEOPLE = {schema.image_id(f"{number:04d}.jpg"): number for number in range(COUNT)}
 
 
-class OneJudge:
-    """Handle of the service's one judge, which is made in the event loop that first asks it."""
-
-    def __init__(self, data: str, config: ServeConfig):
-        self.arguments, self.judge = (data, config), Judge.__new__(Judge)
-        self.made = False
-
-    def __getattr__(self, method: str) -> Any:
-        async def remote(*arguments: Any) -> Any:
-            if not self.made:
-                self.made = True
-                await self.judge.__init__(*self.arguments)  # type: ignore[misc]
-            return await getattr(self.judge, method)(*arguments)
-
-        return SimpleNamespace(remote=remote)
-
-
-class InThisProcess(OnDemand):
-    """The engine without a process of its own."""
-
-    def _make(self, knowledge: Any) -> Any:
-        return Handle(Engine(self.settings, knowledge))
-
-
-class Service(InProcess):
-    """The service with an engine, in this process."""
-
-    def __init__(self, store: Store, config: ServeConfig):
-        super().__init__(store, config, ())
-        self.reranker.judge = OneJudge(store.uri, config)
-
-
 class Asked:
     """A service that somebody asks, and what its engine sees."""
 
-    def __init__(self, client: TestClient, service: Service, looks: Looks):
+    def __init__(self, client: TestClient, service: WithEngine, looks: Looks):
         self.client, self.service, self.looks = client, service, looks
 
     def search(self, query: str = QUERY, seconds: float = 25.0, **body: Any) -> dict[str, Any]:
@@ -139,12 +105,12 @@ def store(tmp_path_factory: pytest.TempPathFactory, endpoint: ChatServer) -> Ite
 
 
 @pytest.fixture(scope="module")
-def service(store: Store, endpoint: ChatServer) -> Iterator[tuple[Service, TestClient]]:
+def service(store: Store, endpoint: ChatServer) -> Iterator[tuple[WithEngine, TestClient]]:
     config = settings(endpoint)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("serve.judge.OnDemand", InThisProcess)
         patch.setattr("serve.engine.RETRY_S", 0.0)
-        service = Service(store, config)
+        service = WithEngine(store, config)
         with TestClient(make_api(service, config, Gate(())), HERE) as client:
             first = Asked(client, service, endpoint.reply).search()  # type: ignore[arg-type]
             assert first["reranking"]["by"] == "plain"  # nobody has needed the engine before
@@ -153,7 +119,7 @@ def service(store: Store, endpoint: ChatServer) -> Iterator[tuple[Service, TestC
 
 
 @pytest.fixture
-def asked(service: tuple[Service, TestClient], endpoint: ChatServer) -> Asked:
+def asked(service: tuple[WithEngine, TestClient], endpoint: ChatServer) -> Asked:
     """The service, which knows no verdict yet."""
     endpoint.reply = looks = Looks(COUNT)
     service[0].reranker.judge.judge.versions = None  # type: ignore[union-attr]
@@ -370,7 +336,7 @@ def test_the_client_and_the_page_say_what_ranked_the_images(
     monkeypatch.setattr("serve.judge.OnDemand", InThisProcess)
     endpoint.reply = Looks(COUNT)
     config, port = settings(endpoint), free_port()
-    api = make_api(Service(store, config), config, Gate(()))
+    api = make_api(WithEngine(store, config), config, Gate(()))
     server = uvicorn.Server(uvicorn.Config(api, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

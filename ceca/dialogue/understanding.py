@@ -1,0 +1,83 @@
+"""What somebody says in their own words of the person they look for, read as attributes: by its words, or by an engine.
+
+"No, the bag was darker" is about a picture that they were shown, so an engine reads the words beside that picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+from ceca.dialogue.answers import spoken
+from ceca.dialogue.attributes import Choices, attributes_of, named, read_attributes
+from ceca.dialogue.conversation import QUESTIONS, Engine, Subject
+
+TOKENS = 256  # length limit of an answer: JSON with every attribute
+_NOTHING = re.compile(r"\W*(no|none|nothing|no one)\W*", re.IGNORECASE)
+
+
+def read_words(words: str, choices: Choices, asked: str | None = None) -> dict[str, str]:
+    """Read the attributes that somebody's words name, without an engine (`attributes_of`).
+
+    Args:
+        words: one or more sentences; what they deny or doubt is left out.
+        choices: vocabulary.
+        asked: the attribute that they were asked about. Then its value alone is an answer, such as "black".
+
+    Returns:
+        The attributes that are understood, in the order of the vocabulary.
+
+    >>> read_words("no, a red jacket", {"upper_kind": ["coat", "jacket"], "upper_colour": ["black", "red"]})
+    {'upper_kind': 'jacket', 'upper_colour': 'red'}
+    >>> read_words("dark blue, I think", {"shoes_colour": ["black", "blue"]}, "shoes_colour")
+    {'shoes_colour': 'blue'}
+    """
+    # The words are read as the answer to each question: nobody knows which sentence is about what.
+    found = attributes_of([(question, words) for question in QUESTIONS], choices)
+    possible = choices.get(asked or "", ())
+    if asked is not None and asked not in found:
+        nothing = "none" in possible and _NOTHING.fullmatch(words)
+        value = "none" if nothing else named(words, possible)
+        found |= {} if value is None else {asked: value}
+    return {attribute: found[attribute] for attribute in choices if attribute in found}
+
+
+def wording(words: str, question: str = "") -> str:
+    """Text of the request to an engine.
+
+    Args:
+        words: what somebody says.
+        question: what they were asked; empty if they speak unasked.
+    """
+    asked = f" They were asked: {json.dumps(question, ensure_ascii=False)}" if question else ""
+    return (
+        f"Somebody looks for a person and was shown this image, which may show somebody else.{asked} They say: "
+        f"{json.dumps(words, ensure_ascii=False)} Fill in as JSON what these words say of the person they look for, "
+        "with 'unknown' for all that they do not mention, whatever the image shows. A comparison, such as 'darker', "
+        "is with the person in the image."
+    )
+
+
+async def understand(
+    engine: Engine, subject: Subject, words: str, choices: Choices, question: str = ""
+) -> dict[str, str]:
+    """Have an engine read somebody's words beside the picture that they were shown.
+
+    Args:
+        engine: started engine.
+        subject: the picture.
+        words: what they say.
+        choices: vocabulary.
+        question: what they were asked; empty if they speak unasked.
+
+    Returns:
+        The attributes that the engine understands; none if its answer does not follow the vocabulary.
+
+    Raises:
+        DialogueError: the engine cannot answer about this picture.
+        EngineError: the engine cannot answer about any picture.
+    """
+    shown = dataclasses.replace(subject, said=words)
+    answer = await engine.answer(shown, (), wording(words, question), TOKENS, choices)
+    return read_attributes(spoken(answer.text).text, choices) or {}
