@@ -78,7 +78,7 @@ class OracleEngine:
             return Answer(json.dumps({name: said.get(name, UNKNOWN) for name in choices or {}}))
         if subject.attributes is None:
             raise DialogueError("no_attributes", "the table of attributes has no row for this image")
-        seen = self._perceive(subject.image_id, subject.attributes, subject.view)
+        seen = self.perceive(subject.image_id, subject.attributes, subject.view)
         if choices:
             return Answer(json.dumps({name: chosen(seen.get(name), values) for name, values in choices.items()}))
         if question in QUESTIONS:
@@ -93,7 +93,7 @@ class OracleEngine:
         hidden = [HIDDEN.get(view.view or "", ()) for view in subject.views]
         return write_summary(majority(said, hidden), self._random(subject.image_id, "summary"))
 
-    def _perceive(self, image_id: str, truth: Mapping[str, str], view: str | None) -> dict[str, str]:
+    def perceive(self, image_id: str, truth: Mapping[str, str], view: str | None) -> dict[str, str]:
         """Return the attributes as reported: each one is wrong with the configured probability."""
         hidden = HIDDEN.get(view or "", ())
         seen = dict(truth)

@@ -29,7 +29,7 @@ Sides = tuple[Embedded, Embedded]  # texts and images
 
 
 @dataclasses.dataclass(frozen=True)
-class _Side:
+class Side:
     """The queries of a split.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Side:
         )
 
 
-def _side(
+def side_of(
     store: Store,
     config: EvaluateConfig,
     omega: float,
@@ -70,7 +70,7 @@ def _side(
     sides: Sides,
     figures: np.ndarray,
     vocabulary: Choices,
-) -> _Side:
+) -> Side:
     """What re-ranking needs of a split; arguments as in `rerank_split`."""
     (queries, gallery), (texts, images) = tables, sides
     nearest = best_images(texts, images, omega, config.rerank_images)
@@ -84,7 +84,7 @@ def _side(
     asked = worth_asking(nearest.similarity, config.rerank_margin)
     captions = store.read(store.captions(store.current("images", "ingest")), ["caption_id", "text"])
     texts_asked = texts_of(queries, captions)
-    return _Side(
+    return Side(
         best,
         np.array(gallery["image_id"].to_pylist(), object)[nearest.positions],
         [
@@ -114,7 +114,7 @@ def rerank_split(
     assert engine is not None, "nobody to ask"
     listed = find_images(store, store.current("images", "ingest"))
     vocabulary = read_vocabulary(store, listed.table)
-    side = learned_on = _side(store, config, omega, tables, sides, figures, vocabulary)
+    side = learned_on = side_of(store, config, omega, tables, sides, figures, vocabulary)
     if not len(find_images(store, listed.table, CALIBRATED_ON)):
         raise UserError(
             f"the weight of an engine's verdicts is learned on the split {CALIBRATED_ON}, and {store.uri} has no image "
@@ -124,7 +124,7 @@ def rerank_split(
         there = dataclasses.replace(config, split=CALIBRATED_ON)
         tables = embed_split(store, there)
         sides = embedded_sides(dataclasses.replace(there, omega=omega), *tables)
-        learned_on = _side(store, there, omega, tables, sides, rank(*sides, [omega])[omega], vocabulary)
+        learned_on = side_of(store, there, omega, tables, sides, rank(*sides, [omega])[omega], vocabulary)
     questions = side.questions()
     verdicts = ask_verdicts(store, engine, listed, vocabulary, {*questions, *learned_on.questions()})
     weight = learn_weight(learned_on.best, learned_on.support(verdicts))

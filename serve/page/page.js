@@ -551,7 +551,7 @@ function showQuestion(question, focused) {
 // An answer in the searcher's own words, to the question or unasked: the service reads it beside the first image.
 function ownWords(question) {
   const words = make("input", { type: "text", maxLength: defaults.textLimit, required: true, autocomplete: "off",
-    placeholder: "no, the bag was darker" });
+    placeholder: Number(closer.max) ? "no, the bag was darker" : "no, he had a red jacket" });
   const said = say("");
   said.setAttribute("role", "status");
   const tell = async () => {
@@ -572,7 +572,7 @@ function ownWords(question) {
       if (error.name === "AbortError") said.textContent = ""; else said.replaceChildren(sayProblem(error, tell));
     }
   };
-  const form = make("form", { className: "own-words" }, make("label", {}, "Or in your own words ", words),
+  const form = make("form", { className: "own-words" }, make("label", {}, question ? "Or in your own words " : "In your own words ", words),
     make("button", { type: "submit", textContent: "Tell" }), said);
   form.addEventListener("submit", (event) => { event.preventDefault(); tell(); });
   return form;

@@ -178,7 +178,7 @@ def test_the_client_and_the_page_hold_a_conversation_in_own_words(running: Runni
     expect(page.get_by_role("button", name="Remove upper colour: red")).to_be_visible()
     expect(page.get_by_text("No further question would help")).to_be_visible()
     assert re.search("answer.upper_colour=red", page.url)
-    page.get_by_label("Or in your own words").fill("it was green")  # unasked, and of what?
+    page.get_by_label("In your own words").fill("it was green")  # unasked, and of what?
     page.get_by_role("button", name="Tell").click()
     expect(page.locator("#talk")).to_contain_text("None of that was understood")
     page.close()
