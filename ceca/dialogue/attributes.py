@@ -225,20 +225,20 @@ def attributes_of(turns: Sequence[tuple[str, str]], choices: Choices) -> dict[st
     return {attribute: values[attribute] for attribute in choices if attribute in values}
 
 
-def named(text: str, values: Sequence[str]) -> str | None:
-    """Return the one value that a text names; None if it names none or several.
+def named(text: str, values: Sequence[str]) -> tuple[str | None, set[str]]:
+    """Return the one value that a text names, None if it names none or several; and the text's other words.
 
-    What a sentence denies does not count, and a sentence in doubt does not either.
+    What a sentence denies is no value, and a sentence in doubt names none.
 
-    >>> named("Not black. It was dark blue.", ["black", "blue"])
-    'blue'
+    >>> value, others = named("Not black. It was blue.", ["black", "blue"])
+    >>> value, sorted(others)
+    ('blue', ['it', 'not', 'was'])
     """
-    said = {
-        mention.value
-        for sentence in _sentences(text.lower().replace("’", "'"))
-        for mention in _mentions(_DENIED.sub("", sentence), values)
-    }
-    return said.pop() if len(said) == 1 else None
+    text = text.lower().replace("’", "'")
+    said = {mention.value for sentence in _sentences(text) for mention in _mentions(_DENIED.sub("", sentence), values)}
+    for mention in reversed(_mentions(text, values)):
+        text = text[: mention.start] + text[mention.end :]
+    return said.pop() if len(said) == 1 else None, set(re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text))
 
 
 def _sentences(text: str) -> list[str]:

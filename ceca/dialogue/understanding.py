@@ -14,6 +14,12 @@ from ceca.dialogue.attributes import Choices, attributes_of, named, read_attribu
 from ceca.dialogue.conversation import QUESTIONS, Engine, Subject
 
 TOKENS = 256  # length limit of an answer: JSON with every attribute
+# A word of an answer that names no thing, such as "it was a dark red, I think".
+_SHORT = re.compile(
+    r"an?|the|it|its|it's|this|that|s?he|they|his|her|their|(?:was|were|is|are)(?:n't)?|ha[ds]|have|wore|and|but|no|not|"
+    r"yes|i|think|guess|would|say|very|quite|rather|really|just|more|like|kind|sort|of|something|in|dark|light|bright|"
+    r"pale|deep|colou?r(?:ed)?|one"
+)
 _NOTHING = re.compile(r"\W*(no|none|nothing|no one)\W*", re.IGNORECASE)
 
 
@@ -23,7 +29,8 @@ def read_words(words: str, choices: Choices, asked: str | None = None) -> dict[s
     Args:
         words: one or more sentences; what they deny or doubt is left out.
         choices: vocabulary.
-        asked: the attribute that they were asked about. Then its value alone is an answer, such as "black".
+        asked: the attribute that they were asked about. Then its value alone is an answer, such as "black", unless the
+            words name another thing.
 
     Returns:
         The attributes that are understood, in the order of the vocabulary.
@@ -35,11 +42,12 @@ def read_words(words: str, choices: Choices, asked: str | None = None) -> dict[s
     """
     # The words are read as the answer to each question: nobody knows which sentence is about what.
     found = attributes_of([(question, words) for question in QUESTIONS], choices)
-    possible = choices.get(asked or "", ())
-    if asked is not None and asked not in found:
-        nothing = "none" in possible and _NOTHING.fullmatch(words)
-        value = "none" if nothing else named(words, possible)
-        found |= {} if value is None else {asked: value}
+    if asked is not None and asked in choices and asked not in found:
+        value, others = named(words, choices[asked])
+        if "none" in choices[asked] and _NOTHING.fullmatch(words):
+            found[asked] = "none"
+        elif value is not None and all(map(_SHORT.fullmatch, others - {*asked.split("_")})):
+            found[asked] = value
     return {attribute: found[attribute] for attribute in choices if attribute in found}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ceca.config import OracleConfig
 from ceca.dialogue.attributes import PERSON
@@ -28,6 +30,8 @@ BAG = "What is the person carrying, if anything?"
          {"hat": "cap", "shoes_kind": "sneakers", "shoes_colour": "white"}),
         ("She had long blonde hair and a backpack", "carried",
          {"hair_length": "long", "hair_colour": "blond", "carried": "backpack"}),
+        ("no, she had a yellow backpack", "upper_colour", {"carried": "backpack"}),  # that was yellow, not the clothes
+        ("it was a rather light grey", "upper_colour", {"upper_colour": "grey"}),
         ("no", "hat", {"hat": "none"}),
         ("Nothing.", "carried", {"carried": "none"}),
         ("without a hat", None, {"hat": "none"}),
@@ -46,6 +50,9 @@ def test_words_of_the_vocabulary_are_understood(words: str, asked: str | None, u
         ("maybe black", "shoes_colour"),
         ("I don't know", "hat"),
         ("not black", "shoes_colour"),
+        ("the scarf was yellow", "upper_colour"),
+        ("Der Schal war blue", "upper_colour"),
+        ("the clothes were black", "shoes_colour"),
         ("no", "shoes_colour"),  # there is no such value
         ("black", None),  # of what?
         ("", "hat"),
@@ -64,7 +71,15 @@ def test_each_value_alone_answers_its_question():
 
 def test_other_vocabularies_are_read_where_they_are_asked_about():
     choices = {"mood": ("happy", "sad"), "bag_size": ("small", "large")}
-    assert read_words("a sad person with a large bag", choices, "mood") == {"mood": "sad"}
+    assert read_words("Sad, I would say.", choices, "mood") == {"mood": "sad"}
+    assert read_words("a large bag", choices, "bag_size") == {"bag_size": "large"}
+
+
+@given(st.lists(st.sampled_from(["no", "not", "a", "red", "black", "hat", "boots", "the", ",", "İ", "'"]) | st.text()))
+def test_whatever_is_said_is_read_as_values_of_the_vocabulary(parts: list[str]):
+    for asked in (None, "hat", "shoes_colour"):
+        for facet, value in read_words(" ".join(parts), PERSON, asked).items():
+            assert value in PERSON[facet]
 
 
 class Reads:
