@@ -67,13 +67,15 @@ def _answer_codes(
 ) -> dict[str, int | None]:
     """The code of each answer among the candidates' values.
 
-    None if the user does not know, or if no candidate has the value: then it does not tell candidates apart.
+    None if the user does not know, or if no candidate has the value: then it does not tell candidates apart. Nor does
+    an answer about what no candidate's dialogue mentions, which is left out.
     """
     codes: dict[str, int | None] = {}
     for facet, value in answers.items():
-        if facet not in values:
+        if facet not in values and facet not in snapshot.choices:
             raise WrongAnswer(f"nothing is known about {facet!r}; the candidates differ in {', '.join(sorted(values))}")
         if value is not None and value not in snapshot.possible(facet):
             raise WrongAnswer(f"{facet} cannot be {value!r}; it can be {', '.join(snapshot.possible(facet))}")
-        codes[facet] = values[facet].index(value) if value in values[facet] else None
+        if facet in values:
+            codes[facet] = values[facet].index(value) if value in values[facet] else None
     return codes

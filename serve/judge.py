@@ -158,7 +158,10 @@ class Judge:
         if not self.engine.ready():
             return Heard(None, self.engine.problem)
         try:
-            return Heard(await self.engine.call("understand", subject, words, choices, question, seconds))
+            async with asyncio.timeout(seconds + LATER_S):  # its process may not even say that it is late
+                return Heard(await self.engine.call("understand", subject, words, choices, question, seconds))
+        except TimeoutError:
+            return Heard(None)
         except EngineError as error:
             self.metrics.problems.inc(1, {"where": "words"})
             return Heard(None, str(error))

@@ -572,7 +572,8 @@ function ownWords(question) {
       if (error.name === "AbortError") said.textContent = ""; else said.replaceChildren(sayProblem(error, tell));
     }
   };
-  const form = make("form", { className: "own-words" }, make("label", {}, question ? "Or in your own words " : "In your own words ", words),
+  const form = make("form", { className: "own-words" },
+    make("label", {}, question ? "Or in your own words " : "In your own words ", words),
     make("button", { type: "submit", textContent: "Tell" }), said);
   form.addEventListener("submit", (event) => { event.preventDefault(); tell(); });
   return form;

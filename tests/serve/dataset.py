@@ -66,8 +66,11 @@ def publish(
     return version
 
 
-def publish_people(store: Store, count: int, asked: dict | None = None) -> None:
-    """The tables images, captions and dialogues; the last image is of the training split."""
+def publish_people(store: Store, count: int, asked: dict | None = None, *, structured: bool = True) -> None:
+    """The tables images, captions and dialogues; the last image is of the training split.
+
+    `structured`: dialogues have the colour of the upper garment as an attribute; else they mention none.
+    """
     ids = [schema.image_id(f"{number:04d}.jpg") for number in range(count)]
     images, captions, dialogues = [], [], []
     for number, image_id in enumerate(ids):
@@ -78,7 +81,10 @@ def publish_people(store: Store, count: int, asked: dict | None = None) -> None:
         images.append({**common, **place, "camera": f"c{number % 3}", "image": draw_person(number)})
         captions.append({**common, "caption_id": schema.caption_id(image_id, 0), "text": summarize(number)})
         dialogues.append({"image_id": image_id, "turns": [], "summary": summarize(number), "model": "test"})
-        dialogues[-1] |= {"flags": [], "attributes": {"upper_colour": COLOURS[number % len(COLOURS)]}}
+        dialogues[-1] |= {
+            "flags": [],
+            "attributes": {"upper_colour": COLOURS[number % len(COLOURS)]} if structured else {},
+        }
         dialogues[-1] |= {"prompt_version": "1", "generation_settings": "{}"}
         dialogues[-1] |= {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
     rows = pa.Table.from_pylist(images, pa.schema([*schema.IMAGES, schema.TIME, schema.TRACKLET]))

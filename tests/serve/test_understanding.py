@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,6 +158,23 @@ def test_a_service_without_an_engine_reads_the_words(store: Store):
         ):
             refused = client.post("/v1/understand", json=body)
             assert (refused.status_code, says in refused.text) == (status, True), refused.text
+
+
+def test_what_was_understood_can_be_answered_though_no_image_is_known_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CECA_CACHE", str(tmp_path / "cache"))
+    store, config = Store(str(tmp_path / "data")), ServeConfig()
+    publish_people(store, 4, structured=False)
+    publish_gallery(store, *publish_tiny(store, "tiny", seed=0), "tiny")
+    with TestClient(make_api(InProcess(store, config, ()), config, Gate(())), HERE) as client:
+        read = understood(client, "a cap", facet="hat")
+        assert read["answers"] == {"hat": "cap"}
+        plain, told = (
+            client.post("/v1/search", json={"query": "a person", **body}).json()["hits"]
+            for body in ({}, {"answers": read["answers"], "suggest": True})
+        )
+        assert [hit["image_id"] for hit in told] == [hit["image_id"] for hit in plain]
 
 
 def test_the_client_and_the_page_hold_a_conversation_in_own_words(running: Running, browser: Browser) -> None:
