@@ -55,13 +55,14 @@ def main(settings: Settings) -> None:
         environment = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
         figures: dict[str, dict[str, Any]] = {}
         for arm in ARMS:
+            print(f"{arm:10} ", end="", flush=True)  # it takes half a minute
             try:
                 of_arm = in_own_process(__file__, arm, settings, place, environment=environment)
             except ArmFailed as error:
                 sys.exit(f"{arm} failed:\n{error}")
             figures[arm] = of_arm
             ratio = of_arm["cpu_ms"] / figures["AsyncLLM"]["cpu_ms"]
-            print(f"{arm:10} {of_arm['cpu_ms']:17.2f} {ratio:6.2f} {of_arm['rate']:9.1f}", flush=True)
+            print(f"{of_arm['cpu_ms']:17.2f} {ratio:6.2f} {of_arm['rate']:9.1f}", flush=True)
         if figures["thread"]["said"] != figures["process"]["said"]:
             sys.exit("the answers of thread and process differ")
 

@@ -130,7 +130,7 @@ def draw(costs: dict[tuple[str, int], Cost], picture: Path) -> None:
         axes.set(xscale="log", xlabel="images", title=label)
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-    times.legend(frameon=False)
+    memory.legend(frameon=False)
     figure.savefig(picture, dpi=110)
 
 
