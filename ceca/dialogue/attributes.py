@@ -242,8 +242,9 @@ def named(text: str, values: Sequence[str]) -> tuple[str | None, set[str]]:
 
 
 def _sentences(text: str) -> list[str]:
-    """Return the parts of a text that state something; those in doubt are left out."""
-    return [part for part in re.split(r"[.;!?\n]+|\bbut\b", text) if not _DOUBT.search(part)]
+    """Return the parts of a text that state something; questions and those in doubt are left out."""
+    stated = re.sub(r"[^.;!?\n]*\?", ".", text)
+    return [part for part in re.split(r"[.;!\n]+|\bbut\b", stated) if not _DOUBT.search(part)]
 
 
 def _read_thing(answer: str, name: str, attributes: Sequence[str], choices: Choices) -> dict[str, str]:

@@ -51,6 +51,9 @@ def test_words_of_the_vocabulary_are_understood(words: str, asked: str | None, u
         ("I don't know", "hat"),
         ("not black", "shoes_colour"),
         ("the scarf was yellow", "upper_colour"),
+        ("Was it black?", "upper_colour"),
+        ("Black? No.", "upper_colour"),
+        ("Wore he a red jacket?", None),
         ("Der Schal war blue", "upper_colour"),
         ("the clothes were black", "shoes_colour"),
         ("no", "shoes_colour"),  # there is no such value
