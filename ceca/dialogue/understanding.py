@@ -20,6 +20,7 @@ _SHORT = re.compile(
     r"yes|i|think|guess|would|say|very|quite|rather|really|just|more|like|kind|sort|of|something|in|dark|light|bright|"
     r"pale|deep|colou?r(?:ed)?|one"
 )
+_CARRIED = re.compile(r"\b(?:hand|hold|carry|carri|bag)", re.IGNORECASE)
 _NOTHING = re.compile(r"\W*(no|none|nothing|no one)\W*", re.IGNORECASE)
 
 
@@ -42,6 +43,8 @@ def read_words(words: str, choices: Choices, asked: str | None = None) -> dict[s
     """
     # The words are read as the answer to each question: nobody knows which sentence is about what.
     found = attributes_of([(question, words) for question in QUESTIONS], choices)
+    if not (_CARRIED.search(words) or (asked or "").startswith("carried")):  # "nothing" may be on the head
+        found = {name: value for name, value in found.items() if not name.startswith("carried") or value != "none"}
     if asked is not None and asked in choices and asked not in found:
         value, others = named(words, choices[asked])
         if "none" in choices[asked] and _NOTHING.fullmatch(words):

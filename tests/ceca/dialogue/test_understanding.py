@@ -34,6 +34,8 @@ BAG = "What is the person carrying, if anything?"
         ("it was a rather light grey", "upper_colour", {"upper_colour": "grey"}),
         ("no", "hat", {"hat": "none"}),
         ("Nothing.", "carried", {"carried": "none"}),
+        ("Nothing.", "hat", {"hat": "none"}),  # which says nothing of the hands
+        ("She carried nothing", "hat", {"carried": "none"}),
         ("without a hat", None, {"hat": "none"}),
     ],
 )  # fmt: skip
@@ -56,6 +58,7 @@ def test_words_of_the_vocabulary_are_understood(words: str, asked: str | None, u
         ("Wore he a red jacket?", None),
         ("Der Schal war blue", "upper_colour"),
         ("the clothes were black", "shoes_colour"),
+        ("nothing on his head", "shoes_colour"),
         ("no", "shoes_colour"),  # there is no such value
         ("black", None),  # of what?
         ("", "hat"),
