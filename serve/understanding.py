@@ -8,6 +8,7 @@ import time
 
 from ray.serve.handle import DeploymentHandle
 
+from ceca.dialogue.attributes import Choices
 from ceca.dialogue.conversation import Subject
 from ceca.dialogue.understanding import read_words
 from ceca.search.questions import wording
@@ -52,14 +53,22 @@ async def understand(snapshot: Snapshot, judge: DeploymentHandle | None, said: W
             heard = Heard(None, f"the deployment Judge does not answer ({type(error).__name__})")
         if heard == Heard(None):
             heard = Heard(None, f"the engine has not read the words within {said.seconds:g} s")
-    # By the whole vocabulary: "a red shirt" also tells a colour in a gallery that does not know kinds of clothes.
-    read = read_words(said.words, {**choices, **snapshot.vocabulary}, said.facet) | (heard.answers or {})
+    read = read_words(said.words, _all_choices(snapshot), said.facet) | (heard.answers or {})
     return Understood(
         answers={facet: value for facet, value in read.items() if value in choices.get(facet, ())},
         by="words" if heard.answers is None else "engine",
         reason=heard.problem,
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _all_choices(snapshot: Snapshot) -> Choices:
+    """The whole vocabulary: "a red shirt" also tells a colour in a gallery that does not know kinds of clothes."""
+    known, all_known = snapshot.choices, snapshot.vocabulary
+    return {
+        name: tuple({**dict.fromkeys(all_known.get(name, ())), **dict.fromkeys(known.get(name, ()))})
+        for name in {**known, **all_known}
+    }
 
 
 async def _ask(snapshot: Snapshot, judge: DeploymentHandle | None, said: WordsRequest, seconds: float) -> Heard:
@@ -71,5 +80,5 @@ async def _ask(snapshot: Snapshot, judge: DeploymentHandle | None, said: WordsRe
         return Heard(None, "the engine reads words beside a picture: name one by image_id")
     question = wording(said.facet) if said.facet is not None else ""
     subject = Subject(said.image_id, picture)
-    heard: Heard = await judge.understand.remote(subject, said.words, snapshot.choices, question, seconds)
+    heard: Heard = await judge.understand.remote(subject, said.words, _all_choices(snapshot), question, seconds)
     return heard

@@ -243,8 +243,8 @@ def named(text: str, values: Sequence[str]) -> tuple[str | None, set[str]]:
 
 def _sentences(text: str) -> list[str]:
     """Return the parts of a text that state something; questions and those in doubt are left out."""
-    stated = re.sub(r"[^.;!?\n]*\?", ".", text)
-    return [part for part in re.split(r"[.;!\n]+|\bbut\b", stated) if not _DOUBT.search(part)]
+    sentences = (part for part, mark in re.findall(r"([^.;!?\n]+)([.;!?\n]?)", text) if mark != "?")
+    return [part for sentence in sentences for part in re.split(r"\bbut\b", sentence) if not _DOUBT.search(part)]
 
 
 def _read_thing(answer: str, name: str, attributes: Sequence[str], choices: Choices) -> dict[str, str]:

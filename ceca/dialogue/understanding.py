@@ -1,6 +1,6 @@
 """What somebody says in their own words of the person they look for, read as attributes: by its words, or by an engine.
 
-"No, the bag was darker" is about a picture that they were shown, so an engine reads the words beside that picture.
+"No, the jacket was darker" is about a picture that they were shown, so an engine reads the words beside that picture.
 """
 
 from __future__ import annotations
@@ -20,8 +20,25 @@ _SHORT = re.compile(
     r"yes|i|think|guess|would|say|very|quite|rather|really|just|more|like|kind|sort|of|something|in|dark|light|bright|"
     r"pale|deep|colou?r(?:ed)?|one"
 )
+# A sentence that tells what somebody does not know, compares, is about the picture, or denies what stands before.
+_TELLS_NOTHING = re.compile(
+    r"\b(?:no|not|never|\w+n't)\b.*\b(?:know|remember|recall|notice\w*|see|saw|seen|look\w*|idea|attention|sure|say)\b|"
+    r"\b(?:than|less|too|never|hardly|barely|picture|image|photo|this one)\b|"
+    r"\w.*\b(?:no|not(?: really| it)?|\w+n't(?: it)?)\W*$"
+)
+# What says that there is no such thing at all, and not only none of a kind ("not a cap", "no long hair").
+_ABSENT = re.compile(
+    r"\bbald\b|\bnothing\b|(?<!not )\bempty[- ]handed\b|\bhands (?:are|were) empty\b|"
+    r"\b(?:no|without(?: an?| any)?|(?:n't|not) (?:have|hav|wear|carry|carrying|hold)(?:ing)?(?: an?| any)?) "
+    r"(?:hat|hair|pants|trousers|anything)\b|(?:n't|not) (?:have|hold|carry)(?:ing)? anything\b"
+)
 _CARRIED = re.compile(r"\b(?:hand|hold|carry|carri|bag)", re.IGNORECASE)
 _NOTHING = re.compile(r"\W*(no|none|nothing|no one)\W*", re.IGNORECASE)
+
+
+def read_description(text: str, choices: Choices) -> dict[str, str]:
+    """Read the attributes that sentences about one person name: nobody knows which sentence answers which question."""
+    return attributes_of([(question, text) for question in QUESTIONS], choices)
 
 
 def read_words(words: str, choices: Choices, asked: str | None = None) -> dict[str, str]:
@@ -41,13 +58,22 @@ def read_words(words: str, choices: Choices, asked: str | None = None) -> dict[s
     >>> read_words("dark blue, I think", {"shoes_colour": ["black", "blue"]}, "shoes_colour")
     {'shoes_colour': 'blue'}
     """
-    # The words are read as the answer to each question: nobody knows which sentence is about what.
-    found = attributes_of([(question, words) for question in QUESTIONS], choices)
-    if not (_CARRIED.search(words) or (asked or "").startswith("carried")):  # "nothing" may be on the head
-        found = {name: value for name, value in found.items() if not name.startswith("carried") or value != "none"}
+    nothing = _NOTHING.fullmatch(words)
+    sentences = re.findall(r"[^.;!?\n]+[.;!?\n]?", words.lower().replace("’", "'"))
+    words = " ".join(sentence for sentence in sentences if not _TELLS_NOTHING.search(sentence))
+    found = read_description(words, choices)
+    of_hands = _CARRIED.search(words) or (asked or "").startswith("carried")  # "nothing" may be on the head
+    absent = [name for name, value in found.items() if value in ("none", "bald")]
+    for name in absent:
+        if not _ABSENT.search(words) or (name.startswith("carried") and not of_hands):
+            del found[name]
     if asked is not None and asked in choices and asked not in found:
         value, others = named(words, choices[asked])
-        if "none" in choices[asked] and _NOTHING.fullmatch(words):
+        if (
+            nothing
+            and "none" in choices[asked]
+            and (nothing[1].lower() == "none" or asked.startswith(("hat", "carried")))
+        ):
             found[asked] = "none"
         elif value is not None and all(map(_SHORT.fullmatch, others - {*asked.split("_")})):
             found[asked] = value

@@ -16,7 +16,7 @@ from ceca.dialogue.answers import spoken
 from ceca.dialogue.attributes import Choices, denied, read_attributes
 from ceca.dialogue.conversation import Engine, Subject
 from ceca.dialogue.engines import generation_settings
-from ceca.dialogue.understanding import read_words
+from ceca.dialogue.understanding import read_description
 from ceca.settings import ConfigError, from_mapping
 
 VERDICT_VERSION = "verdict-1"  # must change if the question changes
@@ -52,7 +52,7 @@ class Claim(NamedTuple):
 
 
 def stated(description: str, choices: Choices) -> tuple[Claim, ...]:
-    """Read what a description states of a person; words in doubt are left out (`read_words`).
+    """Read what a description states of a person; words in doubt are left out (`attributes_of`).
 
     Args:
         description: one or more sentences about one person.
@@ -61,7 +61,7 @@ def stated(description: str, choices: Choices) -> tuple[Claim, ...]:
     Returns:
         The claims, in the order of the vocabulary; at most one per attribute.
     """
-    return tuple(Claim(attribute, value) for attribute, value in read_words(description, choices).items())
+    return tuple(Claim(attribute, value) for attribute, value in read_description(description, choices).items())
 
 
 def wording(claim: Claim) -> str:

@@ -36,20 +36,21 @@ def reserved(
         or after it starts the workers: so it reserves nothing itself, and goes round. A reservation without a worker
         could get the GPUs that a worker waits for.
     """
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    groups = [
-        placement_group(bundles, strategy="PACK", bundle_label_selector=[machines] * len(bundles))
-        for _ in range(workers)
-    ]
-    turns = itertools.cycle(groups)
+    groups: list[PlacementGroup] = []
+    turns = itertools.count()
 
     def options() -> dict[str, Any]:
-        strategy = PlacementGroupSchedulingStrategy(next(turns), placement_group_capture_child_tasks=True)
+        strategy = PlacementGroupSchedulingStrategy(
+            groups[next(turns) % workers], placement_group_capture_child_tasks=True
+        )
         return {"scheduling_strategy": strategy}
 
     try:
+        for _ in range(workers):
+            groups.append(placement_group(bundles, strategy="PACK", bundle_label_selector=[machines] * len(bundles)))
         yield options
     finally:
         for group in groups:

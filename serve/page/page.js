@@ -8,6 +8,7 @@ const EXAMPLES = [
 const BUSY_TRIES = 2; // again after 503, before saying so
 const POLL_MS = 500; // between looks at a job
 const POLL_LIMIT_MS = 120_000;
+const READING = "Reading …";
 const READING_S = 2; // that an engine has to read the searcher's words, if nothing else is chosen
 const SENTENCES = 3; // of an explanation, before "more"
 const ANSWERS = 8; // to a question, before "more"
@@ -551,19 +552,19 @@ function showQuestion(question, focused) {
 // An answer in the searcher's own words, to the question or unasked: the service reads it beside the first image.
 function ownWords(question) {
   const words = make("input", { type: "text", maxLength: defaults.textLimit, required: true, autocomplete: "off",
-    placeholder: Number(closer.max) ? "no, the bag was darker" : "no, he had a red jacket" });
+    placeholder: Number(closer.max) ? "no, the jacket was darker" : "no, he had a red jacket" });
   const said = say("");
   said.setAttribute("role", "status");
   const tell = async () => {
     const json = { words: words.value, facet: question?.facet ?? null,
       image_id: grid.firstElementChild?.dataset.image ?? null };
     if (Number(closer.max)) json.seconds = Number(closer.value) || Math.min(READING_S, closer.max);
-    said.textContent = "Reading …";
+    said.textContent = READING;
     try {
-      const { answers } = await call("v1/understand", { json, again: tell });
-      if (!said.isConnected) return; // another search has come
+      const { answers, reason } = await call("v1/understand", { json, again: tell, signal: running.signal }); // ends with this search
       if (!Object.keys(answers).length) {
-        said.textContent = "None of that was understood. Name a garment, a colour, the hair, shoes or a bag.";
+        said.textContent = "None of that was understood. Name a garment, a colour, the hair, shoes or a bag."
+          + (reason ? ` (${reason})` : "");
         return;
       }
       for (const [facet, answer] of Object.entries(answers)) state.answers.set(facet, answer);
@@ -575,7 +576,7 @@ function ownWords(question) {
   const form = make("form", { className: "own-words" },
     make("label", {}, question ? "Or in your own words " : "In your own words ", words),
     make("button", { type: "submit", textContent: "Tell" }), said);
-  form.addEventListener("submit", (event) => { event.preventDefault(); tell(); });
+  form.addEventListener("submit", (event) => { event.preventDefault(); if (said.textContent !== READING) tell(); });
   return form;
 }
 

@@ -49,7 +49,10 @@ class Reads(Looks):
             return Response("no backend", 503)
         await asyncio.sleep(self.seconds)
         known = "the other colour" in asked and wears(number)["upper_colour"] == wears(SHOWN)["upper_colour"]
-        return completion(json.dumps({"upper_colour": OTHER if known else "unknown"}))
+        facets = body["response_format"]["json_schema"]["schema"]["properties"]
+        return completion(
+            json.dumps({**dict.fromkeys(facets, "unknown"), **({"upper_colour": OTHER} if known else {})})
+        )
 
 
 @pytest.fixture(scope="module")
