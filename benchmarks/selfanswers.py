@@ -4,10 +4,10 @@
     python benchmarks/selfanswers.py --data data --models ceca-0 ceca-1 ceca-2
 
 Verdicts (`ceca.dialogue.verdicts`) are about what a description states. Here the simulated annotator is also asked what
-it does not state: the questions that tell most about the ten best images (`next_question`). What most of the likely
-images show is taken for the answer, and images that agree with it move up. Both weights are learned on the validation
-split. The table shows test: Rank-1 and mAP without an engine, with verdicts, and with self-answers besides, as mean and
-deviation over the models; and how many questions a query costs.
+it does not state: the questions that tell most about the ten best images (`next_question`). What the likely images
+show, each by its probability, is taken for the answer, and images that agree with it move up. Both weights are learned
+on the validation split. The table shows test: Rank-1 and mAP without an engine, with verdicts, and with self-answers
+besides, as mean and deviation over the models; and how many questions a query costs.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from ceca.dialogue.oracle import OracleEngine
 from ceca.evaluation.evaluation import embedded_sides
 from ceca.evaluation.reranking import PRECISION, Best, learn_weight
 from ceca.search.questions import beliefs, next_question
-from ceca.search.reranking import rerank_by_verdicts, support
+from ceca.search.reranking import rerank_by_verdicts
 from jobs.evaluations.embedding import embed_split
 from jobs.evaluations.ranking import rank
 from jobs.evaluations.reranking import Side, side_of
+from jobs.evaluations.verdicts import Verdicts
 
 OMEGA = 0.3
 Seen = Mapping[str, Mapping[str, str]]  # image id → what the annotator sees there
@@ -57,12 +58,8 @@ def stated_support(side: Side, seen: Seen) -> np.ndarray:
         found = seen[image_id].get(attribute)
         return "unseen" if found is None else "fits" if found == value else "differs"
 
-    return np.array(
-        [
-            [support(judge(image_id, *claim) for claim in claims) for image_id in ids]
-            for ids, claims in zip(side.ids.tolist(), side.claims, strict=True)
-        ]
-    )
+    known = {question: judge(question.image_id, *question.claim) for question in side.questions()}
+    return side.support(Verdicts(known, asked=len(known), question_s=0.0))
 
 
 def own_support(side: Side, similarity: np.ndarray, seen: Seen, vocabulary: Choices, most: int) -> tuple[Any, float]:

@@ -39,6 +39,11 @@ AWAY = (RayError, BackPressureError, DeploymentUnavailableError)
 NO_ENGINE = "this service was started without rerank_engine"
 
 
+def away(error: Exception) -> str:
+    """Why nothing came from the deployment Judge, for one of `AWAY` or a TimeoutError."""
+    return f"the deployment Judge does not answer ({type(error).__name__})"
+
+
 class Plain(Exception):
     """The search keeps its plain order, with the reason."""
 
@@ -98,7 +103,7 @@ class Reranker:
         try:
             return await asyncio.wait_for(self.judge.problem.remote(), PROBLEM_S)
         except (TimeoutError, *AWAY) as error:
-            return f"the deployment Judge does not answer ({type(error).__name__})"
+            return away(error)
 
     async def rerank(self, query: Query, result: SearchResult) -> SearchResult:
         """Rank the best hits of a query again, if the engine says something about them in time.
@@ -119,7 +124,7 @@ class Reranker:
             found.problem = "" if found.questions else f"nothing was found out within {wanted.seconds:g} s"
         except AWAY as error:
             log.warning("re-ranking: %s", error)
-            found.problem = f"the deployment Judge does not answer ({type(error).__name__})"
+            found.problem = away(error)
         by_engine = weight > 0 and found.answered > 0
         how = Reranking(
             by="engine" if by_engine else "plain",

@@ -14,7 +14,7 @@ from ceca.dialogue.understanding import read_words
 from ceca.search.questions import wording
 from serve.judge import Heard
 from serve.refusals import NotFound, invalid
-from serve.reranking import AWAY, ENGINE_SHARE, NO_ENGINE
+from serve.reranking import AWAY, ENGINE_SHARE, NO_ENGINE, away
 from serve.schema import Understood, WordsRequest
 from serve.snapshot import Snapshot
 
@@ -41,19 +41,19 @@ async def understand(snapshot: Snapshot, judge: DeploymentHandle | None, said: W
         raise invalid("facet", "unknown", message)
     if said.image_id is not None and said.image_id not in snapshot.catalogue:
         raise NotFound(f"no image {said.image_id} in this gallery")
-    heard = Heard(None)
+    heard, vocabulary = Heard(None), _all_choices(snapshot)
     if said.seconds is not None:
         try:
             async with asyncio.timeout(said.seconds):
-                heard = await _ask(snapshot, judge, said, ENGINE_SHARE * said.seconds)
+                heard = await _ask(snapshot, judge, said, vocabulary, ENGINE_SHARE * said.seconds)
         except TimeoutError:
             pass
         except AWAY as error:
             log.warning("a searcher's words: %s", error)
-            heard = Heard(None, f"the deployment Judge does not answer ({type(error).__name__})")
+            heard = Heard(None, away(error))
         if heard == Heard(None):
             heard = Heard(None, f"the engine has not read the words within {said.seconds:g} s")
-    read = read_words(said.words, _all_choices(snapshot), said.facet) | (heard.answers or {})
+    read = read_words(said.words, vocabulary, said.facet) | (heard.answers or {})
     return Understood(
         answers={facet: value for facet, value in read.items() if value in choices.get(facet, ())},
         by="words" if heard.answers is None else "engine",
@@ -71,7 +71,9 @@ def _all_choices(snapshot: Snapshot) -> Choices:
     }
 
 
-async def _ask(snapshot: Snapshot, judge: DeploymentHandle | None, said: WordsRequest, seconds: float) -> Heard:
+async def _ask(
+    snapshot: Snapshot, judge: DeploymentHandle | None, said: WordsRequest, vocabulary: Choices, seconds: float
+) -> Heard:
     """Ask the engine to read the words."""
     if judge is None:
         return Heard(None, NO_ENGINE)
@@ -80,5 +82,5 @@ async def _ask(snapshot: Snapshot, judge: DeploymentHandle | None, said: WordsRe
         return Heard(None, "the engine reads words beside a picture: name one by image_id")
     question = wording(said.facet) if said.facet is not None else ""
     subject = Subject(said.image_id, picture)
-    heard: Heard = await judge.understand.remote(subject, said.words, _all_choices(snapshot), question, seconds)
+    heard: Heard = await judge.understand.remote(subject, said.words, vocabulary, question, seconds)
     return heard

@@ -29,10 +29,10 @@ _TELLS_NOTHING = re.compile(
 # What says that there is no such thing at all, and not only none of a kind ("not a cap", "no long hair").
 _ABSENT = re.compile(
     r"\bbald\b|\bnothing\b|(?<!not )\bempty[- ]handed\b|\bhands (?:are|were) empty\b|"
-    r"\b(?:no|without(?: an?| any)?|(?:n't|not) (?:have|hav|wear|carry|carrying|hold)(?:ing)?(?: an?| any)?) "
+    r"\b(?:no|without(?: an?| any)?|(?:n't|not) (?:have|having|(?:wear|carry|hold)(?:ing)?)(?: an?| any)?) "
     r"(?:hat|hair|pants|trousers|anything)\b|(?:n't|not) (?:have|hold|carry)(?:ing)? anything\b"
 )
-_CARRIED = re.compile(r"\b(?:hand|hold|carry|carri|bag)", re.IGNORECASE)
+_CARRIED = re.compile(r"\b(?:hand|hold|carry|carri|bag)")
 _NOTHING = re.compile(r"\W*(no|none|nothing|no one)\W*", re.IGNORECASE)
 
 
@@ -63,10 +63,11 @@ def read_words(words: str, choices: Choices, asked: str | None = None) -> dict[s
     words = " ".join(sentence for sentence in sentences if not _TELLS_NOTHING.search(sentence))
     found = read_description(words, choices)
     of_hands = _CARRIED.search(words) or (asked or "").startswith("carried")  # "nothing" may be on the head
-    absent = [name for name, value in found.items() if value in ("none", "bald")]
-    for name in absent:
-        if not _ABSENT.search(words) or (name.startswith("carried") and not of_hands):
-            del found[name]
+    found = {
+        name: value
+        for name, value in found.items()
+        if value not in ("none", "bald") or (_ABSENT.search(words) and (of_hands or not name.startswith("carried")))
+    }
     if asked is not None and asked in choices and asked not in found:
         value, others = named(words, choices[asked])
         if (

@@ -8,7 +8,6 @@ const EXAMPLES = [
 const BUSY_TRIES = 2; // again after 503, before saying so
 const POLL_MS = 500; // between looks at a job
 const POLL_LIMIT_MS = 120_000;
-const READING = "Reading …";
 const READING_S = 2; // that an engine has to read the searcher's words, if nothing else is chosen
 const SENTENCES = 3; // of an explanation, before "more"
 const ANSWERS = 8; // to a question, before "more"
@@ -559,9 +558,10 @@ function ownWords(question) {
     const json = { words: words.value, facet: question?.facet ?? null,
       image_id: grid.firstElementChild?.dataset.image ?? null };
     if (Number(closer.max)) json.seconds = Number(closer.value) || Math.min(READING_S, closer.max);
-    said.textContent = READING;
-    try {
-      const { answers, reason } = await call("v1/understand", { json, again: tell, signal: running.signal }); // ends with this search
+    said.textContent = "Reading …";
+    form.setAttribute("aria-busy", "true");
+    try { // ends with this search
+      const { answers, reason } = await call("v1/understand", { json, again: tell, signal: running.signal });
       if (!Object.keys(answers).length) {
         said.textContent = "None of that was understood. Name a garment, a colour, the hair, shoes or a bag."
           + (reason ? ` (${reason})` : "");
@@ -571,12 +571,17 @@ function ownWords(question) {
       go();
     } catch (error) {
       if (error.name === "AbortError") said.textContent = ""; else said.replaceChildren(sayProblem(error, tell));
+    } finally {
+      form.removeAttribute("aria-busy");
     }
   };
   const form = make("form", { className: "own-words" },
     make("label", {}, question ? "Or in your own words " : "In your own words ", words),
     make("button", { type: "submit", textContent: "Tell" }), said);
-  form.addEventListener("submit", (event) => { event.preventDefault(); if (said.textContent !== READING) tell(); });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (!form.hasAttribute("aria-busy")) tell();
+  });
   return form;
 }
 
